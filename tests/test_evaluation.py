@@ -1,0 +1,231 @@
+"""The COCO protocol against a second implementation, and its corner cases."""
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deimv2_tfg import evaluation
+from deimv2_tfg.evaluation import coco_metrics, evaluate, match_tables, precision_recall, predict, to_coco_results
+
+THRESHOLDS = [.5 + .05 * i for i in range(10)]
+CATEGORIES = [{"id": 3, "name": "b"}, {"id": 11, "name": "c"}, {"id": 1, "name": "a"}]  # gaps, and not in id order
+
+
+def random_case(seed, images=12, score_step=None):
+    """Annotations without info, area and iscrowd, with annotation ids from 0, and detections of every quality."""
+    rng = np.random.default_rng(seed)
+    annotations, results = [], []
+    for image in range(1, images + 1):
+        for category in (1, 3, 11):
+            for _ in range(rng.integers(0, 4)):
+                box = [*rng.uniform(0, 150, 2), *rng.uniform(8, 120, 2)]
+                annotations.append({"id": len(annotations), "image_id": image, "category_id": category, "bbox": box})
+                for _ in range(rng.integers(0, 4)):
+                    moved = np.array(box) + rng.normal(size=4) * .12 * np.array(box[2:] * 2)
+                    results.append({"image_id": image, "category_id": category, "bbox": [*moved[:2], *np.maximum(moved[2:], 1)], "score": rng.uniform()})
+            for _ in range(rng.integers(0, 4)):
+                results.append({"image_id": image, "category_id": category, "bbox": [*rng.uniform(0, 150, 2), *rng.uniform(8, 120, 2)], "score": rng.uniform()})
+    coco = {"images": [{"id": i, "file_name": f"{i}.png", "width": 300, "height": 280} for i in range(1, images + 1)], "categories": CATEGORIES,
+            "annotations": annotations}
+    return json.loads(json.dumps([coco, results], default=float))
+
+
+def iou(a, b):
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    shared = max(w, 0) * max(h, 0)
+    return shared / (a[2] * a[3] + b[2] * b[3] - shared)
+
+
+def independent(coco, results, category, threshold):
+    """AP and recall of one class: greedy matching by score, 101-point interpolation; plain loops."""
+    total, flags = 0, []
+    for image in [i["id"] for i in coco["images"]]:
+        truth = [a["bbox"] for a in coco["annotations"] if a["image_id"] == image and a["category_id"] == category]
+        total += len(truth)
+        free = set(range(len(truth)))
+        found = sorted((r for r in results if r["image_id"] == image and r["category_id"] == category), key=lambda r: -r["score"])
+        for r in found[:100]:
+            overlaps = {g: iou(r["bbox"], truth[g]) for g in free}
+            best = max(overlaps, key=overlaps.get, default=None)
+            hit = best is not None and overlaps[best] >= threshold
+            if hit:
+                free.discard(best)
+            flags.append((r["score"], hit))
+    if total == 0:
+        return math.nan, math.nan
+    flags.sort(key=lambda f: -f[0])
+    points, tp = [], 0
+    for k, (_, hit) in enumerate(flags, start=1):
+        tp += hit
+        points.append((tp / total, tp / k))
+    grid = [max((p for r, p in points if r >= j / 100 - 1e-12), default=0.) for j in range(101)]
+    return sum(grid) / 101, tp / total
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap_against_a_second_implementation(seed):
+    coco, results = random_case(seed)
+    metrics = coco_metrics(coco, results)
+    by_class = {c["name"]: [independent(coco, results, c["id"], t) for t in THRESHOLDS] for c in CATEGORIES}
+    for name, values in by_class.items():
+        assert metrics[f"AP/{name}"] == pytest.approx(np.mean([ap for ap, _ in values]), abs=1e-6)
+        assert metrics[f"AP50/{name}"] == pytest.approx(values[0][0], abs=1e-6)
+    assert metrics["AP"] == pytest.approx(np.mean([[ap for ap, _ in v] for v in by_class.values()]), abs=1e-6)
+    assert metrics["AP75"] == pytest.approx(np.mean([v[5][0] for v in by_class.values()]), abs=1e-6)
+    assert metrics["AR100"] == pytest.approx(np.mean([[r for _, r in v] for v in by_class.values()]), abs=1e-6)
+    assert .05 < metrics["AP"] < .95 and metrics["AR1"] < metrics["AR10"] <= metrics["AR100"]
+
+
+def test_classes_come_in_id_order_and_can_be_chosen():
+    coco, results = random_case(0)
+    metrics = coco_metrics(coco, results)
+    assert [k for k in metrics if k.startswith("AP/")] == ["AP/a", "AP/b", "AP/c"]
+    chosen = coco_metrics(coco, results, classes=["c", "a"])
+    assert chosen["AP"] == pytest.approx((metrics["AP/a"] + metrics["AP/c"]) / 2) and "AP/b" not in chosen
+    with pytest.raises(ValueError, match="no such class"):
+        coco_metrics(coco, results, classes=["z"])
+
+
+def test_inputs_stay_as_they_were_and_a_path_does_as_well(tmp_path):
+    coco, results = random_case(1)
+    before = copy.deepcopy((coco, results))
+    metrics = coco_metrics(coco, results)
+    assert (coco, results) == before
+    (tmp_path / "test.json").write_text(json.dumps(coco))
+    assert coco_metrics(tmp_path / "test.json", results) == coco_metrics(str(tmp_path / "test.json"), results) == metrics
+
+
+def test_perfect_results_score_one():
+    coco, _ = random_case(2)
+    perfect = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": .5} for a in coco["annotations"]]
+    metrics = coco_metrics(coco, perfect)
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1)
+
+
+def test_empty_results_score_zero():
+    coco, _ = random_case(3)
+    metrics = coco_metrics(coco, [])
+    assert metrics["AP"] == metrics["AP50/a"] == metrics["AR100"] == 0
+
+
+def test_what_cannot_be_computed_is_nan(capsys):
+    coco, results = random_case(4)
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != 3 and a["bbox"][2] * a["bbox"][3] >= 96**2]
+    metrics = coco_metrics(coco, results)
+    assert math.isnan(metrics["AP/b"]) and math.isnan(metrics["AP50/b"]) and math.isnan(metrics["AP_small"])
+    assert metrics["AP"] == pytest.approx((metrics["AP/a"] + metrics["AP/c"]) / 2)
+    nothing = coco_metrics(coco | {"annotations": []}, results)
+    assert all(math.isnan(v) for v in nothing.values())
+    assert capsys.readouterr().out == ""
+
+
+def test_mixed_up_ids_and_broken_numbers_are_refused():
+    coco, results = random_case(5)
+    with pytest.raises(ValueError, match="category_id"):
+        coco_metrics(coco, [{**results[0], "category_id": 0}])
+    with pytest.raises(ValueError, match="image_id"):
+        coco_metrics(coco, [{**results[0], "image_id": 99}])
+    with pytest.raises(ValueError, match="finite"):
+        coco_metrics(coco, [{**results[0], "score": math.nan}])
+
+
+def test_curve_and_matches_are_those_of_ap():
+    coco, results = random_case(6)
+    metrics, curve = coco_metrics(coco, results), precision_recall(coco, results)
+    assert curve.groupby("class")["precision"].mean().to_dict() == pytest.approx({c: metrics[f"AP50/{c}"] for c in "abc"})
+    assert (curve.groupby("class").size() == 101).all()
+    for table in match_tables(coco, results):
+        category = next(c["id"] for c in CATEGORIES if c["name"] == table.name)
+        assert table.objects.sum() == sum(a["category_id"] == category for a in coco["annotations"])
+        assert table.matched.shape == (10, len(table.scores)) and (np.diff(table.scores) <= 0).all()
+        assert table.matched[0].sum() / table.objects.sum() == pytest.approx(independent(coco, results, category, .5)[1])
+
+
+class Fixed(torch.nn.Module):
+    """A detector whose 40 queries always give the same boxes, with low scores of three classes."""
+
+    def __init__(self, classes=("a", "b", "c")):
+        super().__init__()
+        self.classes, self.weight = list(classes), torch.nn.Parameter(torch.zeros(1))
+        generator = torch.Generator().manual_seed(0)
+        self.logits = -6 + torch.randn(40, 3, generator=generator)
+        self.boxes = torch.rand(40, 4, generator=generator) * .4 + .1
+
+    def forward(self, pixel_values, targets=None):
+        n = len(pixel_values)
+        return SimpleNamespace(logits=self.logits.expand(n, -1, -1), pred_boxes=self.boxes.expand(n, -1, -1))
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "val", "test"):
+        coco, _ = random_case(7, images=3)
+        (tmp_path / split / "images").mkdir(parents=True)
+        for image in coco["images"]:
+            image["width"], image["height"] = 200 + 50 * image["id"], 280
+            Image.new("RGB", (image["width"], image["height"])).save(tmp_path / split / "images" / image["file_name"])
+        (tmp_path / split / f"{split}.json").write_text(json.dumps(coco))
+    return tmp_path
+
+
+def test_predict_keeps_every_pair_and_maps_back(root):
+    def augment(*_):
+        raise AssertionError("the data set's own transform was used")
+
+    model, dataset = Fixed().train(), evaluation.load_dataset(root, "test", transform=augment)
+    results = predict(model, dataset, 64, batch_size=2)
+    assert model.training and dataset.transform is augment
+    assert len(results) == 3 * 120 and max(r["score"] for r in results) < .1  # 40 queries x 3 classes, no threshold
+    assert {r["category_id"] for r in results} == {1, 3, 11} and {r["image_id"] for r in results} == {1, 2, 3}
+    query, label = divmod(int(model.logits.flatten().argmax()), 3)
+    cx, cy, w, h = model.boxes[query].tolist()
+    for image in dataset.images:
+        best = max((r for r in results if r["image_id"] == image["id"]), key=lambda r: r["score"])
+        width, height = image["width"], image["height"]
+        assert best["category_id"] == [1, 3, 11][label]
+        assert best["bbox"] == pytest.approx([(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height], abs=.02)
+
+
+def test_to_coco_results_of_nothing_and_of_unequal_lists():
+    nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    assert to_coco_results([nothing], [4], [1, 3, 11]) == []
+    with pytest.raises(ValueError):
+        to_coco_results([nothing], [4, 5], [1, 3, 11])
+
+
+def make_run(path, **config):
+    (path / "best").mkdir(parents=True)
+    (path / "best" / "model.safetensors").touch()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_evaluate_writes_beside_the_run(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_detector", lambda directory: Fixed())
+    run = make_run(tmp_path / "runs" / "one", image_size=64)
+    metrics = evaluate(run, root, "test")
+    results = json.loads((run / "predictions_test.json").read_text())
+    assert coco_metrics(root / "test" / "test.json", results) == pytest.approx(metrics, nan_ok=True)
+    kept = json.loads((run / "metrics_test.json").read_text())
+    assert kept == {k: None if math.isnan(v) else v for k, v in metrics.items()}
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+    before = sorted(run.rglob("*"))
+    evaluate(run / "best", root, "val", image_size=64)
+    assert sorted(run.rglob("*")) == before
+    with pytest.raises(ValueError, match="image_size"):
+        evaluate(run / "best", root, "val")
+
+
+def test_evaluate_names_both_lists_of_classes(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_detector", lambda directory: Fixed(classes=("a", "x", "c")))
+    run = make_run(tmp_path / "runs" / "two", image_size=64)
+    with pytest.raises(ValueError, match=r"\['a', 'x', 'c'\].*\['a', 'b', 'c'\]"):
+        evaluate(run, root)
+    with pytest.raises(FileNotFoundError, match="neither a run"):
+        evaluate(tmp_path / "nowhere", root)

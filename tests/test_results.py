@@ -1,0 +1,145 @@
+"""Results as functions of run directories: intervals against the naive bootstrap, grouping of seeds, figures, index."""
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from deimv2_tfg import results as page
+from deimv2_tfg.core import open_study, save_figure, save_table
+from deimv2_tfg.evaluation import coco_metrics, jittered_results, match_tables, write_results
+
+CLASSES = ["NORMAL", "ROTURA_FRACTURA", "HOLE"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [{"id": 5 * i, "file_name": f"{i}.png", "width": 120, "height": 90} for i in range(14)]
+    annotations = [{"id": 0, "image_id": i["id"], "category_id": 2 + 4 * int(rng.integers(3)), "bbox": rng.uniform(10, 50, 4).round(1).tolist()}
+                   for i in images[:-1] for _ in range(rng.integers(1, 4))]  # the last photograph is empty
+    coco = {"images": images, "annotations": [a | {"id": k} for k, a in enumerate(annotations)], "categories": [{"id": 2 + 4 * k, "name": c} for k, c in enumerate(CLASSES)]}
+    (tmp_path / "data" / "test" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "test" / "test.json").write_text(json.dumps(coco))
+    for image in images:
+        Image.new("RGB", (120, 90), "grey").save(tmp_path / "data" / "test" / "images" / image["file_name"])
+    return tmp_path / "data"
+
+
+def guesses(root, jitter, seed):
+    coco = json.loads((root / "test" / "test.json").read_text())
+    wrong = [r | {"category_id": 2 + 4 * (k % 3)} for k, r in enumerate(jittered_results(coco, .6, seed + 50))]
+    return coco, jittered_results(coco, jitter, seed) + wrong
+
+
+def make_run(root, name, jitter=.1, seed=0, **config):
+    run = root.parent / "runs" / name
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data_dir": str(root), "seed": seed, "lr": 1e-4} | config))
+    write_results(run / "predictions_test.json", guesses(root, jitter, seed)[1])
+    terms = {"train/loss_mal": 1., "train/loss_mal_aux_0": .5, "train/loss_mal_dn_0": .3, "train/loss_bbox_dn_pre": .2, "train/loss": 2., "train/lr": 1e-4}
+    lines = [{"split": "train", "step": 2 * e, "epoch": e, **terms} for e in (1, 2)] + [{"split": "val", "step": 4, "epoch": 2, "val/AP": .1}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tra')
+    return run
+
+
+def repeated(coco, results, weights):
+    """The data set with each image repeated, under new ids."""
+    copies = [(image["id"], 1000 * k + c) for k, (image, n) in enumerate(zip(coco["images"], weights)) for c in range(n)]
+    move = lambda rows: [r | {"image_id": new} for old, new in copies for r in rows if r["image_id"] == old]
+    return coco | {"images": [{"id": new} for _, new in copies], "annotations": move(coco["annotations"])}, move(results)
+
+
+def test_bootstrap_is_the_naive_one(root):
+    coco, results = guesses(root, .15, 3)
+    weights = page.bootstrap_weights(len(coco["images"]), 12, seed=1)
+    assert (weights.sum(axis=0) == len(coco["images"])).all()
+    draws = [page.weighted_ap(t, weights) for t in match_tables(coco, results)]
+    fast = page.mean_over_classes(draws)
+    for k, column in enumerate(weights.T):
+        naive = coco_metrics(*repeated(coco, results, column))
+        assert fast[:, k].mean() == pytest.approx(naive["AP"], abs=1e-9)
+        assert fast[0, k] == pytest.approx(naive["AP50"], abs=1e-9)
+        assert [d[:, k].mean() for d in draws] == pytest.approx([naive[f"AP/{c}"] for c in CLASSES], abs=1e-9, nan_ok=True)
+
+
+def test_a_class_that_is_not_drawn_is_nan(root):
+    table = match_tables(*guesses(root, .1, 0))[0]
+    weights = (table.objects == 0).astype(int)[:, None]
+    assert np.isnan(page.weighted_ap(table, weights)).all()
+    nothing = match_tables(guesses(root, .1, 0)[0], [])[0]
+    assert (page.weighted_ap(nothing, np.ones((len(nothing.objects), 1), dtype=int)) == 0).all()
+
+
+def test_compare_groups_seeds_and_pairs_differences(root):
+    runs = [make_run(root, "a0", seed=0), make_run(root, "b", jitter=.3, lr=1e-3), make_run(root, "a1", seed=1)]
+    table = page.compare(runs, draws=200)
+    assert table["run"].tolist() == ["a0", "b"] and table["seeds"].tolist() == [2, 1] and table["images"].tolist() == [14, 14]
+    alone = [coco_metrics(*guesses(root, .1, seed))["AP"] for seed in (0, 1)]
+    assert table["AP"][0] == pytest.approx(np.mean(alone))
+    assert (table["AP low"] < table["AP"]).all() and (table["AP"] < table["AP high"]).all()
+    assert table["difference"][1] == pytest.approx(table["AP"][1] - table["AP"][0]) and np.isnan(table["difference"][0])
+    assert table["difference high"][1] < 0
+    same = page.compare([runs[0], make_run(root, "copy", seed=0, lr=2e-4)], draws=50)
+    assert same[["difference", "difference low", "difference high"]].iloc[1].tolist() == [0, 0, 0]
+
+
+def test_runs_on_other_objects_are_not_compared(root):
+    first = make_run(root, "one")
+    second = make_run(root, "two", lr=1)
+    other = root.parent / "other" / "test"
+    other.mkdir(parents=True)
+    coco = json.loads((root / "test" / "test.json").read_text())
+    (other / "test.json").write_text(json.dumps(coco | {"annotations": coco["annotations"][1:]}))
+    (second / "config.json").write_text(json.dumps({"data_dir": str(other.parent), "lr": 1}))
+    with pytest.raises(ValueError, match="other objects"):
+        page.compare([first, second])
+
+
+def test_per_class_table_and_figures(root):
+    run = make_run(root, "one")
+    table, metrics = page.per_class_table(run, draws=100), coco_metrics(*guesses(root, .1, 0))
+    assert table["class"].tolist() == [*CLASSES, "mean"] and table["AP"].tolist() == pytest.approx([*[metrics[f"AP/{c}"] for c in CLASSES], metrics["AP"]])
+    assert table["objects"].iloc[:-1].sum() == table["objects"].iloc[-1]
+    assert [bool(note) for note in table["note"]] == [n < 10 for n in table["objects"].iloc[:-1]] + [False]
+    for figure in (page.plot_training(run), page.plot_per_class(table), page.plot_precision_recall(run), page.prediction_sheet(run, root, n=5, threshold=.2)):
+        figure.canvas.draw()
+        plt.close(figure)
+
+
+def test_log_with_a_half_written_line_and_loss_families(root):
+    run = make_run(root, "one")
+    assert len(page.read_metrics(run)) == 3 and page.read_metrics(run, "val").columns.tolist() == ["split", "step", "epoch", "val/AP"]
+    families = page.loss_families(page.read_metrics(run, "train"))
+    assert families["loss_mal"].tolist() == [1.5, 1.5] and families["denoising"].tolist() == [.5, .5] and families["loss_fgl"].isna().all()
+
+
+def test_missing_files_say_what_to_do(root):
+    run = make_run(root, "one")
+    with pytest.raises(FileNotFoundError, match="evaluate"):
+        page.run_results(run, "val")
+    with pytest.raises(FileNotFoundError, match="data_dir"):
+        page.run_annotations(run, "test", root.parent / "gone")
+    with pytest.raises(KeyError, match="language"):
+        page.label("epoch", "fr")
+
+
+def test_index_lists_what_was_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
+    study, frame = open_study("smoke", study="indexed"), pd.DataFrame({"AP": [.5]})
+    fig, _ = plt.subplots()
+    save_figure(fig, study, "curve", frame, "A curve.", [tmp_path / "detector-1"])
+    save_table(frame, study, "scores", "Scores.")
+    plt.close(fig)
+    text = page.write_index(study).read_text()
+    assert "| curve | A curve. | [png](curve.png), [pdf](curve.pdf), [csv](curve.csv) | detector-1 |" in text
+    assert "| scores | Scores. | [csv](scores.csv), [tex](scores.tex) | -- |" in text
+
+
+def test_sheet_takes_classes_in_turn(root):
+    coco = json.loads((root / "test" / "test.json").read_text())
+    chosen = page.sheet_images(coco, 6, seed=0)
+    assert len(set(chosen)) == 6 and coco["images"][-1]["id"] in chosen  # the empty photograph is a class of its own
+    assert page.sheet_images(coco, 6, seed=0) == chosen and len(page.sheet_images(coco, 100)) == 14
