@@ -87,14 +87,15 @@ def build_backbone(width=256, depth=12, heads=4, features=(3, 7, 11), sta_width=
         encoder_hidden_dim=out_width, freeze_backbone_batch_norms=False))
 
 # %% ../nbs/02_backbone.ipynb #weightserror
+class WeightsError(ValueError):
+    "Weights that were not loaded; the message holds every reason."
+
 PUBLISHED = {
     "470b65d9a7704973ae105057f7ec7a4c85f853bc379a7bfbcc49ecc80a17e25b": "vittplus_distill.pt (distilled ViT of DEIMv2-M)",
     "2053b865f4e2673fba3f95f7e7e54ad5ee18143885e3ad27eaabb5b3b9919738": "vitt_distill.pt (distilled ViT of DEIMv2-S)",
 }
 
-class WeightsError(ValueError):
-    "Weights that were not loaded; the message holds every reason."
-
+# %% ../nbs/02_backbone.ipynb #loadreport
 @dataclass(frozen=True)
 class LoadReport:
     "What was loaded: which file, which part of it (`taken`), how many tensors, what was drawn anew, what depends on the input size and was left."
@@ -126,6 +127,7 @@ def _open_weights(path):
         raise WeightsError(f"{path}: refused, nothing in it was run. It is damaged, no weights file, or asks for more than tensors "
                            f"({type(e).__name__}: {reason})") from None
 
+# %% ../nbs/02_backbone.ipynb #read-weights
 def read_weights(source) -> tuple:
     """State dict in the original names, and a `LoadReport`, from a `.pth`, `.pt` or `.safetensors` file or from a dictionary.
 
@@ -139,7 +141,7 @@ def read_weights(source) -> tuple:
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return state, LoadReport(file=path.name, sha256=sha256, published=PUBLISHED.get(sha256), taken=taken)
 
-# %% ../nbs/02_backbone.ipynb #rename-weights
+# %% ../nbs/02_backbone.ipynb #f6a05f64
 VIT_RULES = [
     (r"patch_embed\.proj\.(\w+)", [r"embeddings.patch_embeddings.\1"]),
     (r"cls_token", ["embeddings.cls_token"]),
@@ -151,6 +153,7 @@ VIT_RULES = [
     (r"blocks\.(\d+)\.(norm[12]\.\w+)", [r"model.layer.\1.\2"]),
 ]
 
+# %% ../nbs/02_backbone.ipynb #rename-weights
 def rename_weights(state, rules) -> tuple:
     "The library's names for original ones: `({new name: tensor}, {new name: original name}, [names that no rule knows])`."
     renamed, origin, unknown = {}, {}, []
@@ -163,6 +166,14 @@ def rename_weights(state, rules) -> tuple:
         for new, part in zip((match.expand(n) for n in names), parts): renamed[new], origin[new] = part, name
     return renamed, origin, unknown
 
+# %% ../nbs/02_backbone.ipynb #misfits
+def _misfits(own, renamed, origin, unknown):
+    shape, first = lambda t: "x".join(map(str, t.shape)) or "scalar", lambda k: origin.get(k, k)
+    return {"missing": [k for k in own if k not in renamed],
+        "unexpected": [*unknown, *(first(k) for k in renamed if k not in own)],
+        "wrong shape": [f"{first(k)} -> {k}: {shape(v)}, should be {shape(own[k])}" for k, v in renamed.items() if k in own and v.shape != own[k].shape],
+        "not finite": [first(k) for k, v in renamed.items() if not v.isfinite().all()]}
+
 # %% ../nbs/02_backbone.ipynb #place-weights
 def place_weights(module, renamed, origin, unknown=(), name="the network") -> int:
     """Copy tensors into `module`; returns their number.
@@ -170,13 +181,10 @@ def place_weights(module, renamed, origin, unknown=(), name="the network") -> in
     Raises `WeightsError`, before anything is copied, with every tensor that is missing, unexpected, of the wrong shape or not finite.
     """
     own = module.state_dict()
-    shape = lambda t: "x".join(map(str, t.shape)) or "scalar"
-    problems = {"missing": [k for k in own if k not in renamed],
-        "unexpected": [*unknown, *(origin.get(k, k) for k in renamed if k not in own)],
-        "wrong shape": [f"{origin.get(k, k)} -> {k}: {shape(v)}, should be {shape(own[k])}" for k, v in renamed.items() if k in own and v.shape != own[k].shape],
-        "not finite": [origin.get(k, k) for k, v in renamed.items() if not v.isfinite().all()]}
-    if any(problems.values()):
-        raise WeightsError(f"the weights do not fit {name}; nothing was loaded\n" + "\n".join(f"{what} ({len(found)}):\n  " + "\n  ".join(found) for what, found in problems.items() if found))
+    problems = {what: found for what, found in _misfits(own, renamed, origin, unknown).items() if found}
+    if problems:
+        lists = (f"{what} ({len(found)}):\n  " + "\n  ".join(found) for what, found in problems.items())
+        raise WeightsError(f"the weights do not fit {name}; nothing was loaded\n" + "\n".join(lists))
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in renamed.items()})
     return len(renamed)
 
@@ -207,7 +215,7 @@ def plot_rotary(profile: pd.DataFrame):
     for (side, rows), color, marker, size in zip(profile.groupby("side"), sns.color_palette("colorblind"), "os.", (6, 4, 3)):
         ax.plot(rows["distance"], rows["response"], marker=marker, markersize=size, linewidth=0.8, color=color, label=f"{side} px: {len(rows)} patches a row")
     ax.set(xlabel="distance from the middle patch (of the picture's width)", ylabel="response")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/02_backbone.ipynb #pca-colours
@@ -229,7 +237,8 @@ def plot_features(backbone: Backbone, pictures):
     """
     columns = [[vit_features(backbone.backbone, x)[-1][0] for _, x in pictures], [backbone.spatial_tuning_adapter(x)[0][0] for _, x in pictures]]
     columns += [list(maps) for maps in zip(*([m[0] for m in backbone(x)] for _, x in pictures))]
-    fig, axes = plt.subplots(len(pictures), 6, figsize=(9, 1.65 * len(pictures)), squeeze=False)
+    shares = [x.shape[-2] / x.shape[-1] for _, x in pictures]
+    fig, axes = plt.subplots(len(pictures), 6, figsize=(9, 0.3 + 1.5 * sum(shares)), squeeze=False, height_ratios=shares)
     titles = ["photograph", "ViT, stride 16", "adapter, stride 8", "fused, stride 8", "fused, stride 16", "fused, stride 32"]
     for column, (title, maps) in enumerate(zip(titles, [[p for p, _ in pictures], *map(pca_colours, columns)])):
         for ax, picture in zip(axes[:, column], maps): ax.imshow(picture, interpolation="nearest"); ax.set(xticks=[], yticks=[])
@@ -263,7 +272,7 @@ def plot_attention(vit: DINOv3ViTBackbone, photograph, pixel_values, patches, bl
         fig.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03).ax.tick_params(labelsize=6)
         ax.set_title(f"patch {k}", fontsize=8)
         for a in (axes[0], ax): a.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
-        axes[0].text(column + 1.2, row, str(k), color="white", fontsize=8)
+        axes[0].text(column + 1.2, row, str(k), color="white", fontsize=7, va="center", bbox={"facecolor": "black", "edgecolor": "none", "pad": 0.8})
     for ax in axes: ax.set(xticks=[], yticks=[])
     axes[0].set_title("photograph", fontsize=8)
     fig.tight_layout()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'PACKAGE', 'BUILT_IN_DATA', 'PACKAGES', 'Profile', 'default_profile', 'project_root', 'Study',
-           'open_study', 'study_data', 'to_jsonable', 'atomic_write', 'write_json', 'read_json', 'hash_bytes',
-           'data_hash', 'source_hash', 'reachable_code', 'code_hash', 'run_directory', 'environment', 'seed_everything',
-           'save_figure', 'save_table', 'progress']
+           'open_study', 'one_at_a_time', 'study_data', 'to_jsonable', 'atomic_write', 'write_json', 'read_json',
+           'hash_bytes', 'data_hash', 'source_hash', 'reachable_code', 'code_hash', 'run_directory', 'environment',
+           'seed_everything', 'save_figure', 'save_table', 'progress']
 
 # %% ../nbs/00_core.ipynb #5949b251
 import ast
@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #profile
@@ -46,7 +48,7 @@ class Profile:
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", "tiny", 64, 2, 4, (12, 6, 6), 64, 1e-3),
-    Profile("demo", "small", 128, 44, 8, (320, 48, 96), 160, 2e-3),
+    Profile("demo", "small", 128, 30, 8, (320, 48, 96), 160, 2e-3),
     Profile("compact", "small", 160, 88, 16, (715, 102, 205), 320, 1e-3),
     Profile("thesis", "m", 640, 100, 16, (715, 102, 205), 640, 5e-4),
 )}
@@ -89,6 +91,13 @@ def open_study(profile=None, data_dir=None, study=None, seed=0) -> Study:
     data_dir = Path(data_dir).expanduser().resolve() if data_dir is not None else None
     return Study(study or (f"{data_dir.name}_{name}" if data_dir else name), PROFILES[name], data_dir, int(seed))
 
+# %% ../nbs/00_core.ipynb #one-at-a-time
+def one_at_a_time(path) -> FileLock:
+    "A lock beside `path` that lets one process at a time make what belongs there; it is given up when a process dies."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.parent / f".{path.name}.lock")
+
 # %% ../nbs/00_core.ipynb #study-data
 BUILT_IN_DATA = "deimv2_tfg.synthetic:make_dataset"
 
@@ -97,7 +106,8 @@ def study_data(study: Study) -> Path:
     if study.data_dir is not None: return study.data_dir
     module, function = BUILT_IN_DATA.split(":")
     root = project_root() / "runs" / "data" / f"synthetic-{study.profile.name}-{study.seed}"
-    return getattr(importlib.import_module(module), function)(root, profile=study.profile.name, seed=study.seed)
+    with one_at_a_time(root):
+        return getattr(importlib.import_module(module), function)(root, profile=study.profile.name, seed=study.seed)
 
 # %% ../nbs/00_core.ipynb #to-jsonable
 def to_jsonable(x):
@@ -241,7 +251,7 @@ def save_table(df, study: Study, name: str, caption: str = "", runs=()) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     index = not isinstance(df.index, pd.RangeIndex)
     df.to_csv(path.with_suffix(".csv"), index=index)
-    tex = df.to_latex(index=index, escape=True, na_rep="--", float_format="%.3f", caption=caption or None, label=f"tab:{path.stem}")
+    tex = df.to_latex(index=index, escape=True, na_rep="--", float_format="%.3f", caption=re.sub(r"([%&#_$])", r"\\\1", caption) or None, label=f"tab:{path.stem}")
     atomic_write(path.with_suffix(".tex"), tex)
     _provenance(study, path, caption, runs, "table")
     return path.with_suffix(".csv")

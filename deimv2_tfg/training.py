@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
-from .core import (Study, code_hash, data_hash, environment, hash_bytes, project_root, progress, read_json, run_directory,
+from .core import (Study, code_hash, data_hash, environment, hash_bytes, one_at_a_time, project_root, progress, read_json, run_directory,
                              seed_everything, study_data, write_json)
 from .criterion import Criterion
 from .data import load_dataset, require_dataset
@@ -287,4 +287,4 @@ def phase1_config(study: Study) -> TrainConfig:
 
 def phase1_run(study: Study) -> Path:
     "The study's phase-1 run: found, finished or trained."
-    return train(phase1_config(study))
+    with one_at_a_time(study.runs / "phase1"): return train(phase1_config(study))

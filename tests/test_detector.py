@@ -180,7 +180,7 @@ class Attack:
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_attack_is_refused_and_not_run(tmp_path, how):
     mark, file = tmp_path / "was_run", tmp_path / "checkpoint.pth"
-    if how == "pickle": file.write_bytes(pickle.dumps({"model": Attack(mark)}))
+    if how == "pickle": file.write_bytes(pickle.dumps({"model": Attack(mark)}, protocol=2))
     else: torch.save({"model": Attack(mark)}, file)
     with pytest.raises(WeightsError, match="refused, nothing in it was run"): load_original_weights(build_detector(DetectorConfig.tiny()), file)
     assert not mark.exists()
@@ -239,7 +239,7 @@ def test_convert(tmp_path):
 
 def test_starting_points_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("deimv2_tfg.detector.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("deimv2_tfg.detector.cached_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     tiny, m = build_detector(DetectorConfig.tiny()), DetectorConfig.m()
     from deimv2_tfg.detector import find_weights
     for init, config, words in (("dinov3", m, "vittplus_distill.pt"), ("coco", m, "cannot be reached"), ("coco", tiny.detector_config, "nothing was published"),

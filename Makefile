@@ -1,0 +1,45 @@
+# make thesis   from a fresh clone to thesis_figures/demo (environment included)
+# make test     everything that CI checks
+# Photographs of one's own: make thesis DATA=path/to/photographs [PROFILE=compact] [STUDY=name] [SEED=0]
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= $(if $(DATA),,demo)
+STUDY   ?=
+SEED    ?= 0
+DATA    ?=
+BIN     := $(VENV)/bin
+PARAMS  := $(if $(PROFILE),-p profile $(PROFILE)) $(if $(DATA),-p data_dir "$(abspath $(DATA))") $(if $(STUDY),-p study $(STUDY)) -p seed $(SEED)
+NAME     = $(shell $(BIN)/python -c "from deimv2_tfg.core import open_study; print(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None).name)")
+CHAPTERS := $(basename $(notdir $(sort $(wildcard nbs/*.ipynb))))
+
+.PHONY: thesis test env pages export clean
+
+thesis: env
+	@set -e; pages="runs/$(NAME)/pages"; mkdir -p "$$pages"; start=$$(date +%s); \
+	for chapter in $(CHAPTERS); do \
+	  began=$$(date +%s); \
+	  $(BIN)/papermill --no-progress-bar --log-level WARNING -k python3 "nbs/$$chapter.ipynb" "$$pages/$$chapter.ipynb" $(PARAMS); \
+	  echo "$$chapter: $$(( $$(date +%s) - began )) s"; \
+	done; \
+	echo "all chapters: $$(( $$(date +%s) - start )) s; executed notebooks in $$pages, figures and tables in thesis_figures/$(NAME)"
+
+# The notebooks are stored with the outputs of the demo: after `make thesis`, this copies them into nbs/.
+pages: env
+	$(BIN)/deimv2-tfg pages runs/$(NAME)/pages
+
+test: env
+	$(BIN)/nbdev_test --n_workers 1
+	$(BIN)/python -m pytest -q tests
+
+export: env
+	$(BIN)/nbdev_export
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: settings.ini setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf runs/smoke runs/data thesis_figures/smoke
