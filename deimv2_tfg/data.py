@@ -95,7 +95,7 @@ def _check_images(report, coco, split, root):
         absent = [k for k in ("id", "file_name", "width", "height") if not isinstance(image, dict) or k not in image]
         if absent: report.add("error", name, f"images[{i}]", f"{', '.join(absent)} missing"); continue
         if image["id"] in images: report.add("error", name, f"images[{i}].id", f"{image['id']} is used twice")
-        if present and image["file_name"] not in present and not (folder / image["file_name"]).exists():
+        if folder.is_dir() and image["file_name"] not in present and not (folder / image["file_name"]).exists():
             report.add("error", name, f"images[{i}].file_name", f"{image['file_name']!r} is not in {split}/images")
         images[image["id"]] = image
     return images

@@ -139,7 +139,8 @@ class Detector(Deimv2ForObjectDetection):
     """DEIMv2 as published: `model(pixel_values) -> DetectorOutput`. Parameters have transformers' names.
 
     `pixel_values` is (B, 3, H, W), H and W any multiples of 32. With `targets`, a list of {"labels" (n,), "boxes" (n, 4) cxcywh in [0, 1]}, the
-    outputs of all layers are given and, in training mode, denoising queries run along.
+    outputs of all layers are given and, in training mode, denoising queries run along. In a process that trains afterwards evaluate under
+    `torch.no_grad`: anchors are cached, and tensors made in `inference_mode` cannot be used in a backward pass.
     """
     config_class = TfgDeimv2Config
     _tied_weights_keys = {}

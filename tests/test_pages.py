@@ -138,3 +138,12 @@ def test_requirements_name_every_package_that_is_imported():
             elif isinstance(node, ast.ImportFrom) and not node.level: imported.add(node.module.split(".")[0])
     missing = {known.get(m, m) for m in imported - set(sys.stdlib_module_names) - {"deimv2_tfg"}} - required
     assert not missing
+
+
+def test_readme_shows_the_table_that_is_on_file():
+    import csv
+    readme = (ROOT / "README.md").read_text()
+    table = re.search(r"thesis_figures/(\w+)/per_class_ap\.csv", readme).group(0)
+    for row in csv.DictReader((ROOT / table).open()):
+        assert f"| {row['class']} | {row['objects']} | {float(row['AP']):.3f} | {float(row['AP50']):.3f} |" in readme
+    for link in re.findall(r"\]\(([^)#]+)\)", readme): assert (ROOT / link).exists(), link
