@@ -1,0 +1,41 @@
+"""The command line says what is wrong and ends with an exit code; stored outputs never come from other sources."""
+import json
+
+import pytest
+
+from deimv2_tfg import cli
+
+
+def test_doctor(smoke_data, tmp_path, capsys):
+    assert cli.main(["doctor", str(smoke_data)]) == 0 and "nothing found" in capsys.readouterr().out
+    assert cli.main(["doctor", str(tmp_path)]) == 1 and "train/train.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["train", "nowhere"], ["evaluate", "nowhere", "nowhere"], ["convert", "nothing.pth", "out"], ["bench", "nothing"], ["synth", "x", "--profile", "nothing"]])
+def test_a_fault_of_the_user_is_a_message_and_no_traceback(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) == 1
+    assert capsys.readouterr().err.startswith("deimv2-tfg: ")
+
+
+def test_options_are_the_function_s_own(capsys):
+    with pytest.raises(SystemExit): cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("epochs", "lr", "batch_size", "ema", "seed"))
+
+
+def test_pages_takes_outputs_only_from_the_same_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "project_root", lambda: tmp_path)
+    cell = {"cell_type": "code", "id": "one", "metadata": {}, "source": ["1 + 1"], "outputs": [], "execution_count": None}
+    output = {"output_type": "execute_result", "data": {"text/plain": ["2"]}, "metadata": {}, "execution_count": 4}
+    noise = {"output_type": "stream", "name": "stderr", "text": ["3/10"]}
+    book = lambda **changed: json.dumps({"cells": [cell | changed], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    for folder in ("nbs", "runs/demo/pages"): (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "nbs/a.ipynb").write_text(book())
+    (tmp_path / "runs/demo/pages/a.ipynb").write_text(book(outputs=[noise, output]))
+    cli.pages(str(tmp_path / "runs/demo/pages"))
+    stored = json.loads((tmp_path / "nbs/a.ipynb").read_text())
+    assert [o["data"] for o in stored["cells"][0]["outputs"]] == [{"text/plain": ["2"]}]
+    assert stored["metadata"]["stored_outputs"] == {"study": "demo", "sources": cli.sources_fingerprint(stored)}
+    (tmp_path / "runs/demo/pages/a.ipynb").write_text(book(source=["1 + 2"], outputs=[output]))
+    with pytest.raises(ValueError, match="a.ipynb"): cli.pages(str(tmp_path / "runs/demo/pages"))
