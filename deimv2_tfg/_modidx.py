@@ -30,6 +30,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
             'deimv2_tfg.cli': { 'deimv2_tfg.cli.add_options': ('cli.html#add_options', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.bench': ('cli.html#bench', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.doctor': ('cli.html#doctor', 'deimv2_tfg/cli.py'),
+                                'deimv2_tfg.cli.lighter': ('cli.html#lighter', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.main': ('cli.html#main', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.pages': ('cli.html#pages', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.sources_fingerprint': ('cli.html#sources_fingerprint', 'deimv2_tfg/cli.py'),
