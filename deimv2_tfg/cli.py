@@ -14,6 +14,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
@@ -30,7 +31,7 @@ def add_options(parser, function):
     "An option a parameter of a function (or field of a dataclass): positional where it has no default."
     for p in inspect.signature(function).parameters.values():
         given = p.default is not inspect.Parameter.empty
-        kind = {"int": int, "float": float, "int | None": int}.get(p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", ""), type(p.default) if p.default not in (None, p.empty) else str)
+        kind = next((t for t in (bool, int, float) if t in (p.annotation, *get_args(p.annotation)) or type(p.default) is t), str)
         if kind is bool: parser.add_argument(f"--{p.name}", action=argparse.BooleanOptionalAction, default=p.default)
         elif kind in (int, float, str): parser.add_argument(f"--{p.name}" if given else p.name, type=kind, default=p.default if given else None, help=f"default: {p.default}" if given else None)
 

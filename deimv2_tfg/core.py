@@ -49,7 +49,7 @@ class Profile:
 PROFILES = {p.name: p for p in (
     Profile("smoke", "tiny", 64, 2, 4, (12, 6, 6), 64, 1e-3),
     Profile("demo", "small", 128, 30, 8, (320, 48, 96), 160, 2e-3),
-    Profile("compact", "small", 160, 88, 16, (715, 102, 205), 320, 1e-3),
+    Profile("compact", "small", 192, 132, 16, (715, 102, 205), 320, 1e-3),
     Profile("thesis", "m", 640, 100, 16, (715, 102, 205), 640, 5e-4),
 )}
 

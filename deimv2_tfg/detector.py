@@ -139,8 +139,7 @@ class Detector(Deimv2ForObjectDetection):
     """DEIMv2 as published: `model(pixel_values) -> DetectorOutput`. Parameters have transformers' names.
 
     `pixel_values` is (B, 3, H, W), H and W any multiples of 32. With `targets`, a list of {"labels" (n,), "boxes" (n, 4) cxcywh in [0, 1]}, the
-    outputs of all layers are given and, in training mode, denoising queries run along. In a process that trains afterwards evaluate under
-    `torch.no_grad`: anchors are cached, and tensors made in `inference_mode` cannot be used in a backward pass.
+    outputs of all layers are given and, in training mode, denoising queries run along.
     """
     config_class = TfgDeimv2Config
     _tied_weights_keys = {}
@@ -252,6 +251,7 @@ def encode(model, pixel_values) -> tuple:
 
 # %% ../nbs/03_detector.ipynb #anchor-logits
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def anchor_logits(shapes, device="cpu") -> tuple:
     "Prior boxes, one a cell of every map: logits `(1, N, 4)` of cxcywh, and which are usable `(1, N, 1)`; `shapes` is ((h, w), ...)."
     levels = []

@@ -26,10 +26,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .core import (Study, code_hash, data_hash, environment, hash_bytes, one_at_a_time, project_root, progress, read_json, run_directory,
                              seed_everything, study_data, write_json)
-from .criterion import Criterion
+from .backbone import LoadReport
+from .criterion import Criterion, check_terms
 from .data import load_dataset, require_dataset
-from .detector import DetectorConfig, build_detector, save_detector
-from .evaluation import coco_metrics, predict
+from .detector import DetectorConfig, build_detector, init_weights, save_detector
+from .evaluation import coco_metrics, predict, write_results
 from .transforms import TrainTransform, collate
 
 # %% ../nbs/04_training_stability.ipynb #trainconfig
@@ -39,12 +40,13 @@ class TrainConfig:
     data_dir: str
     runs_dir: str | None = None      # where the run directory is made; None: runs/<name of the data set>
     model: str = "small"             # a configuration of DetectorConfig
+    init: str = "scratch"            # first weights: "scratch", "coco", "dinov3", a file, a directory of save_detector, a hub's owner/name
     image_size: int = 160            # side of the square input, pixels
     epochs: int = 100
     batch_size: int = 16
     lr: float = 5e-4                 # at batch 32
     lr_rule: str = "linear"          # how the rate follows the batch: "linear", "sqrt" or "none"
-    backbone_lr: float = 1.0         # factor on the rate for the ViT; 0.05 when it was trained before
+    backbone_lr: float | None = None # factor on the rate for the ViT; None: 1 from scratch, 0.05 where it was trained before
     weight_decay: float = 1e-4       # none on norms and biases
     warmup: float = 0.03             # fraction of training
     flat: float = 0.5                # fraction after which the rate falls (cosine)
@@ -55,7 +57,10 @@ class TrainConfig:
     clip: float = 0.1                # gradient norm
     precision: str = "auto"          # "auto": bf16 where the GPU has it, else float32; or "no", "bf16", "fp16"
     eval_every: int = 1              # epochs between evaluations on val
-    vertical_flips: bool = True
+    vertical_flips: bool = True      # off for parts that have an up
+    photometric: float = 0.5         # probability of other light and colours
+    zoom_out: float = 0.0            # probability of a smaller photograph on grey
+    iou_crop: float = 0.25           # probability of a crop that keeps a box
     seed: int = 0
     num_workers: int = 0
 
@@ -83,8 +88,8 @@ def parameter_groups(model, config: TrainConfig) -> list[dict]:
         if not p.requires_grad: continue
         vit, decayed = ".conv_encoder.backbone." in f".{name}", p.ndim > 1
         groups.setdefault((vit, decayed), []).append(p)
-    lr = scaled_lr(config)
-    return [{"params": ps, "lr": lr * (config.backbone_lr if vit else 1), "weight_decay": config.weight_decay if decayed else 0.0}
+    lr, slower = scaled_lr(config), config.backbone_lr if config.backbone_lr is not None else 1.0 if config.init == "scratch" else 0.05
+    return [{"params": ps, "lr": lr * (slower if vit else 1), "weight_decay": config.weight_decay if decayed else 0.0}
             for (vit, decayed), ps in groups.items()]
 
 # %% ../nbs/04_training_stability.ipynb #weight-average
@@ -105,6 +110,7 @@ def training_step(model, criterion, pixel_values, targets, optimizer, average, a
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip if config.clip else math.inf)
     finite = bool(torch.isfinite(norm))
+    if not finite: check_terms(losses, [t["image_id"] for t in targets])
     if finite:
         optimizer.step()
         average.update_parameters(accelerator.unwrap_model(model))
@@ -138,6 +144,7 @@ NOT_HASHED = ("data_dir", "runs_dir", "num_workers")
 def find_run(config: TrainConfig) -> Path:
     "The run directory that `train(config)` uses: the same for the same configuration, data and code."
     hashed = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_HASHED}
+    if Path(config.init).is_file(): hashed["init"] = hash_bytes(Path(config.init).read_bytes())
     runs = config.runs_dir or project_root() / "runs" / Path(config.data_dir).name
     return run_directory(runs, "detector", hashed, data_hash(config.data_dir), code_hash(**TRAINING_CODE))
 
@@ -193,11 +200,12 @@ class Trainer:
         self.config, self.run = config, run
         self.accelerator = Accelerator(mixed_precision=pick_precision(config))
         seed_everything(config.seed)
-        self.transform = TrainTransform(config.image_size, vertical=config.vertical_flips)
+        self.transform = TrainTransform(config.image_size, vertical=config.vertical_flips, photometric=config.photometric, zoom_out=config.zoom_out, iou_crop=config.iou_crop)
         self.train_set, self.val_set = (load_dataset(config.data_dir, split, t) for split, t in (("train", self.transform), ("val", None)))
         self.steps_per_epoch = max(1, len(self.train_set) // config.batch_size)
         self.total = self.steps_per_epoch * config.epochs
         model = build_detector(getattr(DetectorConfig, config.model)(num_classes=self.train_set.num_classes))
+        self.start = LoadReport(taken="random weights") if config.init == "scratch" else init_weights(model, config.init)
         self.average = weight_average(model, config.ema * self.total).to(self.accelerator.device)
         fused = self.accelerator.device.type in ("cuda", "cpu")
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(parameter_groups(model, config), fused=fused))
@@ -237,7 +245,7 @@ def validate(trainer: Trainer) -> dict:
     if score > trainer.best:
         trainer.best = score
         keep_best(trainer.run, model, trainer.train_set, trainer.config, epoch=trainer.epoch + 1, val_AP=score)
-        write_json(trainer.run / "predictions_val.json", results)
+        write_results(trainer.run / "predictions_val.json", results)
     return {f"val/{k}": v for k, v in metrics.items()}
 
 # %% ../nbs/04_training_stability.ipynb #restore
@@ -264,7 +272,7 @@ def train(config: TrainConfig) -> Path:
     _restore(trainer)
     if not (run / "config.json").exists():
         write_json(run / "config.json", dataclasses.asdict(config) | {"classes": trainer.train_set.classes})
-        write_json(run / "env.json", environment(seed=config.seed, data_hash=data_hash(config.data_dir), code_hash=code_hash(**TRAINING_CODE), precision=pick_precision(config)))
+        write_json(run / "env.json", environment(seed=config.seed, data_hash=data_hash(config.data_dir), code_hash=code_hash(**TRAINING_CODE), precision=pick_precision(config), start=dataclasses.asdict(trainer.start)))
     log = Log(run, trainer.step)
     while trainer.epoch < config.epochs:
         started = time.perf_counter()

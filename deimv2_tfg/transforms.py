@@ -10,6 +10,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .data import cxcywh_to_xyxy
+
 # %% ../nbs/01c_transforms.ipynb #to-pixel-values
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -22,9 +24,7 @@ def to_pixel_values(image_size) -> v2.Compose:
 def _to_tv(photograph, target):
     "The photograph and its target with boxes as torchvision's type (xyxy pixels)."
     w, h = photograph.size
-    centre, extent = target["boxes"][:, :2], target["boxes"][:, 2:]
-    xyxy = torch.cat([centre - extent / 2, centre + extent / 2], 1) * torch.tensor([w, h, w, h])
-    return photograph, target | {"boxes": tv_tensors.BoundingBoxes(xyxy.reshape(-1, 4), format="XYXY", canvas_size=(h, w))}
+    return photograph, target | {"boxes": tv_tensors.BoundingBoxes(cxcywh_to_xyxy(target["boxes"], (h, w)), format="XYXY", canvas_size=(h, w))}
 
 def _from_tv(target):
     "The target with boxes as plain cxcywh in [0, 1]."
@@ -40,12 +40,12 @@ def eval_transform(image_size):
     return lambda photograph, target: (pixels(photograph), target)
 
 # %% ../nbs/01c_transforms.ipynb #augmentation
-def augmentation(flips=True, vertical=True, photometric=0.5, zoom_out=0.15, iou_crop=0.4) -> v2.Compose:
+def augmentation(flips=True, vertical=True, photometric=0.5, zoom_out=0.0, iou_crop=0.25) -> v2.Compose:
     "Random changes of photograph and boxes; each number is a probability, 0 turns its part off."
     light = v2.RandomPhotometricDistort(brightness=(.75, 1.25), contrast=(.7, 1.3), saturation=(.7, 1.3), hue=(-.03, .03), p=.5)
     parts = [v2.RandomApply([light], photometric)] if photometric else []
     if zoom_out: parts.append(v2.RandomZoomOut(fill=114, side_range=(1., 2.), p=zoom_out))
-    if iou_crop: parts.append(v2.RandomApply([v2.RandomIoUCrop(min_scale=.4, trials=15)], iou_crop))
+    if iou_crop: parts.append(v2.RandomApply([v2.RandomIoUCrop(min_scale=.5, trials=15)], iou_crop))
     if flips: parts.append(v2.RandomHorizontalFlip(.5))
     if flips and vertical: parts.append(v2.RandomVerticalFlip(.5))
     return v2.Compose([*parts, v2.SanitizeBoundingBoxes(min_size=2, labels_getter=lambda x: x[1]["labels"])])
