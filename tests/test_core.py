@@ -48,7 +48,7 @@ def test_code_hash_follows_what_is_called():
     assert source_hash("def f():\n  'doc'\n  return 1") == source_hash("def f(): return 1") != source_hash("def f(): return 2")
     reached = reachable_code("training", "train", leave_out=("core",))
     assert {"training.train_epoch", "criterion.Criterion", "detector.build_detector", "transforms.TrainTransform"} <= reached.keys()
-    assert not any(k.startswith("core.") for k in reached) and "detector.load_original_weights" not in reached
+    assert not any(k.startswith("core.") for k in reached) and "detector.convert_weights" not in reached
     assert code_hash("training", "train") != code_hash("evaluation", "evaluate")
 
 
