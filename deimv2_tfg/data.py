@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LAYOUT', 'ERROR', 'WARNING', 'KINDS', 'FEW', 'SUFFIXES', 'LINES', 'annotation_file', 'Finding', 'Report',
-           'objects_by_class', 'check_dataset', 'DatasetError', 'require_dataset', 'coco_targets', 'DetectionDataset',
-           'load_dataset', 'class_style', 'cxcywh_to_xyxy', 'draw_boxes', 'sample_sheet', 'class_table', 'box_table',
-           'size_table', 'plot_classes', 'plot_sizes']
+           'box_problem', 'objects_by_class', 'check_dataset', 'DatasetError', 'require_dataset', 'coco_targets',
+           'DetectionDataset', 'load_dataset', 'class_style', 'cxcywh_to_xyxy', 'draw_boxes', 'sample_sheet',
+           'class_table', 'box_table', 'size_table', 'plot_classes', 'plot_sizes']
 
 # %% ../nbs/01_data.ipynb #95d39687
 import json
@@ -170,7 +170,7 @@ def _read_coco(report, root, split):
 # %% ../nbs/01_data.ipynb #box-problem
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 
-def _box_problem(box, width, height):
+def box_problem(box, width, height):
     "(kind, message) for a COCO box in pixels on an image of this size, or None."
     if not isinstance(box, list) or len(box) != 4 or not all(map(_number, box)): return "box-malformed", f"{box} is not four numbers x, y, width, height"
     if not all(map(math.isfinite, box)): return "box-nan", f"{box} is not four finite numbers x, y, width, height"
@@ -248,7 +248,7 @@ def _check_annotations(report, coco, split, images):
         if image is None: report.add("image-id-unknown", name, f"{where}.image_id", f"{at!r} is not the id of an image"); continue
         known = _number(a.get("category_id")) and a["category_id"] in categories
         if not known: report.add("category-id-unknown", name, f"{where}.category_id", f"{a.get('category_id')!r} is not the id of a category")
-        problem = _box_problem(a.get("bbox"), image["width"], image["height"])
+        problem = box_problem(a.get("bbox"), image["width"], image["height"])
         if problem: report.add(problem[0], name, f"{where}.bbox", problem[1])
         if not problem or KINDS[problem[0]][0] == WARNING: _check_numbers(report, name, where, a, ids)
         if known and (not problem or problem[0] in ("box-over-edge", "box-tiny", "box-outside")): sound.append((i, a, image))
@@ -371,14 +371,18 @@ def _check_names(report, cocos):
     listed = [(split, i["file_name"]) for split, coco in cocos.items() for i in coco["images"] if isinstance(i, dict) and isinstance(i.get("file_name"), str)]
     homes, bases = defaultdict(list), defaultdict(list)
     for split, name in listed: homes[name].append(split); bases[base_name(name)].append((split, name))
-    for name, splits in homes.items():
-        if len(set(splits)) > 1: report.add("name-in-two-splits", f"{splits[1]}/images/{name}", "", f"{name!r} is in {', '.join(dict.fromkeys(splits))}")
+    shared = {name: splits for name, splits in homes.items() if len(set(splits)) > 1}
+    if len(shared) > max(20, len(homes) / 10):   # photographs numbered anew in each split: a fact about the set, and not about each file
+        report.add("name-in-two-splits", ".", "", f"{len(shared)} names are in several splits, {next(iter(shared))!r} for one: a name does not tell a photograph")
+    else:
+        for name, splits in shared.items(): report.add("name-in-two-splits", f"{splits[1]}/images/{name}", "", f"{name!r} is in {', '.join(dict.fromkeys(splits))}")
     for base, its in bases.items():
         roboflow = len({n for _, n in its}) > 1 and ".rf." in its[0][1]
         for split, name in its:
             if not is_augmented(name) and not (roboflow and (split, name) != its[0]): continue
-            other = next((o for o in its if o[0] != split), None)
-            report.add("name-augmented-across" if other else "name-augmented", f"{split}/images/{name}", "", f"named like an augmented copy of {base!r}" + (f", which is also {other[0]}/images/{other[1]}" if other else ""))
+            home = {s for s, n in its if not is_augmented(n)} or {its[0][0]}   # where the original is
+            other = None if split in home else next(o for o in its if o[0] in home)
+            report.add("name-augmented-across" if other else "name-augmented", f"{split}/images/{name}", "", f"named like an augmented copy of {base!r}" + (f", which is {other[0]}/images/{other[1]}" if other else ""))
 
 # %% ../nbs/01_data.ipynb #check-dataset
 def check_dataset(root, splits=SPLITS, photographs=True) -> Report:

@@ -246,12 +246,13 @@ def copy_recall(photographs, chosen) -> pd.DataFrame:
     Found: the copy is paired with its original's cluster as it was before. False: a pair of a copy with anything else.
     """
     n, sound = len(photographs), [i for i in chosen if photographs[i].thumbnail is not None and not photographs[i].flat]
-    cluster, rows = clusters(n, same_pairs(photographs)[["a", "b"]].to_numpy()), []
-    for kind in progress(COPIES, "planting copies"):
-        pairs = same_pairs([*photographs, *(planted(photographs[i], kind) for i in sound)])[["a", "b"]].to_numpy()
-        source = np.array([*range(n), *sound])
-        new = pairs[pairs[:, 1] >= n]
-        right = cluster[source[new[:, 0]]] == cluster[source[new[:, 1]]]
-        found = len({int(b) for b in new[right, 1]})
-        rows.append((kind, len(sound), found, found / max(1, len(sound)), int((~right).sum())))
+    cluster = clusters(n, same_pairs(photographs)[["a", "b"]].to_numpy())
+    copies = [(kind, i) for kind in COPIES for i in sound]
+    source = np.array([*range(n), *(i for _, i in copies)])
+    pairs = same_pairs([*photographs, *(planted(photographs[i], kind) for kind, i in progress(copies, "planting copies", delay=2))])[["a", "b"]].to_numpy(int)
+    right, rows = cluster[source[pairs[:, 0]]] == cluster[source[pairs[:, 1]]], []
+    for k, kind in enumerate(COPIES):
+        its = (pairs[:, 1] >= n + k * len(sound)) & (pairs[:, 1] < n + (k + 1) * len(sound))
+        found = len({int(b) for a, b in pairs[its & right] if a < n})
+        rows.append((kind, len(sound), found, found / max(1, len(sound)), int((its & ~right).sum())))
     return pd.DataFrame(rows, columns=["copy", "planted", "found", "share", "false pairs"]).set_index("copy")
