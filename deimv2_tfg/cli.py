@@ -23,6 +23,7 @@ from .data import DatasetError
 from .detector import convert_weights
 from .doctor import doctor
 from .evaluation import evaluate
+from .formats import import_dataset
 from .splits import freeze_command, split
 from .synthetic import make_dataset
 from .training import TrainConfig, train
@@ -81,7 +82,7 @@ def bench(what: str, repeats: int = 7):
 # %% ../nbs/08_cli.ipynb #main
 COMMANDS = {"train": (TrainConfig, lambda **kw: print(train(TrainConfig(**kw)))),
             "evaluate": (evaluate, lambda **kw: print(json.dumps(to_jsonable(evaluate(**kw)), indent=1))),
-            "doctor": (doctor, doctor), "split": (split, split), "freeze": (freeze_command, freeze_command), "synth": (make_dataset, lambda **kw: print(make_dataset(**kw))),
+            "doctor": (doctor, doctor), "import": (import_dataset, lambda **kw: print(import_dataset(**kw))), "split": (split, split), "freeze": (freeze_command, freeze_command), "synth": (make_dataset, lambda **kw: print(make_dataset(**kw))),
             "convert": (convert_weights, lambda **kw: print(convert_weights(**kw))), "bench": (bench, bench), "pages": (pages, pages)}
 
 def main(arguments=None) -> int:

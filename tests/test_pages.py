@@ -129,7 +129,7 @@ def test_the_package_is_only_what_was_exported():
 
 
 def test_requirements_name_every_package_that_is_imported():
-    known = {"PIL": "pillow", "mpl_toolkits": "matplotlib"}
+    known = {"PIL": "pillow", "mpl_toolkits": "matplotlib", "yaml": "pyyaml"}
     required = set(re.findall(r"([A-Za-z0-9_-]+)(?=[<>=])", re.search(r"^requirements = (.*)$", (ROOT / "settings.ini").read_text(), re.M).group(1)))
     imported = set()
     for p in (ROOT / "deimv2_tfg").glob("*.py"):
