@@ -6,7 +6,8 @@
 __all__ = ['SPLITS', 'LAYOUT', 'ERROR', 'WARNING', 'KINDS', 'FEW', 'SUFFIXES', 'LINES', 'annotation_file', 'Finding', 'Report',
            'box_problem', 'objects_by_class', 'check_dataset', 'DatasetError', 'require_dataset', 'coco_targets',
            'DetectionDataset', 'load_dataset', 'class_style', 'cxcywh_to_xyxy', 'draw_boxes', 'sample_sheet',
-           'class_table', 'box_table', 'size_table', 'plot_classes', 'plot_sizes']
+           'class_table', 'box_table', 'size_table', 'plot_classes', 'plot_sizes', 'photograph_statistics',
+           'box_shapes', 'plot_statistics', 'in_words', 'few_objects']
 
 # %% ../nbs/01_data.ipynb #95d39687
 import json
@@ -544,3 +545,48 @@ def plot_sizes(boxes: pd.DataFrame, classes=None):
     ax.set_xscale("log", base=2); ax.set(xlabel="side of the box at the network's input, square root of the area (pixels)", ylabel="")
     ax.xaxis.set_major_formatter("{x:.0f}")
     return fig
+
+# %% ../nbs/01_data.ipynb #statistics
+def photograph_statistics(datasets: dict) -> pd.DataFrame:
+    "One row a photograph: split, width, height, objects, and classes shown."
+    return pd.DataFrame([(split, i["width"], i["height"], len(t["labels"]), len(set(t["labels"].tolist()))) for split, ds in datasets.items() for i, t in zip(ds.images, ds.targets)],
+                        columns=["split", "width", "height", "objects", "classes"])
+
+def box_shapes(datasets: dict) -> pd.DataFrame:
+    "One row a box: split, class, width over height in pixels, and its share of the photograph's area."
+    rows = [(split, ds.classes[l], w * t["size"][1] / (h * t["size"][0]), w * h) for split, ds in datasets.items() for t in ds.targets for l, (_, _, w, h) in zip(t["labels"].tolist(), t["boxes"].tolist())]
+    return pd.DataFrame(rows, columns=["split", "class", "width / height", "share of the photograph"])
+
+# %% ../nbs/01_data.ipynb #plot-statistics
+def plot_statistics(photographs: pd.DataFrame, shapes: pd.DataFrame, classes):
+    "Four panels: objects a photograph, sizes of photographs, shape of boxes by class, share of the photograph by class."
+    fig, axes = plt.subplots(2, 2, figsize=(7.4, 5), layout="constrained")
+    counts = photographs["objects"].value_counts().sort_index()
+    bars = axes[0, 0].bar(counts.index, counts, color="0.4")
+    axes[0, 0].bar_label(bars, fontsize=6); axes[0, 0].set(xlabel="objects in a photograph", ylabel="photographs"); axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    for split, marker in zip(photographs["split"].unique(), "o^s"):
+        its = photographs[photographs["split"] == split]
+        axes[0, 1].plot(its["width"], its["height"], marker, markersize=3, alpha=.4, label=split, markeredgewidth=0)
+    axes[0, 1].set(xlabel="width (pixels)", ylabel="height (pixels)"); axes[0, 1].legend(fontsize=6)
+    for ax, column in zip(axes[1], ("width / height", "share of the photograph")):
+        for label, name in enumerate(classes):
+            its = shapes.loc[shapes["class"] == name, column]
+            if len(its): sns.ecdfplot(its, ax=ax, label=name, **class_style(label))
+        ax.set_xscale("log"); ax.set(xlabel=f"{column} of a box", ylabel="share of the class's boxes")
+    axes[1, 1].legend(fontsize=5.5)
+    return fig
+
+def in_words(photographs: pd.DataFrame, shapes: pd.DataFrame) -> str:
+    "The four panels as sentences."
+    side, ratio, area = np.sqrt(photographs["width"] * photographs["height"]), shapes["width / height"], shapes["share of the photograph"]
+    by_class = area.groupby(shapes["class"], sort=False).median().sort_values()
+    return "\n".join([
+        f"{len(photographs)} photographs show {photographs['objects'].sum()} objects: {photographs['objects'].mean():.2f} on average, at most {photographs['objects'].max()}; {(photographs['objects'] == 0).sum()} show none and {(photographs['classes'] > 1).sum()} show several classes.",
+        f"Photographs measure {photographs['width'].min()} to {photographs['width'].max()} by {photographs['height'].min()} to {photographs['height'].max()} pixels; the median side (root of the area) is {side.median():.0f}.",
+        f"{100 * (np.maximum(ratio, 1 / ratio) > 3).mean():.0f} % of the boxes are more than three times as long as wide; the median box covers {100 * area.median():.1f} % of its photograph, a tenth cover less than {100 * area.quantile(.1):.1f} %.",
+        f"The smallest class is {by_class.index[0]} (median {100 * by_class.iloc[0]:.1f} %), the largest {by_class.index[-1]} ({100 * by_class.iloc[-1]:.1f} %)."]) if len(shapes) else f"{len(photographs)} photographs show no object."
+
+# %% ../nbs/01_data.ipynb #few-objects
+def few_objects(root, split: str = "test", few: int = FEW) -> dict:
+    "Classes with fewer than `few` objects in a split, by name, with their number: an AP of theirs is to be flagged."
+    return {name: n for name, n in objects_by_class(json.loads(annotation_file(root, split).read_text(encoding="utf-8-sig"))).items() if n < few}

@@ -118,3 +118,11 @@ def test_augmentation_keeps_boxes_on_their_objects(tmp_path):
         for got, expected in zip((*bright.min(0).values.tolist(), *bright.max(0).values.tolist()), (cy - h / 2, cx - w / 2, cy + h / 2, cx + w / 2)):
             assert abs(got - expected) < .05
     shutil.rmtree(tmp_path)
+
+
+def test_statistics_in_words_and_few_objects(photographs):
+    edit(photographs, "test", lambda c: c["annotations"].clear())
+    datasets = {s: load_dataset(photographs, s) for s in SPLITS}
+    words = data.in_words(data.photograph_statistics(datasets), data.box_shapes(datasets))
+    assert "3 photographs show 4 objects" in words and "1 show none and 2 show several classes" in words and "50 % of the boxes" in words
+    assert data.few_objects(photographs, "test") == {"dent": 0, "scratch": 0} and data.few_objects(photographs, "val", few=1) == {}
