@@ -7,8 +7,9 @@ __all__ = ['SPLITS', 'CLASSES', 'THESIS_COUNTS', 'EXTRA_WEIGHT', 'MOST_BOXES', '
            'BENCH', 'DIRT', 'DEFECTS', 'GENERATOR', 'MANIFEST', 'SplitCounts', 'apportion', 'images_with_class',
            'plan_split', 'smooth_noise', 'streaks', 'Canvas', 'brushed', 'cast', 'painted', 'Light', 'draw_light',
            'shade', 'draw_part', 'bevel', 'draw_bench', 'lay_on_bench', 'photograph', 'Patch', 'draw_dent',
-           'draw_crack', 'draw_scratch', 'draw_hole', 'draw_dirt', 'tight_box', 'add_defect', 'draw_image',
-           'planned_image', 'make_dataset', 'count_boxes', 'class_sheet']
+           'draw_crack', 'draw_scratch', 'draw_hole', 'draw_dirt', 'tight_box', 'Difficulty', 'add_clutter',
+           'add_defect', 'draw_image', 'planned_image', 'make_dataset', 'count_boxes', 'class_sheet',
+           'picture_statistics', 'likeness', 'plot_likeness']
 
 # %% ../nbs/01a_synthetic.ipynb #4cf7305a
 import math
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from PIL import Image, ImageDraw
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from .core import PROFILES, progress, read_json, write_json
 
@@ -414,8 +415,55 @@ def _crop(patch) -> Patch:
     at = np.s_[y:y + h, x:x + w]
     return Patch(patch.mask[at], patch.height[at], patch.cover[at], patch.colour[at] if patch.colour.ndim > 1 else patch.colour)
 
+# %% ../nbs/01a_synthetic.ipynb #difficulty
+@dataclass(frozen=True)
+class Difficulty:
+    "How hard the defects are to find; the defaults are the ordinary set."
+    contrast: float = 1.0    # factor on height and cover of a defect
+    size: float = 1.0        # factor on the size of a defect
+    clutter: float = 0.0     # harmless things on a part, on average
+
+    def __post_init__(self):
+        if not (0.05 <= self.contrast <= 1.5 and 0.2 <= self.size <= 1.5 and 0 <= self.clutter <= 20):
+            raise ValueError(f"{self}: contrast 0.05 to 1.5, size 0.2 to 1.5, clutter 0 to 20")
+
+def _fainter(patch, contrast) -> Patch:
+    "The patch with its height and cover scaled; its mask, and so its box, stays."
+    return patch if contrast == 1 else Patch(patch.mask, patch.height * contrast, np.clip(patch.cover * contrast, 0, 1), patch.colour)
+
+# %% ../nbs/01a_synthetic.ipynb #clutter
+def _printed(rng, side):
+    "A number, as stamped or printed."
+    image = Image.new("L", (60, 16))
+    ImageDraw.Draw(image).text((2, 2), f"{rng.integers(10000):04d}", fill=255)
+    width = max(12, round(side * rng.uniform(0.15, 0.3)))
+    return 0.75 * np.asarray(image.crop(image.getbbox()).resize((width, max(4, width // 3)), Image.BILINEAR), np.float32) / 255, 0.1 if rng.random() < 0.6 else 0.9
+
+def _wiped(rng, side):
+    "A soft, broad trace of a cloth."
+    h, w = round(side * rng.uniform(0.1, 0.2)) + 4, round(side * rng.uniform(0.3, 0.5)) + 4
+    y, x = np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)[None]
+    return 0.22 * (np.cos(y * math.pi / 2) * np.cos(x * math.pi / 2)).astype(np.float32), rng.choice([0.15, 0.95])
+
+def _taped(rng, side):
+    "A strip of clear tape."
+    return np.full((round(side * rng.uniform(0.05, 0.09)) + 3, round(side * rng.uniform(0.15, 0.3)) + 4), 0.3, np.float32), 0.85
+
+def add_clutter(rng, canvas: Canvas, part, amount: float):
+    "Lay harmless things on the part (in place), as many as a Poisson draw around `amount` says."
+    side = min(part.shape)
+    for _ in range(rng.poisson(amount)):
+        cover, grey = (_printed, _wiped, _taped)[rng.integers(3)](rng, side)
+        if rng.random() < 0.5: cover = np.ascontiguousarray(cover.T)
+        h, w = cover.shape
+        if h >= part.shape[0] or w >= part.shape[1]: continue
+        top, left = rng.integers(part.shape[0] - h), rng.integers(part.shape[1] - w)
+        at = np.s_[top:top + h, left:left + w]
+        cover = cover * (part[at] < 0)
+        canvas.albedo[at] += cover[..., None] * (grey - canvas.albedo[at])
+
 # %% ../nbs/01a_synthetic.ipynb #add-defect
-def add_defect(rng, canvas: Canvas, light: Light, part, label: int, taken=(), scale=1.0) -> tuple[int, int, int, int]:
+def add_defect(rng, canvas: Canvas, light: Light, part, label: int, taken=(), scale=1.0, contrast=1.0) -> tuple[int, int, int, int]:
     "Draw one defect on the canvas (in place) and return its tight box `(x, y, width, height)`, pixels."
     draw, least, most = DEFECTS[label]
     size, best = rng.uniform(least, most) * min(part.shape) * scale, None
@@ -426,7 +474,7 @@ def add_defect(rng, canvas: Canvas, light: Light, part, label: int, taken=(), sc
         if best is None or score > best[0]: best = (score, top, left, patch)
         if score > 0.98 - 0.02 * attempt: break
     _, top, left, patch = best
-    return _apply(canvas, patch, part, top, left)
+    return _apply(canvas, _fainter(patch, contrast), part, top, left)
 
 # %% ../nbs/01a_synthetic.ipynb #apply
 def _apply(canvas, patch, part, top, left):
@@ -438,31 +486,32 @@ def _apply(canvas, patch, part, top, left):
     return x + left, y + top, w, h
 
 # %% ../nbs/01a_synthetic.ipynb #draw-image
-def draw_image(labels, shape, rng) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
+def draw_image(labels, shape, rng, difficulty: Difficulty = Difficulty()) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
     "A photograph `(H, W, 3)` uint8 with the planned defects, and a box `(x, y, width, height)` in pixels for each label; label 0 is a sound part."
     canvas = SURFACES[list(SURFACES)[rng.integers(3)]](rng, shape)
     colour, part, light = _colour_of(canvas), draw_part(rng, shape), draw_light(rng)
     bevel(rng, canvas, part)
+    if difficulty.clutter: add_clutter(rng, canvas, part, difficulty.clutter)
     defects, boxes = [label for label in labels if label], []
-    for label in defects: boxes.append(add_defect(rng, canvas, light, part, label, boxes, scale=len(defects) ** -0.35))
+    for label in defects: boxes.append(add_defect(rng, canvas, light, part, label, boxes, len(defects) ** -0.35 * difficulty.size, difficulty.contrast))
     if not defects: boxes = [tight_box(part < 0)] * len(labels)
     picture = lay_on_bench(shade(canvas, light), draw_bench(rng, shape, colour), part, light)
     return photograph(rng, picture), boxes
 
 # %% ../nbs/01a_synthetic.ipynb #planned-image
-def planned_image(plan, seed, split, index, size) -> tuple[np.ndarray, list]:
+def planned_image(plan, seed, split, index, size, difficulty: Difficulty = Difficulty()) -> tuple[np.ndarray, list]:
     "Image `index` of a split and its boxes: its own generator, an aspect ratio between 0.8 and 1.25, an area of about `size`²."
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     root = math.exp(rng.uniform(math.log(0.8), math.log(1.25)) / 2)
-    return draw_image(plan[index], (round(size / root), round(size * root)), rng)
+    return draw_image(plan[index], (round(size / root), round(size * root)), rng, difficulty)
 
 # %% ../nbs/01a_synthetic.ipynb #write-split
-def _write_split(root, split, plan, seed, size, workers, bar):
+def _write_split(root, split, plan, seed, size, workers, bar, *difficulty):
     "Draw and write the images of a split in `workers` threads, then its COCO json."
     images = root / split / "images"
     images.mkdir(parents=True)
     def one(index):
-        picture, boxes = planned_image(plan, seed, split, index, size)
+        picture, boxes = planned_image(plan, seed, split, index, size, *difficulty)
         Image.fromarray(picture).save(images / f"{split}_{index + 1:05d}.jpg", quality=95, subsampling=0)
         bar.update()
         return picture.shape, boxes
@@ -483,15 +532,15 @@ GENERATOR = 1          # to be raised when the same seed gives other pictures
 MANIFEST = "manifest.json"
 
 # %% ../nbs/01a_synthetic.ipynb #manifest
-def _manifest(profile, seed, counts) -> dict:
-    "What decides every pixel: generator, seed, images of each split, side in pixels. Raises `ValueError`."
+def _manifest(profile, seed, counts, difficulty=Difficulty()) -> dict:
+    "What decides every pixel: generator, seed, images of each split, side in pixels, and the difficulty where it is not the ordinary one. Raises `ValueError`."
     if profile not in PROFILES: raise ValueError(f"profile={profile!r}: choose one of {', '.join(PROFILES)}")
     counts = PROFILES[profile].counts if counts is None else counts
     counts = dict(counts) if hasattr(counts, "keys") else dict(zip(SPLITS, counts, strict=True))
     if set(counts) != set(SPLITS) or not all(isinstance(n, (int, np.integer)) and n > 0 for n in counts.values()):
         raise ValueError(f"counts={counts}: a whole number of images, at least 1, for each of {', '.join(SPLITS)}")
     return {"generator": f"deimv2_tfg.synthetic {GENERATOR}", "seed": int(seed), "size": PROFILES[profile].synthetic_size,
-            "counts": {split: int(counts[split]) for split in SPLITS}}
+            "counts": {split: int(counts[split]) for split in SPLITS}} | ({} if difficulty == Difficulty() else {"difficulty": asdict(difficulty)})
 
 # %% ../nbs/01a_synthetic.ipynb #holds
 def _holds(root: Path, manifest: dict) -> bool:
@@ -506,13 +555,13 @@ def _holds(root: Path, manifest: dict) -> bool:
     return True
 
 # %% ../nbs/01a_synthetic.ipynb #make-dataset
-def make_dataset(root, profile: str = "demo", seed: int = 0, counts=None, workers: int | None = None) -> Path:
+def make_dataset(root, profile: str = "demo", seed: int = 0, counts=None, workers: int | None = None, contrast: float = 1.0, size: float = 1.0, clutter: float = 0.0) -> Path:
     """Write the built-in data set in the thesis's layout, or find it there, and return its root.
 
     `counts`: images in train, val, test (three numbers or a dict); None: the profile's, which are the thesis's own at full size.
-    `workers`: threads; None: one per core, at most 8. The files do not depend on it. Raises `FileExistsError` where `root` holds anything else.
+    `workers`: threads; None: one per core, at most 8. The files do not depend on it. `contrast`, `size`, `clutter`: see `Difficulty`. Raises `FileExistsError` where `root` holds anything else.
     """
-    root, manifest = Path(root).expanduser().resolve(), _manifest(profile, seed, counts)
+    root, manifest = Path(root).expanduser().resolve(), _manifest(profile, seed, counts, Difficulty(contrast, size, clutter))
     if _holds(root, manifest): return root
     root.parent.mkdir(parents=True, exist_ok=True)
     partial_root = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.partial-"))
@@ -526,10 +575,10 @@ def make_dataset(root, profile: str = "demo", seed: int = 0, counts=None, worker
 # %% ../nbs/01a_synthetic.ipynb #write-splits
 def _write_splits(root, manifest, workers):
     "Every split and then the manifest, with one progress bar (none for few images)."
-    total = sum(manifest["counts"].values())
+    total, hard = sum(manifest["counts"].values()), [Difficulty(**manifest["difficulty"])] if "difficulty" in manifest else []
     with progress(total=total, desc="drawing photographs", unit="image", **({"disable": True} if total < 60 else {})) as bar:
         for split, n in manifest["counts"].items():
-            _write_split(root, split, plan_split(split, n, manifest["seed"]), manifest["seed"], manifest["size"], workers, bar)
+            _write_split(root, split, plan_split(split, n, manifest["seed"]), manifest["seed"], manifest["size"], workers, bar, *hard)
     write_json(root / MANIFEST, manifest)
 
 # %% ../nbs/01a_synthetic.ipynb #move-into-place
@@ -574,4 +623,47 @@ def class_sheet(root, split: str = "train", columns: int = 4):
         for ax, i in zip(row, ids):
             file = next(image["file_name"] for image in coco["images"] if image["id"] == i)
             _show(ax, Path(root) / split / "images" / file, [a for a in coco["annotations"] if a["image_id"] == i], colours)
+    return fig
+
+# %% ../nbs/01a_synthetic.ipynb #picture-statistics
+def _defect_contrast(grey, box):
+    "Distance of the mean grey inside a box from that of a frame half as wide around it, in deviations of the picture."
+    x, y, w, h = (round(v) for v in box)
+    pad = max(2, min(w, h) // 4)
+    inside, around = grey[y:y + h, x:x + w], grey[max(y - pad, 0):y + h + pad, max(x - pad, 0):x + w + pad]
+    rest = around.size - inside.size
+    if rest < 4 or not inside.size: return float("nan")
+    return abs(inside.mean() - (around.sum() - inside.sum()) / rest) / max(grey.std(), 1e-6)
+
+def picture_statistics(root, split: str = "train", most: int = 200, seed: int = 0) -> pd.DataFrame:
+    "`contrast`, `fine detail`, `defect size`, `defect contrast` (its first box) of up to `most` photographs of a split; NaN where a photograph has no box."
+    coco, rows = read_json(Path(root) / split / f"{split}.json"), []
+    first = {a["image_id"]: a["bbox"] for a in reversed(coco["annotations"])}
+    for k in np.random.default_rng(seed).permutation(len(coco["images"]))[:most]:
+        image = coco["images"][k]
+        with Image.open(Path(root) / split / "images" / image["file_name"]) as photo: grey = np.asarray(photo.convert("L"), np.float32)
+        small = np.asarray(Image.fromarray(grey).resize((128, 128), Image.BOX))
+        fine = (np.diff(small, axis=0).var() + np.diff(small, axis=1).var()) / max(2 * small.var(), 1e-6)
+        box = first.get(image["id"])
+        size, distinct = (math.sqrt(box[2] * box[3] / grey.size), _defect_contrast(grey, box)) if box else (float("nan"),) * 2
+        rows.append((grey.std() / 255, fine, size, distinct))
+    return pd.DataFrame(rows, columns=["contrast", "fine detail", "defect size", "defect contrast"])
+
+# %% ../nbs/01a_synthetic.ipynb #likeness
+def likeness(sets: dict) -> pd.DataFrame:
+    "Medians of `picture_statistics` for each of `{name: data frame}`, and how far each set's distribution is from the first one's (Kolmogorov-Smirnov distance: 0 alike, 1 apart)."
+    first, rows = next(iter(sets.values())), {}
+    for name, these in sets.items():
+        away = {f"{c}: distance": float(stats.ks_2samp(first[c].dropna(), these[c].dropna()).statistic) for c in these}
+        rows[name] = {f"{c}: median": float(these[c].median()) for c in these} | away
+    return pd.DataFrame(rows).T
+
+def plot_likeness(sets: dict):
+    "Figure: the distributions behind `likeness`, a panel a number."
+    fig, axes = plt.subplots(1, 4, figsize=(9, 2.3), layout="constrained")
+    for ax, column in zip(axes, next(iter(sets.values())).columns):
+        for (name, these), colour, style in zip(sets.items(), sns.color_palette("colorblind"), ("-", "--", ":", "-.")):
+            sns.ecdfplot(these[column].dropna(), ax=ax, color=colour, linestyle=style, label=name)
+        ax.set(xlabel=column, ylabel="share of photographs" if ax is axes[0] else "")
+    axes[0].legend(fontsize=6)
     return fig

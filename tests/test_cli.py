@@ -7,7 +7,7 @@ from deimv2_tfg import cli
 
 
 def test_doctor(smoke_data, tmp_path, capsys):
-    assert cli.main(["doctor", str(smoke_data)]) == 0 and "nothing found" in capsys.readouterr().out
+    assert cli.main(["doctor", str(smoke_data)]) == 0 and "0 errors" in capsys.readouterr().out
     assert cli.main(["doctor", str(tmp_path)]) == 1 and "train/train.json" in capsys.readouterr().out
 
 

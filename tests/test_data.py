@@ -2,19 +2,21 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from deimv2_tfg.data import SPLITS, DatasetError, check_dataset, load_dataset, require_dataset
+from deimv2_tfg import data
+from deimv2_tfg.data import SPLITS, DatasetError, check_dataset, class_style, load_dataset, plot_sizes, require_dataset
 from deimv2_tfg.formats import write_split
 from deimv2_tfg.transforms import TrainTransform
 
 
 @pytest.fixture
 def photographs(tmp_path):
-    Image.new("RGB", (40, 30), (90, 120, 90)).save(tmp_path / "p.png")
     for split in SPLITS:
+        Image.effect_noise((40, 33), 60).convert("RGB").resize((40, 30)).save(tmp_path / "p.png")
         write_split(tmp_path / "set", split, [(tmp_path / "p.png", 40, 30)], [[("dent", 5, 5, 20, 10), ("scratch", 0, 0, 40, 3)]], ["dent", "scratch"])
     return tmp_path / "set"
 
@@ -27,7 +29,8 @@ def edit(root, split, change):
 
 
 def test_a_sound_set_has_no_findings(photographs):
-    assert check_dataset(photographs).findings == []
+    assert {f.kind for f in check_dataset(photographs).findings} == {"class-few", "photo-small", "name-in-two-splits"}   # tiny, as they are
+    assert check_dataset(photographs).errors == []
 
 
 @pytest.mark.parametrize("root", ["missing", "empty"])
@@ -72,11 +75,26 @@ def test_ids_with_gaps_and_boxes_over_the_edge(photographs):
         for a in coco["annotations"]: a["category_id"] = 10 - 3 * a["category_id"]
         coco["annotations"][0]["bbox"] = [30, 20, 20, 20]
     for split in SPLITS: edit(photographs, split, change)
-    assert check_dataset(photographs).errors == [] and len(check_dataset(photographs).warnings) == 3
+    report = check_dataset(photographs, photographs=False)
+    assert report.errors == [] and [f.kind for f in report.findings].count("box-over-edge") == 3 and [f.kind for f in report.findings].count("category-id-gaps") == 3
     dataset = load_dataset(photographs, "val")
     assert dataset.classes == ["scratch", "dent"] and dataset.category_ids == [7, 10]
     assert dataset[0][1]["labels"].tolist() == [1, 0]
     assert torch.allclose(dataset[0][1]["boxes"][0], torch.tensor([35 / 40, 25 / 30, 10 / 40, 10 / 30]))
+
+
+def test_colours_of_sizes_follow_the_labels(photographs):
+    """A class has the colour of its boxes, in whatever order the classes come in the table."""
+    boxes = pd.DataFrame({"split": "train", "class": ["c", "a", "b"], "relative size": .1, "input pixels": [9.0, 20.0, 40.0]})
+    figure = plot_sizes(boxes, ["a", "b", "c"])
+    dots = [c for c in figure.axes[0].collections if len(c.get_offsets())]
+    for label, dot in enumerate(dots): assert dot.get_facecolor()[0][:3] == pytest.approx(class_style(label)["color"])
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_the_look_before_a_training_opens_no_photograph(photographs, monkeypatch):
+    monkeypatch.setattr(data, "look_at_all", None)
+    assert load_dataset(photographs, "val").num_classes == 2
 
 
 def test_an_image_without_boxes_is_legal(photographs):
@@ -100,3 +118,11 @@ def test_augmentation_keeps_boxes_on_their_objects(tmp_path):
         for got, expected in zip((*bright.min(0).values.tolist(), *bright.max(0).values.tolist()), (cy - h / 2, cx - w / 2, cy + h / 2, cx + w / 2)):
             assert abs(got - expected) < .05
     shutil.rmtree(tmp_path)
+
+
+def test_statistics_in_words_and_few_objects(photographs):
+    edit(photographs, "test", lambda c: c["annotations"].clear())
+    datasets = {s: load_dataset(photographs, s) for s in SPLITS}
+    words = data.in_words(data.photograph_statistics(datasets), data.box_shapes(datasets))
+    assert "3 photographs show 4 objects" in words and "1 show none and 2 show several classes" in words and "50 % of the boxes" in words
+    assert data.few_objects(photographs, "test") == {"dent": 0, "scratch": 0} and data.few_objects(photographs, "val", few=1) == {}

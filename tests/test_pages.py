@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in PAGES if p.name[0].isdigit()]
-ORDER = ["core", "data", "synthetic", "formats", "transforms", "backbone", "detector", "criterion", "evaluation", "training", "multimodal", "baselines", "results", "cli"]
+ORDER = ["core", "photographs", "data", "synthetic", "formats", "transforms", "doctor", "splits", "backbone", "detector", "criterion", "input_size", "evaluation", "training", "multimodal", "baselines", "results", "cli"]
 
 
 def cells(path, kind="code"):
@@ -129,7 +129,7 @@ def test_the_package_is_only_what_was_exported():
 
 
 def test_requirements_name_every_package_that_is_imported():
-    known = {"PIL": "pillow", "mpl_toolkits": "matplotlib"}
+    known = {"PIL": "pillow", "mpl_toolkits": "matplotlib", "yaml": "pyyaml"}
     required = set(re.findall(r"([A-Za-z0-9_-]+)(?=[<>=])", re.search(r"^requirements = (.*)$", (ROOT / "settings.ini").read_text(), re.M).group(1)))
     imported = set()
     for p in (ROOT / "deimv2_tfg").glob("*.py"):

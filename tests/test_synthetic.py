@@ -128,3 +128,36 @@ def test_an_interrupted_set_leaves_nothing(tmp_path, monkeypatch):
 def test_wrong_arguments(wrong, tmp_path):
     with pytest.raises(ValueError): make_dataset(tmp_path / "set", **({"profile": "smoke"} | wrong))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ordinary_set_is_what_it_was(root):
+    "Boxes, sizes and mean grey of seed 0, written down when the generator was number 1; pixels may differ in the last digit between versions of numpy."
+    coco = annotations(root)["val"]
+    assert [a["bbox"] for a in coco["annotations"]] == FROZEN_BOXES and [(i["width"], i["height"]) for i in coco["images"]] == FROZEN_SIZES
+    means = [np.asarray(Image.open(root / "val/images" / i["file_name"]).convert("L")).mean() for i in coco["images"]]
+    assert means == pytest.approx(FROZEN_MEANS, abs=0.3)
+
+
+FROZEN_BOXES = [[18, 28, 9, 9], [21, 13, 8, 8], [45, 31, 9, 9], [19, 19, 13, 13], [34, 23, 18, 20], [10, 6, 53, 49], [30, 11, 14, 21], [17, 12, 20, 8], [11, 27, 23, 22]]
+FROZEN_SIZES = [(70, 59), (69, 59), (70, 59), (70, 59), (60, 68), (62, 66)]
+FROZEN_MEANS = [122.99, 126.03, 164.18, 152.57, 108.02, 149.54]
+
+
+def test_difficulty_changes_what_it_says(tmp_path):
+    draw = lambda **settings: [synthetic.draw_image((label,), (120, 120), np.random.default_rng(label), synthetic.Difficulty(**settings)) for label in range(1, 6)]
+    ordinary, faint, small, cluttered = draw(), draw(contrast=0.3), draw(size=0.5), draw(clutter=6)
+    area = lambda drawn: sum(b[0][2] * b[0][3] for _, b in drawn)
+    assert [b for _, b in faint] == [b for _, b in ordinary]                  # the mask says where the defect is, however faint
+    assert area(small) < 0.5 * area(ordinary)
+    def distinct(drawn): return np.mean([synthetic._defect_contrast(np.asarray(Image.fromarray(p).convert("L"), float), b[0]) for p, b in drawn])
+    assert distinct(faint) < 0.7 * distinct(ordinary)
+    assert all(len(b) == 1 for _, b in cluttered) and not np.array_equal(cluttered[0][0], ordinary[0][0])
+    for bad in (dict(contrast=0), dict(size=3), dict(clutter=-1)):
+        with pytest.raises(ValueError): synthetic.Difficulty(**bad)
+
+
+def test_a_harder_set_is_another_set(tmp_path):
+    hard = make_dataset(tmp_path / "hard", profile="smoke", counts=(2, 1, 1), contrast=0.5, clutter=2)
+    assert json.loads((hard / "manifest.json").read_text())["difficulty"] == {"contrast": 0.5, "size": 1.0, "clutter": 2}
+    assert make_dataset(hard, profile="smoke", counts=(2, 1, 1), contrast=0.5, clutter=2) == hard
+    with pytest.raises(FileExistsError, match="another built-in"): make_dataset(hard, profile="smoke", counts=(2, 1, 1))
