@@ -64,6 +64,7 @@ def _resident(what: str) -> float:
 def peak_memory(model: torch.nn.Module, pixel_values: torch.Tensor) -> float:
     """MB that one pass takes at its highest, beyond weights and input: allocated on a GPU, resident on a CPU (Linux; elsewhere nan)."""
     sizes, device = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values), device=pixel_values.device), pixel_values.device
+    detections(model, pixel_values, sizes)  # the first pass sets up libraries, which is not the network's
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
