@@ -23,6 +23,7 @@ from PIL import Image
 
 from .core import Study, atomic_write, read_json
 from .data import annotation_file, class_style
+from .decisions import kept_results
 from .evaluation import ClassMatches, add_labels, class_matches, label, precision_recall, run_cocoeval, summarise
 
 # %% ../nbs/07_results.ipynb #label
@@ -269,13 +270,18 @@ def draw_detections(ax, photograph: Image.Image, found: list, labels: list, name
     ax.axis("off")
 
 # %% ../nbs/07_results.ipynb #prediction-sheet
-def prediction_sheet(run: str | Path, data_dir: str | Path | None = None, split: str = "test", n: int = 8, threshold: float = .5, seed: int = 0, language: str = "en") -> plt.Figure:
-    """Photographs in pairs: annotations on the left, predictions with a score of at least `threshold` on the right."""
-    annotations, results = run_annotations(run, split, data_dir), [r for r in run_results(run, split) if r["score"] >= threshold]
+def prediction_sheet(run: str | Path, data_dir: str | Path | None = None, split: str = "test", n: int = 8, threshold: float = .5, seed: int = 0, language: str = "en",
+                     images: list | None = None, points: pd.DataFrame | None = None) -> plt.Figure:
+    """Photographs in pairs: annotations on the left, predictions with a score of at least `threshold` on the right.
+
+    images: ids to show, default `n` drawn by `seed`; points: thresholds by class (`working_points`) instead of the one.
+    """
+    annotations, results = run_annotations(run, split, data_dir), run_results(run, split)
+    results = [r for r in results if r["score"] >= threshold] if points is None else kept_results(annotations, results, points)
     categories = sorted(annotations["categories"], key=lambda c: c["id"])
     labels, names = {c["id"]: k for k, c in enumerate(categories)}, short_names([c["name"] for c in categories])
     folder = annotation_file(data_dir or read_json(Path(run) / "config.json")["data_dir"], split).parent / "images"
-    files, chosen = {i["id"]: i["file_name"] for i in annotations["images"]}, sheet_images(annotations, n, seed)
+    files, chosen = {i["id"]: i["file_name"] for i in annotations["images"]}, images or sheet_images(annotations, n, seed)
     rows = -(-len(chosen) // 2)
     fig, axes = plt.subplots(rows, 5, figsize=(7.4, 1.9 * rows + .2), width_ratios=(1, 1, .06, 1, 1), squeeze=False, layout="constrained")
     for ax in axes.flat:
