@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'COMMANDS', 'add_options', 'doctor', 'sources_fingerprint', 'lighter', 'stored_outputs', 'pages', 'bench',
-           'main']
+           'predict', 'main']
 
 # %% ../nbs/08_cli.ipynb #7d45e799
 import argparse
@@ -21,6 +21,7 @@ from PIL import Image
 from .core import atomic_write, hash_bytes, project_root, read_json, to_jsonable
 from .criterion import bench_criterion
 from .data import DatasetError, check_dataset
+from .deployment import NeedsPackage, export_onnx, predict_files
 from .detector import convert_weights
 from .evaluation import evaluate
 from .synthetic import make_dataset
@@ -84,11 +85,19 @@ def bench(what: str, repeats: int = 7):
     if what not in BENCHES: raise ValueError(f"bench {what!r}: choose one of {', '.join(BENCHES)}")
     print(BENCHES[what](repeats=repeats).to_string())
 
+# %% ../nbs/08_cli.ipynb #predict
+def predict(report) -> int:
+    "Print what a prediction did; the exit code is 1 where a photograph could not be read."
+    print(report)
+    return 1 if report.errors else 0
+
+
 # %% ../nbs/08_cli.ipynb #main
 COMMANDS = {"train": (TrainConfig, lambda **kw: print(train(TrainConfig(**kw)))),
             "evaluate": (evaluate, lambda **kw: print(json.dumps(to_jsonable(evaluate(**kw)), indent=1))),
             "doctor": (doctor, doctor), "synth": (make_dataset, lambda **kw: print(make_dataset(**kw))),
-            "convert": (convert_weights, lambda **kw: print(convert_weights(**kw))), "bench": (bench, bench), "pages": (pages, pages)}
+            "convert": (convert_weights, lambda **kw: print(convert_weights(**kw))), "bench": (bench, bench), "pages": (pages, pages),
+            "predict": (predict_files, lambda **kw: predict(predict_files(**kw))), "export": (export_onnx, lambda **kw: print(export_onnx(**kw)))}
 
 def main(arguments=None) -> int:
     "Entry point of `deimv2-tfg`. Returns the exit code."
@@ -98,6 +107,6 @@ def main(arguments=None) -> int:
         add_options(commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0].replace("%", "%%")), function)
     options = vars(parser.parse_args(arguments))
     try: return COMMANDS[options.pop("command")][1](**options) or 0
-    except (DatasetError, FileNotFoundError, FileExistsError, ValueError) as e:
+    except (DatasetError, FileNotFoundError, FileExistsError, NeedsPackage, ValueError) as e:
         print(f"deimv2-tfg: {e}", file=sys.stderr)
         return 1
