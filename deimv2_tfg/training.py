@@ -17,6 +17,7 @@ __all__ = ['LR_RULES', 'RECIPES', 'DEIMV2', 'NOT_WEIGHTS', 'NOT_HASHED', 'KEPT_B
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import json
 import math
@@ -336,12 +337,12 @@ def diagnose(model, compute_losses, parts, epoch, random_numbers=None, scale=1.0
 
 def _bad_gradient(model, losses, scale, seen):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    bad = lambda value: [n for (n, _), g in zip(named, torch.autograd.grad(value * scale, [p for _, p in named], retain_graph=True, allow_unused=True)) if not _finite(g)]
+    if not bad(sum(losses.values())): return {}
+    seen["backward"] = ""
     for term, value in losses.items():
-        if not value.requires_grad: continue
-        grads = torch.autograd.grad(value * scale, [p for _, p in named], retain_graph=True, allow_unused=True)
-        bad = [n for (n, _), g in zip(named, grads) if g is not None and not _finite(g)]
-        if bad: return {"origin": "gradient", "term": term, "module": seen["backward"] or bad[-1].rpartition(".")[0]}
-    return {}
+        if value.requires_grad and (names := bad(value)): return {"origin": "gradient", "term": term, "module": seen["backward"] or names[-1].rpartition(".")[0]}
+    return {"origin": "gradient", "term": "the sum of all terms", "module": ""}
 
 
 # %% ../nbs/04_training_stability.ipynb #epochview
@@ -380,6 +381,7 @@ def epoch_batches(dataset, config: TrainConfig, epoch: int, first=0, rank=0, pro
 NOT_WEIGHTS = ("core", "evaluation", "data.require_dataset")
 NOT_HASHED = ("data_dir", "runs_dir", "num_workers")
 
+@functools.cache
 def training_code(family: Family = DEIMV2) -> str:
     "Hash of the code that shapes this family's weights: the trainer, and what the family's entry points reach."
     return hash_bytes(code_hash("training", "train", (*NOT_WEIGHTS, "training.DEIMV2")).encode(), *(code_hash(*entry, NOT_WEIGHTS).encode() for entry in family.code))
@@ -413,7 +415,7 @@ def _keep_lines(path, wanted):
     "Rewrite a file of JSON lines with those that `wanted(i, line)`; one that was cut off in writing ends it."
     lines = [l for l in path.read_text().splitlines() if l.endswith("}")] if path.exists() else []
     kept = "".join(f"{l}\n" for i, l in enumerate(lines) if wanted(i, json.loads(l)))
-    if not path.exists() or path.read_text() != kept: atomic_write(path, kept)
+    if path.exists() and path.read_text() != kept: atomic_write(path, kept)
 
 
 # %% ../nbs/04_training_stability.ipynb #save-state
