@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from deimv2_tfg import evaluation
-from deimv2_tfg.evaluation import coco_metrics, evaluate, match_tables, precision_recall, predict, to_coco_results
+from deimv2_tfg.core import project_root
+from deimv2_tfg.evaluation import class_metrics, coco_metrics, evaluate, match_tables, precision_recall, predict, to_coco_results
 
 THRESHOLDS = [.5 + .05 * i for i in range(10)]
 CATEGORIES = [{"id": 3, "name": "b"}, {"id": 11, "name": "c"}, {"id": 1, "name": "a"}]  # gaps, and not in id order
@@ -207,7 +209,7 @@ def make_run(path, **config):
 
 
 def test_evaluate_writes_beside_the_run(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_detector", lambda directory: Fixed())
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
     run = make_run(tmp_path / "runs" / "one", image_size=64)
     metrics = evaluate(run, root, "test")
     results = json.loads((run / "predictions_test.json").read_text())
@@ -223,9 +225,68 @@ def test_evaluate_writes_beside_the_run(root, tmp_path, monkeypatch):
 
 
 def test_evaluate_names_both_lists_of_classes(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_detector", lambda directory: Fixed(classes=("a", "x", "c")))
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed(classes=("a", "x", "c")))
     run = make_run(tmp_path / "runs" / "two", image_size=64)
     with pytest.raises(ValueError, match=r"\['a', 'x', 'c'\].*\['a', 'b', 'c'\]"):
         evaluate(run, root)
     with pytest.raises(FileNotFoundError, match="neither a run"):
         evaluate(tmp_path / "nowhere", root)
+
+
+def second_judge(coco, results):
+    "The same protocol by faster-coco-eval, an implementation of its own in C++: AP, AP50, AP75, by size, AR."
+    from faster_coco_eval import COCO, COCOeval_faster
+    boxes = [a | {"id": k, "area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": a.get("iscrowd", 0)} for k, a in enumerate(coco["annotations"], 1)]
+    truth = COCO({"info": {}} | coco | {"annotations": boxes})
+    judge = COCOeval_faster(truth, truth.loadRes(copy.deepcopy(results)), "bbox", print_function=lambda *a: None)
+    judge.evaluate(), judge.accumulate(), judge.summarize()
+    names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100"]
+    return dict(zip(names, judge.stats.tolist()))
+
+
+def assert_same(coco, results):
+    ours, theirs = coco_metrics(coco, results), second_judge(coco, results)
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(math.nan if value == -1 else value, abs=1e-9, nan_ok=True), name
+    return ours
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_results_by_faster_coco_eval(seed):
+    coco, results = random_case(seed, images=30)
+    if seed == 3:
+        for a in coco["annotations"][::7]: a["iscrowd"] = 1
+    assert .05 < assert_same(coco, results)["AP"] < .95
+
+
+def test_predictions_of_a_network_by_faster_coco_eval(smoke_data):
+    from deimv2_tfg.core import open_study
+    from deimv2_tfg.data import load_dataset
+    from deimv2_tfg.detector import DetectorConfig, build_detector
+    dataset = load_dataset(smoke_data, "val")
+    results = predict(build_detector(DetectorConfig.tiny(num_classes=dataset.num_classes)), dataset, open_study("smoke").profile.image_size)
+    assert len(results) > 100
+    assert_same(dataset.coco, results)
+
+
+def stored_predictions():
+    "Predictions of finished or running trainings beside data sets of real photographs, where both are there."
+    for data in (Path(__file__).resolve().parents[2] / "shared" / "data").glob("*/val/val.json"):
+        root = data.parents[1]
+        yield from ((data, p) for p in (project_root() / "runs").glob(f"{root.name}_*/*/predictions_val.json"))
+
+
+def test_real_predictions_by_faster_coco_eval():
+    found = list(stored_predictions())
+    if not found: pytest.skip("no ../shared/data with runs/<data>_*/*/predictions_val.json: nothing real to compare on")
+    for data, predictions in found[:3]: assert_same(json.loads(data.read_text()), json.loads(predictions.read_text()))
+
+
+def test_class_metrics_are_the_flat_ones_with_counts():
+    coco, results = random_case(6)
+    table, metrics = class_metrics(coco, results).set_index("class"), coco_metrics(coco, results)
+    for name in ("AP", "AP50", "AP75", "AP_small", "AP_large", "AR1", "AR100"): assert table[name]["mean"] == pytest.approx(metrics[name], nan_ok=True)
+    for c in CATEGORIES:
+        assert table["AP"][c["name"]] == metrics[f"AP/{c['name']}"]
+        assert table["objects"][c["name"]] == sum(a["category_id"] == c["id"] for a in coco["annotations"])
+    assert table["objects"]["mean"] == len(coco["annotations"]) and table["images"]["mean"] == len(coco["images"])

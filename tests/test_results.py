@@ -65,6 +65,77 @@ def test_bootstrap_is_the_naive_one(root):
         assert [d[:, k].mean() for d in draws] == pytest.approx([naive[f"AP/{c}"] for c in CLASSES], abs=1e-9, nan_ok=True)
 
 
+def test_compare_draws_what_the_naive_bootstrap_draws(root):
+    """Both models, photographs within strata and seeds with replacement, the long way: photographs copied, pycocotools on each draw."""
+    runs = {"a": [make_run(root, f"a{s}", seed=s) for s in (0, 1)], "b": [make_run(root, f"b{s}", .2, seed=s, lr=1) for s in (0, 1)]}
+    draws, table = 25, page.compare(runs, draws=25, seed=3)
+    judged = {name: [page.judge_run(r) for r in its] for name, its in runs.items()}
+    weights = page.bootstrap_weights(14, draws, 3, page.image_strata(judged["a"][0].tables))
+    picks = page._seed_picks(2, draws, 3)
+    coco, naive = guesses(root, .1, 0)[0], {}
+    for name, jitter in (("a", .1), ("b", .2)):
+        each = [[coco_metrics(*repeated(coco, guesses(root, jitter, s)[1], w))["AP"] for w in weights.T] for s in (0, 1)]
+        naive[name] = (np.array(each) * picks).sum(axis=0)
+    for row, name in zip(table.to_dict("records"), "ab"):
+        assert [row["AP low"], row["AP high"]] == pytest.approx(np.quantile(naive[name], [.025, .975]).tolist(), abs=1e-9)
+    difference = naive["b"] - naive["a"]
+    assert table[["difference low", "difference high"]].iloc[1].tolist() == pytest.approx(np.quantile(difference, [.025, .975]).tolist(), abs=1e-9)
+    assert table["smallest difference"][1] == pytest.approx(2.8016 * difference.std(ddof=1))
+    apart = [b.metrics["AP"] - a.metrics["AP"] for a, b in zip(judged["a"], judged["b"])]
+    assert table["p seeds"][1] == page.sign_flip_p(apart) and table["AP sd"][1] == pytest.approx(np.std([j.metrics["AP"] for j in judged["b"]], ddof=1))
+
+
+def test_strata_are_the_rarest_class(root):
+    coco, results = guesses(root, .1, 0)
+    strata = page.image_strata(match_tables(coco, results))
+    count = {c: sum(a["category_id"] == c for a in coco["annotations"]) for c in (2, 6, 10)}
+    for stratum, image in zip(strata, sorted(coco["images"], key=lambda i: i["id"])):
+        shown = {a["category_id"] for a in coco["annotations"] if a["image_id"] == image["id"]}
+        assert stratum == (-1 if not shown else (min(shown, key=count.get) - 2) // 4)
+    weights = page.bootstrap_weights(14, 50, 0, strata)
+    assert all((weights[strata == s].sum(axis=0) == (strata == s).sum()).all() for s in set(strata)) and weights.max() > 1
+
+
+def test_image_swap_is_the_naive_one(root):
+    coco, first = guesses(root, .1, 0)
+    second = guesses(root, .3, 1)[1]
+    tables = match_tables(coco, second), match_tables(coco, first)
+    ids, differences = sorted(i["id"] for i in coco["images"]), []
+    for column in np.random.default_rng(0).integers(0, 2, size=(14, 30)).T[1:]:
+        swapped = {i for i, s in zip(ids, column) if s}
+        mixed = lambda one, other: [r for r in one if r["image_id"] not in swapped] + [r for r in other if r["image_id"] in swapped]
+        differences.append(coco_metrics(coco, mixed(second, first))["AP"] - coco_metrics(coco, mixed(first, second))["AP"])
+    observed = coco_metrics(coco, second)["AP"] - coco_metrics(coco, first)["AP"]
+    assert page.image_swap_p([tables], draws=30) == pytest.approx((1 + (np.abs(differences) >= abs(observed) - 1e-12).sum()) / 30)
+
+
+def test_sign_flips_and_holm():
+    assert page.sign_flip_p([1, 1, 1, 1, 1, 1]) == 2 / 64 and page.sign_flip_p([1, -1]) == 1 and np.isnan(page.sign_flip_p([.3]))
+    assert 0 < page.sign_flip_p(np.full(20, .1)) < .001
+    assert page.holm([.01, .04, .03, .5]).tolist() == pytest.approx([.04, .09, .09, .5]) and page.holm([.4, .6]).tolist() == pytest.approx([.8, .8])
+    assert np.isnan(page.holm([np.nan, .02])[0]) and page.holm([np.nan, .02])[1] == .02
+
+
+def test_what_was_not_run_is_missing_and_not_zero(root):
+    run = make_run(root, "one")
+    bare = root.parent / "runs" / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps({"data_dir": str(root), "seed": 0, "lr": 7}))
+    table = page.compare({"here": [run], "never": None, "half": [bare]}, draws=20)
+    assert table["note"].tolist() == ["", "not run", "1 of 1 not evaluated on test"] and table["seeds"].tolist() == [1, 0, 0]
+    assert table.loc[1:, ["AP", "AP50", "difference", "p images"]].isna().all(axis=None)
+    listed = page.compare([run, bare, root.parent / "runs" / "gone"], draws=20)
+    assert listed["AP"].notna().tolist() == [True, False, False] and listed["note"].tolist()[2] == "not run"
+    first_missing = page.compare({"never": None, "here": [run]}, draws=20)
+    assert first_missing["AP"].notna().tolist() == [False, True] and first_missing["difference"].isna().all()
+    assert page.compare({"never": None})["AP"].isna().all()
+
+
+def test_names_tell_configurations_apart():
+    same = {"family": "detector", "model": "small", "image_size": 128, "lr": .1, "seed": 0, "classes": ["a"]}
+    assert page.model_names([same, same | {"lr": .2}, {"family": "faster_rcnn", "model": "resnet18", "image_size": [64, 96]}]) == ["DEIMv2 small, 128 px, lr 0.1", "DEIMv2 small, 128 px, lr 0.2", "faster rcnn resnet18, 64 x 96 px"]
+
+
 def test_a_class_that_is_not_drawn_is_nan(root):
     table = match_tables(*guesses(root, .1, 0))[0]
     weights = (table.objects == 0).astype(int)[:, None]
