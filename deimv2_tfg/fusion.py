@@ -200,11 +200,16 @@ class ContrastiveHead(Head):
     "Logits are scaled cosines to frozen texts. The scale starts at 10 (a cosine times 50 saturates a sigmoid), the bias at the prior."
     def __init__(self, width, text: ClassText):
         super().__init__()
-        self.project = nn.Linear(width, text.pooled.shape[1])
+        self.project = nn.Linear(width, text.pooled.shape[1], bias=False)
         self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(PRIOR))
         self.register_buffer("text", F.normalize(text.pooled, dim=-1))
 
-    def cosine(self, embeddings): return F.normalize(self.project(embeddings), dim=-1) @ F.normalize(self.text, dim=-1).T
+    def cosine(self, embeddings):
+        "Cosine (B, Q, C) of projected queries and texts."
+        p = self.project.weight
+        length = ((embeddings @ (p.T @ p)) * embeddings).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
+        return embeddings @ (F.normalize(self.text, dim=-1) @ p).T / length
+
     def score(self, embeddings): return self.scale.clamp(max=4).exp() * self.cosine(embeddings) + self.bias
 
 class CosineHead(ContrastiveHead):
@@ -229,7 +234,7 @@ class ConcatHead(Head):
 
     def attention(self, embeddings, projected):
         "Weight of each text (B, Q, C) in a query's context."
-        return (self.scale.clamp(max=4).exp() * F.normalize(embeddings, dim=-1) @ F.normalize(projected, dim=-1).T).softmax(-1)
+        return (self.scale.clamp(max=4).exp() * (embeddings @ F.normalize(projected, dim=-1).T) / embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-6)).softmax(-1)
 
     def score(self, embeddings):
         projected = self.project(self.text)
@@ -244,7 +249,7 @@ class ResidualHead(ConcatHead):
         self.match = nn.Linear(width, text.pooled.shape[1], bias=False)
         for zero in (self.out.weight, self.out.bias, self.match.weight): nn.init.zeros_(zero)
 
-    def score(self, embeddings): return super().score(embeddings) + self.match(embeddings) @ self.text.T
+    def score(self, embeddings): return super().score(embeddings) + embeddings @ (self.text @ self.match.weight).T
 
 # %% ../nbs/04b_fusion.ipynb #cross-attention-head
 class CrossAttentionHead(Head):
