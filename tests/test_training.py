@@ -7,11 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from deimv2_tfg import training
-from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.data import DatasetError
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
-from deimv2_tfg.training import TrainConfig, find_run, load_state, lr_factor, parameter_groups, train, training_step, weight_average
+from deimv2_tfg.training import DEIMV2, TrainConfig, find_run, load_state, lr_factor, parameter_groups, train, training_step, weight_average
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_a_gradient_that_is_not_finite_reaches_nothing(config):
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k and "num_batches" not in k}
     model.model.enc_score_head.weight.register_hook(lambda g: g * float("nan"))
     targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[.5, .5, .2, .2]]), "image_id": 1}] * 2
-    terms = training_step(model, Criterion(6), torch.randn(2, 3, 64, 64), targets, optimizer, average, Accelerator(cpu=True), config, 0)
+    terms = training_step(model, DEIMV2.losses(config, 6), torch.randn(2, 3, 64, 64), targets, optimizer, average, Accelerator(cpu=True), config, 0)
     assert terms["skipped"] == 1
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if k in before) and average.n_averaged == 0
 
