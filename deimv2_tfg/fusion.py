@@ -285,7 +285,9 @@ def build_head(kind: str, width: int, text: ClassText, seed=0) -> Head:
     if kind not in HEADS: raise ValueError(f"head={kind!r}: choose one of {', '.join(HEADS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return HEADS[kind](width, text)
+        head = HEADS[kind](width, text)
+    head.kind, head.width = kind, width
+    return head
 
 # %% ../nbs/04b_fusion.ipynb #fusion-loss
 def fusion_loss(logits, part: Queries, classes=None) -> torch.Tensor:
