@@ -24,6 +24,8 @@ from .data import DatasetError, check_dataset
 from .detector import convert_weights
 from .evaluation import evaluate
 from .synthetic import make_dataset
+from .fusion import bench_heads
+from .multimodal import FusionConfig, train_fusion
 from .training import TrainConfig, train
 
 # %% ../nbs/08_cli.ipynb #add-options
@@ -77,15 +79,16 @@ def pages(executed_dir: str):
     if refused: raise ValueError(f"executed from other sources than nbs/: {', '.join(refused)}; run `make thesis` again")
 
 # %% ../nbs/08_cli.ipynb #bench
-BENCHES = {"criterion": bench_criterion}
+BENCHES = {"criterion": bench_criterion, "heads": bench_heads}
 
 def bench(what: str, repeats: int = 7):
-    "Measure a part of the package against what it replaces, in one run: `criterion`."
+    "Measure a part of the package against what it replaces, in one run: `criterion`, `heads`."
     if what not in BENCHES: raise ValueError(f"bench {what!r}: choose one of {', '.join(BENCHES)}")
     print(BENCHES[what](repeats=repeats).to_string())
 
 # %% ../nbs/08_cli.ipynb #main
 COMMANDS = {"train": (TrainConfig, lambda **kw: print(train(TrainConfig(**kw)))),
+            "fuse": (FusionConfig, lambda **kw: print(train_fusion(FusionConfig(**kw)))),
             "evaluate": (evaluate, lambda **kw: print(json.dumps(to_jsonable(evaluate(**kw)), indent=1))),
             "doctor": (doctor, doctor), "synth": (make_dataset, lambda **kw: print(make_dataset(**kw))),
             "convert": (convert_weights, lambda **kw: print(convert_weights(**kw))), "bench": (bench, bench), "pages": (pages, pages)}

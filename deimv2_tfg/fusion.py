@@ -94,11 +94,13 @@ def _augmentation(run) -> dict:
     names = {"vertical": "vertical_flips", "photometric": "photometric", "zoom_out": "zoom_out", "iou_crop": "iou_crop"}
     return {k: config[v] for k, v in names.items() if v in config}
 
+# %% ../nbs/04b_fusion.ipynb #detector-hash
 def detector_hash(run) -> str:
     "Hash of the weights and the configuration of a run's best detector."
     folder = detector_directory(run)
     return hash_bytes((folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes())
 
+# %% ../nbs/04b_fusion.ipynb #query-key-function
 def query_key(run, data: str, split, view=None, seed=0) -> str:
     "What cached queries are filed under; `data` is the data set's hash, `view` None for photographs as they are, else the number of an augmented view."
     about = {"detector": detector_hash(run), "data": data, "split": split, "view": view, "size": trained_image_size(run), "code": _query_code()}
@@ -111,6 +113,7 @@ def _read_queries(path: Path, key: str) -> Queries:
         if (f.metadata() or {}).get("key") != key: raise ValueError(f"{path.name} holds the queries of {(f.metadata() or {}).get('key')}: delete it")
         return Queries(*(f.get_tensor(x.name) for x in fields(Queries)))
 
+# %% ../nbs/04b_fusion.ipynb #cached-queries-function
 def cached_queries(run, data_dir, split, view=None, seed=0, cache=None, data=None, model=None, batch_size=16) -> Queries:
     """`Queries` of a run's best detector on a split: from `cache` (None: `queries/` beside the run), or computed and kept there.
 
@@ -138,6 +141,7 @@ def query_results(queries: Queries, logits, category_ids, batch_size=16) -> list
         found += to_coco_results(postprocess(DetectorOutput(logits=scores, pred_boxes=part.boxes), part.size), part.image_id.tolist(), category_ids)
     return found
 
+# %% ../nbs/04b_fusion.ipynb #queries-in-batches
 def queries_in_batches(queries: Queries, batch_size, order=None):
     "Parts of at most `batch_size` photographs, in order or in the given one."
     for index in (torch.arange(len(queries)) if order is None else order).split(batch_size): yield queries[index]
@@ -164,6 +168,7 @@ def orthogonal_rows(rows: int, width: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([torch.linalg.qr(torch.randn(width, width, generator=generator))[0] for _ in range(-(-rows // width))])[:rows]
 
+# %% ../nbs/04b_fusion.ipynb #class-text-of
 def class_text_of(kind: str, classes, encoder="clip", language="en", field="description", described=None, tokens=False, seed=0) -> ClassText:
     "The text of an experiment; `kind` is one of `TEXTS`. Raises `ValueError` for another, and whatever `class_texts` and `encode_texts` raise."
     if kind not in TEXTS: raise ValueError(f"text={kind!r}: choose one of {', '.join(TEXTS)}")
@@ -188,6 +193,7 @@ class Head(nn.Module):
     def forward(self, embeddings, logits, quality):
         return self.score(embeddings) + (logits if self.from_detector else quality)
 
+# %% ../nbs/04b_fusion.ipynb #linear-head
 class LinearHead(Head):
     "The control without text: the class layer of a detector."
     def __init__(self, width, text: ClassText):
@@ -212,6 +218,7 @@ class ContrastiveHead(Head):
 
     def score(self, embeddings): return self.scale.clamp(max=4).exp() * self.cosine(embeddings) + self.bias
 
+# %% ../nbs/04b_fusion.ipynb #cosine-head
 class CosineHead(ContrastiveHead):
     "The control without text: class vectors of the same width, learned, from random orthogonal ones."
     def __init__(self, width, text: ClassText):
@@ -272,6 +279,7 @@ class CrossAttentionHead(Head):
         values = self.value(embeddings) @ self.token_value(self.tokens).T
         return (self.attention(embeddings) * values[..., self.place.clamp(min=0)]).sum(-1)
 
+# %% ../nbs/04b_fusion.ipynb #token-places
 def _token_places(token_class, classes) -> torch.Tensor:
     "Where the tokens of each class are (C, longest text), -1 beyond the text's end."
     where = [(token_class == c).nonzero()[:, 0] for c in range(classes)]
@@ -326,6 +334,7 @@ def bench_heads(images=715, queries=300, width=256, classes=6, batch_size=16, ep
         rows.append({"head": kind, "parameters": sum(p.numel() for p in head.parameters()), "seconds an epoch": seconds, f"seconds of {epochs} epochs": epochs * seconds, "threads": torch.get_num_threads()})
     return pd.DataFrame(rows)
 
+# %% ../nbs/04b_fusion.ipynb #training-pass
 def training_pass(head, optimizer, clip=1.0, classes=None):
     "A function that trains `head` on one part of cached queries and returns loss and gradient norm; raises `FloatingPointError` where the norm is not finite."
     def step(part: Queries):

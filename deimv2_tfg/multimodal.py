@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'STAGES', 'FAST', 'GRIDS', 'UNFIT', 'FusionConfig', 'FusionData', 'fusion_data', 'fusion_text', 'text_hash',
-           'find_fusion_run', 'fit_head', 'head_logits', 'image_draws', 'class_ap', 'judge', 'save_judged', 'save_head',
-           'load_head', 'FusedDetector', 'load_fused', 'thaw', 'fused_family', 'train_fusion', 'grid_configs',
+           'find_fusion_run', 'fit_head', 'head_logits', 'image_draws', 'class_ap', 'judge', 'save_head', 'load_head',
+           'save_judged', 'FusedDetector', 'load_fused', 'thaw', 'fused_family', 'train_fusion', 'grid_configs',
            'sign_flip', 'paired_effect', 'verdict', 'compare_runs', 'seeds_of', 'grid_table', 'effect_table',
            'conclusion', 'plot_effects', 'query_similarities', 'plot_similarity_map', 'query_text_table', 'class_gains',
            'plot_class_gains', 'confusion', 'mistaken']
@@ -80,6 +80,7 @@ class FusionData:
     splits: dict
     coco: dict
 
+# %% ../nbs/05_multimodal.ipynb #fusion-data-private
 @lru_cache(maxsize=2)
 def _fusion_data(run, data_dir, views, detector, data) -> FusionData:
     sets = {split: load_dataset(data_dir, split) for split in ("train", "val", "test")}
@@ -89,6 +90,7 @@ def _fusion_data(run, data_dir, views, detector, data) -> FusionData:
     return FusionData(sets["train"].classes, sets["train"].category_ids, tuple(read("train", v) for v in range(views)),
                       {split: read(split) for split in sets}, {split: s.coco for split, s in sets.items()})
 
+# %% ../nbs/05_multimodal.ipynb #fusion-data-function
 def fusion_data(config: FusionConfig) -> FusionData:
     "Everything that a run needs of detector and photographs: computed once, then read."
     return _fusion_data(str(config.run), str(config.data_dir), config.views, detector_hash(config.run), data_hash(config.data_dir))
@@ -100,6 +102,7 @@ def fusion_text(config: FusionConfig, classes) -> ClassText:
     found = class_text_of("true" if config.text == "none" else config.text, classes, config.encoder, config.language, config.field, **many)
     return ClassText(torch.zeros_like(found.pooled)) if config.text == "none" else found
 
+# %% ../nbs/05_multimodal.ipynb #text-hash
 def text_hash(text: ClassText) -> str:
     "Hash of the numbers that a head is given as text."
     return hash_bytes(*(t.contiguous().numpy().tobytes() for t in (text.pooled, text.tokens, text.token_class) if t is not None))
@@ -107,8 +110,11 @@ def text_hash(text: ClassText) -> str:
 # %% ../nbs/05_multimodal.ipynb #find-fusion-run
 PLACES = ("run", "data_dir", "runs_dir", "descriptions")
 
+# %% ../nbs/05_multimodal.ipynb #fusion-code
 @lru_cache(maxsize=None)
-def _fusion_code(): return code_hash("multimodal", "fit_head", ("core", "evaluation", "data.require_dataset"))
+def _fusion_code():
+    entries = ("multimodal", "fit_head"), ("fusion", "build_head"), ("fusion", "cached_queries")
+    return hash_bytes(*(code_hash(*entry, ("core", "evaluation", "data.require_dataset")).encode() for entry in entries))
 
 def find_fusion_run(config: FusionConfig, text: ClassText) -> Path:
     "The directory of the frozen run: the same for the same configuration, detector, photographs, text vectors and code."
@@ -136,6 +142,7 @@ def fit_head(head, config: FusionConfig, data: FusionData, log=lambda *values: N
         loss, norm = np.mean(found, axis=0)
         log("train", step, epoch + 1, {"train/loss_mal": loss, "train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
+# %% ../nbs/05_multimodal.ipynb #head-logits
 @torch.inference_mode()
 def head_logits(head, queries: Queries, batch_size=64) -> torch.Tensor:
     "Logits (N, Q, C) of a head on cached queries."
@@ -146,6 +153,7 @@ def image_draws(images: int, draws=1000, seed=0) -> np.ndarray:
     "How often each photograph is drawn (images, draws); every column sums to `images`."
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws).T
 
+# %% ../nbs/05_multimodal.ipynb #class-ap
 def class_ap(m: ClassMatches, weights: np.ndarray) -> np.ndarray:
     "AP (thresholds, draws) of one class when photographs count `weights` (images, draws) times; nan where no object is drawn."
     objects, points = m.objects @ weights, np.linspace(0, 1, 101)
@@ -166,6 +174,7 @@ def _mean_of_classes(draws):
     valid = np.isfinite(draws)
     return np.where(valid.any(0), np.where(valid, draws, 0).sum(0) / np.maximum(valid.sum(0), 1), np.nan)
 
+# %% ../nbs/05_multimodal.ipynb #judge-function
 def judge(coco: dict, results: list, draws=1000) -> tuple[dict, np.ndarray]:
     "COCO metrics, and AP and AP50 on bootstrap draws of the photographs: (2, 1 + C, draws), the mean over classes first."
     judged = run_cocoeval(coco, results)
@@ -173,15 +182,6 @@ def judge(coco: dict, results: list, draws=1000) -> tuple[dict, np.ndarray]:
     each = np.stack([class_ap(t, image_draws(len(t.objects), draws)) for t in tables])
     both = np.stack([each.mean(1), each[:, 0]])
     return summarise(judged), np.concatenate([np.stack([_mean_of_classes(b) for b in both])[:, None], both], 1)
-
-# %% ../nbs/05_multimodal.ipynb #save-judged
-def save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
-    "Write predictions, metrics and bootstrap draws of a split into a run directory; returns the metrics."
-    metrics, draws = judge(coco, results)
-    write_results(run / f"predictions_{split}.json", results)
-    write_json(run / f"metrics_{split}.json", metrics)
-    np.save(run / f"bootstrap_{split}.npy", draws.astype(np.float32))
-    return metrics
 
 # %% ../nbs/05_multimodal.ipynb #save-head
 def save_head(head, text: ClassText, directory, about: dict) -> Path:
@@ -193,6 +193,7 @@ def save_head(head, text: ClassText, directory, about: dict) -> Path:
     save_file(tensors, directory / "head.safetensors", {"format": "pt", "about": json.dumps({"head": head.kind, "width": head.width, "texts": list(text.texts)} | about)})
     return directory / "head.safetensors"
 
+# %% ../nbs/05_multimodal.ipynb #load-head
 def load_head(file) -> tuple:
     "The head that `save_head` wrote, its text, and what was noted about it."
     with safe_open(file, "pt") as f:
@@ -202,9 +203,19 @@ def load_head(file) -> tuple:
     head.load_state_dict({k.removeprefix("head/"): v for k, v in tensors.items() if k.startswith("head/")})
     return head.eval(), text, about
 
+# %% ../nbs/05_multimodal.ipynb #save-judged
+def save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
+    "Write predictions, metrics and bootstrap draws of a split into a run directory; returns the metrics."
+    metrics, draws = judge(coco, results)
+    write_results(run / f"predictions_{split}.json", results)
+    write_json(run / f"metrics_{split}.json", metrics)
+    np.save(run / f"bootstrap_{split}.npy", draws.astype(np.float32))
+    return metrics
+
 # %% ../nbs/05_multimodal.ipynb #train-frozen
 def _train_frozen(config: FusionConfig) -> Path:
     data = fusion_data(config)
+    if config.head not in HEADS: raise ValueError(f"head={config.head!r}: choose one of {', '.join(HEADS)}")
     if config.held_out and config.held_out not in data.classes: raise ValueError(f"held_out={config.held_out!r}: the classes are {', '.join(data.classes)}")
     text = fusion_text(config, data.classes)
     run = find_fusion_run(config, text)
@@ -266,6 +277,7 @@ def thaw(model: FusedDetector, stage: str) -> FusedDetector:
     (decoder if stage == "decoder" else decoder.class_embed[-1]).requires_grad_(True)
     return model
 
+# %% ../nbs/05_multimodal.ipynb #fused-family
 def fused_family(stage: str) -> Family:
     "How chapter 4's trainer trains a fused detector; `TrainConfig.init` is the head.safetensors that it starts from."
     def losses(config, num_classes):
@@ -293,6 +305,7 @@ def _train_stage(config: FusionConfig, stage: str, start: Path) -> Path:
             save_judged(run, split, dataset.coco, predict(model, dataset, size))
     return run
 
+# %% ../nbs/05_multimodal.ipynb #train-fusion-function
 def train_fusion(config: FusionConfig) -> Path:
     """Train a fusion head on a frozen detector, or find the run; with `unfreeze`, go on with class layer and decoder. Returns the last run's directory.
 
@@ -310,6 +323,7 @@ GRIDS = {"smoke": {"seeds": 2, "heads": ("contrastive", "residual"), "texts": ("
 GRIDS["thesis"] = GRIDS["compact"]
 UNFIT = {("cross_attention", "words"), ("contrastive", "constant")}  # no token vectors ship for random words; a constant gives all classes the same logit
 
+# %% ../nbs/05_multimodal.ipynb #grid-configs
 def grid_configs(base: FusionConfig, heads, texts, seeds) -> dict:
     "`{(head, text, seed): FusionConfig}`: heads in turn with every text, then the controls that learn their class vectors."
     cells = [(h, t) for h in heads for t in texts if (h, t) not in UNFIT] + [("linear", "none"), ("cosine", "none")]
@@ -322,6 +336,7 @@ def sign_flip(differences) -> float:
     means = [abs(np.mean(d * s)) for s in itertools.product((1, -1), repeat=len(d))]
     return float(np.mean(np.array(means) >= abs(d.mean()) - 1e-12))
 
+# %% ../nbs/05_multimodal.ipynb #paired-effect
 def paired_effect(points, drawn, seed=0) -> dict:
     "Mean of `points` (seeds,), its two-level bootstrap interval from `drawn` (seeds, draws of photographs), p by sign flips, number of seeds."
     drawn = np.asarray(drawn, dtype=float)
@@ -345,6 +360,7 @@ def _score(run, split, row=0, metric="AP"):
     value = metrics[name]
     return math.nan if value is None else value, np.load(Path(run) / f"bootstrap_{split}.npy")[("AP", "AP50").index(metric), row]
 
+# %% ../nbs/05_multimodal.ipynb #compare-runs-function
 def compare_runs(runs, others, split="test", row=0, metric="AP") -> dict:
     "Paired effect of `runs` over `others` (run directories in the same order of seeds) in one metric; `others` may be one (value, draws) for all."
     mine = [_score(r, split, row, metric) for r in runs]
@@ -356,6 +372,7 @@ def seeds_of(runs: dict, head, text) -> list:
     "The runs of one head and text, in the order of seeds."
     return [r for (h, t, _), r in sorted(runs.items(), key=lambda kv: kv[0][2]) if (h, t) == (head, text)]
 
+# %% ../nbs/05_multimodal.ipynb #grid-table
 def grid_table(runs: dict, phase1: tuple, split="test") -> pd.DataFrame:
     "A row a head and text: seeds, mean and spread of AP, AP50, difference to phase 1 (`phase1`: AP and its draws) with interval, seconds, parameters."
     rows = []
@@ -367,6 +384,7 @@ def grid_table(runs: dict, phase1: tuple, split="test") -> pd.DataFrame:
                      "to phase 1": effect["effect"], "low": effect["low"], "high": effect["high"], "parameters": results[0]["parameters"], "seconds": np.mean([r["seconds"] for r in results])})
     return pd.DataFrame(rows)
 
+# %% ../nbs/05_multimodal.ipynb #effect-table
 def effect_table(runs: dict, split="test") -> pd.DataFrame:
     "A row a head and control: what the true text gives over it, paired by seed, with interval, p and verdict."
     rows, cells = [], list(dict.fromkeys((h, t) for h, t, _ in runs))
@@ -409,6 +427,7 @@ def query_similarities(head, queries: Queries) -> torch.Tensor:
     "Cosine (N, Q, C) of projected queries and texts, for heads that have it (contrastive, cosine)."
     with torch.inference_mode(): return head.cosine(queries.embeddings.float())
 
+# %% ../nbs/05_multimodal.ipynb #plot-similarity-map-function
 def plot_similarity_map(photograph, queries: Queries, similarity, scores, names, title="") -> plt.Figure:
     "Every query of one photograph as a dot at its box's centre, a panel a text: colour is the cosine, size the query's best score; the best box of each text is drawn."
     columns = 3
@@ -441,6 +460,7 @@ def class_gains(runs, others, classes, split="test") -> pd.DataFrame:
     rows = [{"class": c, **compare_runs(runs, others[i] if fixed else others, split, i)} for i, c in enumerate(["mean", *classes])]
     return pd.DataFrame(rows)
 
+# %% ../nbs/05_multimodal.ipynb #plot-class-gains
 def plot_class_gains(tables: dict) -> plt.Figure:
     "Effects of `class_gains` side by side, in points of AP, with intervals."
     fig, axes = plt.subplots(1, len(tables), figsize=(3.7 * len(tables), 2.8), sharey=True, squeeze=False, layout="constrained")
@@ -472,6 +492,7 @@ def confusion(coco: dict, results: list, score=.3, iou=.5) -> pd.DataFrame:
     table = pd.crosstab(*map(pd.Series, zip(*rows)))
     return table.reindex(index=names.values(), columns=[*names.values(), "missed"], fill_value=0).rename_axis(index="annotated", columns="taken for")
 
+# %% ../nbs/05_multimodal.ipynb #mistaken
 def mistaken(coco: dict, results: list, pairs) -> dict:
     "Share of the objects of one class that are taken for another, for each (class, other) that the data set has."
     table = confusion(coco, results)

@@ -50,6 +50,7 @@ def class_text(described: dict, name: str, language="en", field="description") -
     value = described.get(name, {}).get(language, {}).get(field, "")
     return ", ".join(map(str, value)).strip(" ,") if isinstance(value, list) else str(value).strip()
 
+# %% ../nbs/04a_text.ipynb #class-texts
 def class_texts(classes, described=None, language="en", field="description") -> list[str]:
     "A text for each class, in order. Raises `ValueError` that lists every class without one, or with the same as another."
     if language not in LANGUAGES or field not in FIELDS: raise ValueError(f"language={language!r}, field={field!r}: choose from {LANGUAGES} and {FIELDS}")
@@ -82,7 +83,8 @@ HUB = {"clip": ("openai/clip-vit-base-patch32", 77), "siglip2": ("google/siglip2
        "multilingual": ("sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2", 128)}
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-class EncoderError(RuntimeError):
+# %% ../nbs/04a_text.ipynb #encoder-error
+class EncoderError(ValueError):
     "A text encoder cannot be had; the message says how to get it."
 
 # %% ../nbs/04a_text.ipynb #hub-answers
@@ -132,6 +134,7 @@ def find_encoder(name: str) -> Encoder:
     if Path(name).expanduser().is_dir(): return _folder_encoder(Path(name).expanduser())
     raise ValueError(f"encoder={name!r}: choose one of {', '.join(HUB)}, minilm, or a folder that exists")
 
+# %% ../nbs/04a_text.ipynb #default-encoder
 def default_encoder() -> str:
     "`clip` where it is on this machine or the hub answers, else `minilm`: for pages, which say which one they used."
     try: return find_encoder("clip").name
@@ -170,6 +173,7 @@ def text_key(encoder: Encoder, text: str) -> str:
     "What a text's vectors are filed under."
     return hash_bytes(encoder.name.encode(), str(encoder.revision).encode(), text.encode(), length=16)
 
+# %% ../nbs/04a_text.ipynb #read-cached
 def _read_cached(path: Path, encoder: Encoder, text: str, tokens: bool):
     "The vectors (pooled, tokens or None) of one text from a file, or None where it does not hold them."
     if not path.is_file(): return None
@@ -205,6 +209,7 @@ class TextEmbeddings:
     pooled: torch.Tensor
     tokens: tuple | None = None
 
+# %% ../nbs/04a_text.ipynb #encode-texts-function
 def encode_texts(texts, encoder="clip", tokens=False, cache=None) -> TextEmbeddings:
     """Vectors of texts: from the cache directory (None: runs/text), from what the package ships, or by running the encoder.
 
@@ -228,6 +233,7 @@ def default_texts(sets=6) -> list[str]:
     texts = [t for l in LANGUAGES for f in FIELDS for t in class_texts(described, described, l, f)]
     return list(dict.fromkeys(texts + [t for s in range(sets) for t in random_words(len(described), s)]))
 
+# %% ../nbs/04a_text.ipynb #make-shipped-cache
 def make_shipped_cache(path=SHIPPED) -> Path:
     "Compute the vectors that ship with the package (half precision; tokens of the English descriptions only). Needs the extra `text`."
     encoder, texts = find_encoder("minilm"), default_texts()
@@ -241,6 +247,7 @@ def similarity_table(classes, embedded: TextEmbeddings) -> pd.DataFrame:
     "Cosine between the texts of every two classes."
     return pd.DataFrame((embedded.pooled @ embedded.pooled.T).numpy(), index=list(classes), columns=list(classes))
 
+# %% ../nbs/04a_text.ipynb #plot-similarities
 def plot_similarities(tables: dict) -> plt.Figure:
     "One heat map a table, side by side, with a common scale."
     fig, axes = plt.subplots(1, len(tables), figsize=(.6 + 3.6 * len(tables), 3.6), squeeze=False, layout="constrained")
