@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                  'deimv2_tfg.text.class_texts': ('text.html#class_texts', 'deimv2_tfg/text.py'),
                                  'deimv2_tfg.text.default_encoder': ('text.html#default_encoder', 'deimv2_tfg/text.py'),
                                  'deimv2_tfg.text.default_texts': ('text.html#default_texts', 'deimv2_tfg/text.py'),
+                                 'deimv2_tfg.text.descriptions_of': ('text.html#descriptions_of', 'deimv2_tfg/text.py'),
                                  'deimv2_tfg.text.encode_texts': ('text.html#encode_texts', 'deimv2_tfg/text.py'),
                                  'deimv2_tfg.text.find_encoder': ('text.html#find_encoder', 'deimv2_tfg/text.py'),
                                  'deimv2_tfg.text.load_descriptions': ('text.html#load_descriptions', 'deimv2_tfg/text.py'),

@@ -38,7 +38,7 @@ from .data import load_dataset
 from .detector import detect, encode, load_detector, save_detector
 from .evaluation import ClassMatches, check_classes, class_matches, detector_directory, predict, run_cocoeval, summarise, trained_image_size, write_results
 from .fusion import (HEADS, ClassText, Queries, build_head, cached_queries, class_text_of, detector_hash, queries_in_batches, query_results, training_pass)
-from .text import load_descriptions
+from .text import descriptions_of, load_descriptions
 from .training import Family, Log, TrainConfig, lr_factor, train
 
 # %% ../nbs/05_multimodal.ipynb #fusion-config
@@ -53,7 +53,7 @@ class FusionConfig:
     encoder: str = "clip"            # clip, siglip2, multilingual, minilm, or a folder
     language: str = "en"
     field: str = "description"       # name, description or keywords
-    descriptions: str | None = None  # a json file in place of the package's
+    descriptions: str | None = None  # a json file in place of the data set's own or the package's
     held_out: str = ""               # a class whose objects count as background in training; its text is there at inference
     epochs: int = 20
     batch_size: int = 2
@@ -98,7 +98,7 @@ def fusion_data(config: FusionConfig) -> FusionData:
 # %% ../nbs/05_multimodal.ipynb #text-of
 def fusion_text(config: FusionConfig, classes) -> ClassText:
     "The text that this configuration gives its head; vectors of zeros, of the encoder's width, where it is to have none."
-    many = dict(described=load_descriptions(config.descriptions), tokens=HEADS[config.head].uses_tokens, seed=config.seed) if config.head in HEADS else {}
+    many = dict(described=load_descriptions(descriptions_of(config.data_dir, config.descriptions)), tokens=HEADS[config.head].uses_tokens, seed=config.seed) if config.head in HEADS else {}
     found = class_text_of("true" if config.text == "none" else config.text, classes, config.encoder, config.language, config.field, **many)
     return ClassText(torch.zeros_like(found.pooled)) if config.text == "none" else found
 

@@ -45,6 +45,13 @@ def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="mine.json"): load_descriptions(tmp_path / "mine.json")
 
 
+def test_a_data_set_brings_its_own_descriptions(tmp_path):
+    assert text.descriptions_of(tmp_path) == text.DESCRIPTIONS
+    (tmp_path / "descriptions.json").write_text(json.dumps({"OXIDO": {"en": {"description": "red rust"}}}))
+    assert class_texts(["OXIDO"], load_descriptions(text.descriptions_of(tmp_path))) == ["red rust"]
+    assert text.descriptions_of(tmp_path, "mine.json").name == "mine.json"
+
+
 def tokenizer(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for t in class_texts(CLASSES) for w in t.lower().replace(",", " ,").split()})]
