@@ -288,7 +288,7 @@ def fused_family(stage: str) -> Family:
         save_detector(model.detector, directory, classes, **meta)
     return Family(f"fused_{stage}", lambda config, num_classes: thaw(load_fused(Path(config.init).parent), stage), losses,
                   lambda model, dataset, image_size, device: predict(model, dataset, image_size, device=device), save,
-                  (("multimodal", "fused_family"), ("fusion", "build_head")), ".conv_encoder.backbone.")
+                  code=(("multimodal", "fused_family"), ("fusion", "build_head")), backbone=".conv_encoder.backbone.")
 
 # %% ../nbs/05_multimodal.ipynb #train-fusion
 def _train_stage(config: FusionConfig, stage: str, start: Path) -> Path:
