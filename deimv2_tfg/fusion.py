@@ -91,7 +91,7 @@ def _augmentation(run) -> dict:
     "The augmentation of a phase-1 run; of a bare detector directory, the transform's own."
     path = Path(run) / "config.json"
     config = read_json(path) if path.is_file() else {}
-    names = {"vertical": "vertical_flips", "photometric": "photometric", "zoom_out": "zoom_out", "iou_crop": "iou_crop"}
+    names = {"vertical": "vertical_flips", "photometric": "photometric", "zoom_out": "zoom_out", "iou_crop": "iou_crop", "quarter_turns": "quarter_turns"}
     return {k: config[v] for k, v in names.items() if v in config}
 
 # %% ../nbs/04b_fusion.ipynb #detector-hash
