@@ -307,6 +307,25 @@ def test_a_held_out_class_teaches_nothing_but_background():
     assert positives[0] > positives[1] and torch.isclose(fusion_loss(logits, part, kept), fusion_loss(logits, relabelled, kept))
 
 
+def test_where_words_and_queries_agree_a_class_is_found_by_its_text_alone():
+    "The positive control: queries that are a linear image of their class's text, so that text *can* help; a class never trained is told from the others."
+    g = torch.Generator().manual_seed(0)
+    words = torch.nn.functional.normalize(torch.randn(24, 12, generator=g), dim=-1)
+    label, image = torch.randint(24, (400, 1), generator=g), torch.linalg.qr(torch.randn(12, 12, generator=g))[0]
+    part = random_queries(400, 4, 12, 24, objects=1)
+    vectors = .3 * torch.randn(400, 4, 12, generator=g)
+    vectors[:, 0] = 3 * words[label[:, 0]] @ image + .2 * torch.randn(400, 12, generator=g)
+    part = dataclasses.replace(part, embeddings=vectors.half(), quality=torch.zeros_like(part.quality), query=torch.zeros_like(label), label=label, target=part.boxes[:, :1].clone())
+    data = multimodal.FusionData([str(i) for i in range(24)], list(range(24)), (), {"train": part}, {})
+    config, rank = FusionConfig("", "", held_out="7", head="contrastive", epochs=12, batch_size=16, lr=1e-2, warmup_steps=5), {}
+    for name, rows in (("true", words), ("orthogonal", torch.cat([words[:7], orthogonal_rows(1, 12, 3), words[8:]]))):
+        head = build_head("contrastive", 12, ClassText(rows))
+        multimodal.fit_head(head, config, data)
+        mine = head_logits(head, part[(label == 7)[:, 0]])[:, 0]
+        rank[name] = (mine > mine[:, 7:8]).sum(1).float().mean().item()
+    assert rank["true"] < 2 and rank["orthogonal"] > rank["true"] + 3
+
+
 def test_thawing_moves_what_it_says_and_nothing_else(config, phase1):
     before = load_detector(phase1 / "best").state_dict()
     run = train_fusion(dataclasses.replace(config, unfreeze="head", unfreeze_epochs=1, unfreeze_lr=1e-2))
