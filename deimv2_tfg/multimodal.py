@@ -349,8 +349,8 @@ def paired_effect(points, drawn, seed=0) -> dict:
 def verdict(effect: dict, what="text") -> str:
     "In words, whether an effect is there: the interval must leave out 0 and p must be under .05, which takes at least 6 seeds."
     if effect["seeds"] < 6: return f"not to be told: {effect['seeds']} seeds, 6 are needed"
-    if effect["p"] < .05 and effect["low"] > 0: return f"{what} helps"
-    if effect["p"] < .05 and effect["high"] < 0: return f"{what} harms"
+    if effect["p"] < .05 and effect["low"] > 0: return f"{what} helps, by {100 * effect['effect']:.1f} points"
+    if effect["p"] < .05 and effect["high"] < 0: return f"{what} harms, by {-100 * effect['effect']:.1f} points"
     return f"no effect to be seen: between {100 * effect['low']:+.1f} and {100 * effect['high']:+.1f} points"
 
 # %% ../nbs/05_multimodal.ipynb #compare-runs
@@ -403,7 +403,7 @@ def conclusion(effects: pd.DataFrame) -> str:
         part = part.set_index("true text against")
         words = [part.loc[c, "in words"] for c in ("permuted", "orthogonal") if c in part.index]
         if len(words) < 2: lines.append(f"{head}: not compared with both controls"); continue
-        if all(w == "text helps" for w in words): lines.append(f"{head}: the text helps, by {100 * part.loc[['permuted', 'orthogonal'], 'effect'].min():.1f} points of AP at least")
+        if all(w.startswith("text helps") for w in words): lines.append(f"{head}: the text helps, by {100 * part.loc[['permuted', 'orthogonal'], 'effect'].min():.1f} points of AP at least")
         elif any(w.startswith("not to be told") for w in words): lines.append(f"{head}: {words[0]}")
         else: lines.append(f"{head}: the effect of text is not there (against permuted: {words[0]}; against orthogonal: {words[1]})")
     return "\n".join(lines)
@@ -414,7 +414,7 @@ def plot_effects(effects: pd.DataFrame) -> plt.Figure:
     fig, ax = plt.subplots(figsize=(6, .8 + .28 * len(effects)), layout="constrained")
     colours = dict(zip(dict.fromkeys(effects["true text against"]), sns.color_palette("colorblind")))
     for y, (_, row) in enumerate(effects.iterrows()):
-        colour, sure = colours[row["true text against"]], row["in words"] in ("text helps", "text harms")
+        colour, sure = colours[row["true text against"]], row["in words"].startswith(("text helps", "text harms"))
         ax.errorbar(100 * row["effect"], y, xerr=[[100 * max(row["effect"] - row["low"], 0)], [100 * max(row["high"] - row["effect"], 0)]], fmt="o", color=colour, mfc=colour if sure else "white", capsize=2)
     ax.set_yticks(range(len(effects)), [f"{r['head']}: true - {r['true text against']}" for _, r in effects.iterrows()], fontsize=7)
     ax.axvline(0, color="0.4", linewidth=.8)

@@ -374,7 +374,7 @@ def test_effects_in_numbers_and_words():
     rng = np.random.default_rng(0)
     assert sign_flip([.01, .02, .01, .03, .01, .02]) == 2 / 64 and sign_flip([.01, -.01, .02, -.02]) == 1
     real = paired_effect([.02] * 6, .02 + .005 * rng.standard_normal((6, 500)))
-    assert verdict(real) == "text helps" and verdict(real | {"low": -.03, "high": -.01}) == "text harms"
+    assert verdict(real) == "text helps, by 2.0 points" and verdict(real | {"effect": -.02, "low": -.03, "high": -.01}) == "text harms, by 2.0 points"
     assert verdict(real | {"low": -.01}).startswith("no effect") and verdict(real | {"seeds": 5}).startswith("not to be told")
     wide = paired_effect(np.linspace(-.1, .1, 6), np.linspace(-.1, .1, 6)[:, None] + np.zeros((6, 500)))
     assert wide["low"] < -.03 < .03 < wide["high"]  # seeds are drawn too, not photographs alone
