@@ -18,9 +18,10 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["deimv2_tfg", "deimv2_tfg.*"]),
     include_package_data=True,
+    package_data={"deimv2_tfg": ["*.json", "*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "export", "video")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "export", "video", "text")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
 )

@@ -28,6 +28,8 @@ from .evaluation import evaluate
 from .formats import import_dataset
 from .splits import freeze_command, split
 from .synthetic import make_dataset
+from .fusion import bench_heads
+from .multimodal import FusionConfig, train_fusion
 from .training import TrainConfig, train
 
 # %% ../nbs/08_cli.ipynb #add-options
@@ -74,10 +76,10 @@ def pages(executed_dir: str):
     if refused: raise ValueError(f"executed from other sources than nbs/: {', '.join(refused)}; run `make thesis` again")
 
 # %% ../nbs/08_cli.ipynb #bench
-BENCHES = {"criterion": bench_criterion}
+BENCHES = {"criterion": bench_criterion, "heads": bench_heads}
 
 def bench(what: str, repeats: int = 7):
-    "Measure a part of the package against what it replaces, in one run: `criterion`."
+    "Measure a part of the package against what it replaces, in one run: `criterion`, `heads`."
     if what not in BENCHES: raise ValueError(f"bench {what!r}: choose one of {', '.join(BENCHES)}")
     print(BENCHES[what](repeats=repeats).to_string())
 
@@ -90,6 +92,7 @@ def predict(report) -> int:
 
 # %% ../nbs/08_cli.ipynb #main
 COMMANDS = {"train": (TrainConfig, lambda **kw: print(train(TrainConfig(**kw)))),
+            "fuse": (FusionConfig, lambda **kw: print(train_fusion(FusionConfig(**kw)))),
             "evaluate": (evaluate, lambda **kw: print(json.dumps(to_jsonable(evaluate(**kw)), indent=1))),
             "doctor": (doctor, doctor), "import": (import_dataset, lambda **kw: print(import_dataset(**kw))), "split": (split, split), "freeze": (freeze_command, freeze_command), "synth": (make_dataset, lambda **kw: print(make_dataset(**kw))),
             "convert": (convert_weights, lambda **kw: print(convert_weights(**kw))), "bench": (bench, bench), "pages": (pages, pages),
