@@ -67,6 +67,7 @@ def _decoded(path, data) -> Photograph:
                           flat=bool((pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all()), alpha=alpha,
                           bytes_digest=hashlib.sha256(data).hexdigest(), pixels_digest=digest, thumbnail=thumbnail_of(image))
 
+# %% ../nbs/00a_photographs.ipynb #look-at
 def look_at(path) -> Photograph:
     "Read and decode one file. Never raises for what is in it: see `problem` and `message`."
     path, whole = Path(path), False
@@ -91,10 +92,12 @@ FINE, COARSE = 0.8, 2.5   # deviations of the two Gaussians, pixels of the thumb
 
 def _blur(x, deviation): return ndimage.gaussian_filter(x, (0, deviation, deviation), mode="nearest")
 
+# %% ../nbs/00a_photographs.ipynb #open-pixels
 def open_pixels(thumbnails) -> np.ndarray:
     "1 where a pixel is neither black nor white, else 0; (n, 64, 64) float32."
     return ((thumbnails > 6) & (thumbnails < 249)).astype(np.float32)
 
+# %% ../nbs/00a_photographs.ipynb #detail-whole
 def detail(thumbnails, weights) -> np.ndarray:
     "The part of (n, 64, 64) thumbnails that survives copying, on the pixels whose weight is 1; (n, 64, 64) float32."
     g = weights * thumbnails
