@@ -138,7 +138,7 @@ def similarity(a, b):
 # %% ../nbs/00a_photographs.ipynb #candidates
 SAME = 0.57        # overall similarity from which two photographs show the same, ...
 NOWHERE = 0.16     # ... where the worst tenth of places agrees by this much
-CANDIDATE = 0.3    # first pass, as a share of what a copy can reach with the pixels that are open
+CANDIDATE = 0.4    # first pass, as a share of what a copy can reach with the pixels that are open
 
 def _candidates(prints, share, block=1024):
     "(i, j, orientation) of the pairs i < j that the second pass should look at."
