@@ -117,7 +117,8 @@ def turned(x, k: int) -> np.ndarray:
 
 def fingerprints(thumbnails) -> np.ndarray:
     "Detail at half resolution as unit vectors, (n, 32, 32) float32; zero where a photograph has none."
-    d = detail(thumbnails, open_pixels(thumbnails)).reshape(-1, SIDE // 2, 2, SIDE // 2, 2).mean((2, 4))
+    parts = [thumbnails[k:k + 128] for k in range(0, len(thumbnails), 128)]   # a part at a time: memory
+    d = np.concatenate([detail(t, open_pixels(t)).reshape(-1, SIDE // 2, 2, SIDE // 2, 2).mean((2, 4)) for t in parts])
     return d / np.maximum(np.linalg.norm(d, axis=(1, 2), keepdims=True), 1e-6)
 
 # %% ../nbs/00a_photographs.ipynb #similarity
@@ -168,7 +169,7 @@ def same_pairs(photographs, least=SAME) -> pd.DataFrame:
     at = [g[0] for g in groups.values()]
     thumbnails = np.stack([photographs[i].thumbnail for i in at]).astype(np.float32)
     pairs = _candidates(fingerprints(thumbnails), open_pixels(thumbnails).mean((1, 2)))
-    for some in np.array_split(pairs, max(1, len(pairs) // 256)):
+    for some in np.array_split(pairs, max(1, len(pairs) // 64)):
         if not len(some): continue
         overall, worst = similarity(thumbnails[some[:, 0]], np.stack([turned(thumbnails[j], k) for _, j, k in some]))
         rows += [(at[i], at[j], round(float(v), 4), ORIENTATIONS[k], False) for (i, j, k), v, w in zip(some, overall, worst) if v >= least and w >= NOWHERE]
