@@ -57,6 +57,10 @@ KINDS = {  # kind: (severity, the way out)
     "file-missing": (ERROR, "put the file there, or take the entry out"),
     "image-size-invalid": (ERROR, "give width and height in whole pixels"),
     "orphan": (WARNING, "list it (without annotations, if it shows nothing), or take it out of the folder"),
+}
+
+# %% ../nbs/01_data.ipynb #kinds-of-annotations
+KINDS |= {
     "annotation-incomplete": (ERROR, "give every annotation an image_id, a category_id and a bbox"),
     "annotation-id-missing": (WARNING, "number the annotations: pycocotools needs ids"),
     "annotation-id-twice": (WARNING, "give each annotation an id of its own: pycocotools keeps the last of two"),
@@ -90,6 +94,10 @@ KINDS = {  # kind: (severity, the way out)
     "category-id-gaps": (WARNING, "nothing needs to be done: ids are mapped to 0..C-1; check that no class was forgotten"),
     "class-absent": (WARNING, "the class has no AP on this split: move photographs, or drop it from the tables"),
     "class-few": (WARNING, "an AP over so few objects is an anecdote: add photographs, or report the class with its interval only"),
+}
+
+# %% ../nbs/01_data.ipynb #kinds-of-photographs
+KINDS |= {
     "photo-empty": (ERROR, "copy the file again"),
     "photo-unreadable": (ERROR, "copy the file again, or take it out"),
     "photo-truncated": (ERROR, "copy the file again: its end is missing"),
@@ -127,6 +135,7 @@ class Finding:
     fix: str = ""   # the way out
     kind: str = ""  # a name of KINDS
 
+# %% ../nbs/01_data.ipynb #report
 @dataclass
 class Report:
     "All findings on a data set, in the order in which they were found."
@@ -171,6 +180,7 @@ def _read_coco(report, root, split):
 # %% ../nbs/01_data.ipynb #box-problem
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 
+# %% ../nbs/01_data.ipynb #box-problem-whole
 def box_problem(box, width, height):
     "(kind, message) for a COCO box in pixels on an image of this size, or None."
     if not isinstance(box, list) or len(box) != 4 or not all(map(_number, box)): return "box-malformed", f"{box} is not four numbers x, y, width, height"
@@ -189,6 +199,7 @@ def _files_in(folder) -> dict:
     if not folder.is_dir(): return {}
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and p.name not in ("Thumbs.db", "desktop.ini")}
 
+# %% ../nbs/01_data.ipynb #check-file
 def _check_file(report, name, where, file_name, split, files, lower):
     "Is the file that an image names in the split's folder?"
     if not isinstance(file_name, str) or Path(file_name).is_absolute() or ".." in Path(file_name).parts or "\\" in file_name:
@@ -198,6 +209,7 @@ def _check_file(report, name, where, file_name, split, files, lower):
         if other and other.lower() == file_name.lower(): report.add("file-name-case", name, where, f"{file_name!r} is not in {split}/images, but {other!r} is")
         else: report.add("file-missing", name, where, f"{file_name!r} is not in {split}/images" + (f"; {other!r} is" if other else ""))
 
+# %% ../nbs/01_data.ipynb #check-images-whole
 def _check_images(report, coco, split, root):
     "The image entries that can be used, by id."
     name, folder, images, listed = f"{split}/{split}.json", Path(root) / split / "images", {}, set()
@@ -237,6 +249,7 @@ def _check_numbers(report, name, where, a, ids):
     elif crowd not in (0, 1): report.add("crowd-invalid", name, f"{where}.iscrowd", f"{crowd!r} is neither 0 nor 1")
     elif crowd: report.add("crowd", name, f"{where}.iscrowd", "marked as a crowd: it is left out of training")
 
+# %% ../nbs/01_data.ipynb #check-annotations-whole
 def _check_annotations(report, coco, split, images):
     "Every annotation must name an image and a category of its split, and have a box on that image. Returns the sound ones with their index."
     name, categories, sound, ids = f"{split}/{split}.json", {c["id"] for c in coco["categories"] if isinstance(c, dict) and _number(c.get("id"))}, [], set()
@@ -298,11 +311,13 @@ def _check_categories(report, cocos):
         if these != names[first]: report.add("categories-differ", name, "categories", f"{these} differ from those of {first}: {names[first]}")
         if these and max(these) - min(these) + 1 != len(these): report.add("category-id-gaps", name, "categories", f"the ids {sorted(these)} have gaps; they are mapped to 0..{len(these) - 1}")
 
+# %% ../nbs/01_data.ipynb #objects-by-class
 def objects_by_class(coco) -> dict:
     "Objects of each class of a COCO dict, by name, crowds left out; also 0 is counted."
     counts = Counter(a.get("category_id") for a in coco["annotations"] if isinstance(a, dict) and not a.get("iscrowd"))
     return {c["name"]: counts[c["id"]] for c in coco["categories"] if isinstance(c, dict) and {"id", "name"} <= c.keys()}
 
+# %% ../nbs/01_data.ipynb #check-counts
 def _check_counts(report, cocos):
     "Classes that a split does not show, or hardly."
     for split, coco in cocos.items():
@@ -345,6 +360,7 @@ def _check_photographs(report, cocos, root):
     for (split, name), image in entries.items():
         for kind, field, message in _photograph_problems(report.photographs[split, name], {"width": None, "height": None} | image): report.add(kind, f"{split}/images/{name}", field, message)
 
+# %% ../nbs/01_data.ipynb #boxes-of
 def _boxes_of(coco, file_name):
     "What is annotated on a file, comparable."
     ids = {i["id"] for i in coco["images"] if isinstance(i, dict) and i.get("file_name") == file_name and isinstance(i.get("id"), int)}
@@ -367,6 +383,7 @@ def _check_copies(report, cocos):
         kind = ("copy-exact" if r.exact else "copy-near") + ("-across" if r.across else "")
         report.add(kind, r.file_b, "", f"{'the same pixels as' if r.exact else 'shows the same as'} {r.file_a}" + ("" if r.exact else f" (similarity {r.similarity:.2f}, {r.turned})"))
 
+# %% ../nbs/01_data.ipynb #check-names
 def _check_names(report, cocos):
     "Names of augmented copies, and names that two splits share."
     listed = [(split, i["file_name"]) for split, coco in cocos.items() for i in coco["images"] if isinstance(i, dict) and isinstance(i.get("file_name"), str)]
@@ -534,6 +551,7 @@ def plot_classes(table: pd.DataFrame):
     ax.invert_yaxis(); ax.set(xlabel="objects", ylabel=""); ax.legend(title="split", fontsize=7, title_fontsize=7)
     return fig
 
+# %% ../nbs/01_data.ipynb #plot-sizes
 def plot_sizes(boxes: pd.DataFrame, classes=None):
     "Box size at the network's input by class, every box a dot, with the quartiles; `classes` in the order of their labels, so that colours are those of the boxes."
     fig, ax = plt.subplots(figsize=(6.2, 2.8), layout="constrained")
@@ -576,6 +594,7 @@ def plot_statistics(photographs: pd.DataFrame, shapes: pd.DataFrame, classes):
     axes[1, 1].legend(fontsize=5.5)
     return fig
 
+# %% ../nbs/01_data.ipynb #in-words
 def in_words(photographs: pd.DataFrame, shapes: pd.DataFrame) -> str:
     "The four panels as sentences."
     side, ratio, area = np.sqrt(photographs["width"] * photographs["height"]), shapes["width / height"], shapes["share of the photograph"]

@@ -39,6 +39,7 @@ def _mend_images(coco, split, root, seen, note):
     for a in coco["annotations"]:
         if isinstance(a, dict) and isinstance(a.get("image_id"), int): a["image_id"] = moved.get(a["image_id"], a["image_id"])
 
+# %% ../nbs/01d_doctor.ipynb #boxes-fit
 def _boxes_fit(coco, image_id, size):
     "Do all boxes of an image lie on a picture of this size?"
     its = [a["bbox"] for a in coco["annotations"] if isinstance(a, dict) and a.get("image_id") == image_id and isinstance(a.get("bbox"), list) and len(a["bbox"]) == 4]
@@ -77,6 +78,7 @@ def _mend_annotations(coco, note, corners=False):
         _mend_numbers(a, where, ids, taken, note)
     coco["annotations"] = kept
 
+# %% ../nbs/01d_doctor.ipynb #mend-numbers
 def _mend_numbers(a, where, ids, taken, note):
     "Area (where there is no mask to take it from), crowd flag and id of one annotation whose box is right."
     area, known = a["bbox"][2] * a["bbox"][3], a.get("area")
@@ -112,12 +114,14 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
     changes.to_csv(out / "changes.csv", index=False)
     return out, changes
 
+# %% ../nbs/01d_doctor.ipynb #link-images
 def link_images(source, target):
     "A link to a folder of photographs; where the system knows no links, a note that says where they are."
     if target.exists() or not source.is_dir(): return
     try: target.symlink_to(os.path.relpath(source, target.parent.resolve()), target_is_directory=True)
     except OSError: target.with_name("images are in the original folder.txt").write_text(str(source))
 
+# %% ../nbs/01d_doctor.ipynb #write-report
 def write_report(report: Report, out):
     "The findings, and the pairs of photographs that show the same as table and as pictures, into a folder."
     out = Path(out)
@@ -140,6 +144,7 @@ def as_text(report: Report, most=3) -> str:
         if len(its) > most: lines.append(f"  - and {len(its) - most} more")
     return "\n".join(lines + [f"{len(report.errors)} errors, {len(report.warnings)} warnings"])
 
+# %% ../nbs/01d_doctor.ipynb #as-dict
 def as_dict(report: Report) -> dict:
     "The report as plain values, for `--json`."
     pairs = [] if report.pairs is None else report.pairs.drop(columns=["a", "b"]).to_dict("records")

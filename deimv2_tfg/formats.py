@@ -65,6 +65,7 @@ def _by_stem(folder, suffixes=PICTURES) -> dict:
         found[p.stem] = p
     return found
 
+# %% ../nbs/01b_formats.ipynb #every-nth
 def every_nth(labels, share: float) -> list[bool]:
     "Marks about `share` of the items of every label, spread evenly, at least one of a label with several."
     step, seen, marked = max(2, round(1 / share)), Counter(), []
@@ -89,6 +90,7 @@ def _write(out, splits, classes):
     for split in SPLITS: write_split(out, split, [i[:3] for i in splits[split]], [i[3] for i in splits[split]], classes)
     return Path(out)
 
+# %% ../nbs/01b_formats.ipynb #convert-voc-whole
 def convert_voc(source, out) -> Path:
     """A Pascal VOC set (photographs, XML and split lists in any usual folders) to the thesis's layout at `out`.
 
@@ -108,6 +110,7 @@ def convert_voc(source, out) -> Path:
     if problems: raise ValueError(f"{len(problems)} problem(s) in {source}:\n  " + "\n  ".join(problems[:20]))
     return _write(out, splits, sorted(classes))
 
+# %% ../nbs/01b_formats.ipynb #write-voc
 def write_voc(root, out) -> Path:
     "A data set in the thesis's layout as Pascal VOC: JPEGImages, Annotations and ImageSets/Main. Whole-pixel boxes survive the round trip exactly. Raises `ValueError` for two photographs of one name."
     out, names = Path(out), set()
@@ -163,6 +166,7 @@ def yolo_classes(source) -> list[str]:
     if path.exists(): return [n.strip() for n in path.read_text(encoding="utf-8").splitlines() if n.strip()]
     raise FileNotFoundError(f"{source} has no yaml file with names and no classes.txt")
 
+# %% ../nbs/01b_formats.ipynb #convert-yolo-whole
 def convert_yolo(source, out) -> Path:
     "A YOLO set in either arrangement to the thesis's layout at `out`. Raises what is wrong with all files at once."
     source, classes, problems, splits = Path(source), yolo_classes(source), [], {}
@@ -179,6 +183,7 @@ def convert_yolo(source, out) -> Path:
     if problems: raise ValueError(f"{len(problems)} problem(s) in {source}:\n  " + "\n  ".join(problems[:20]))
     return _write(out, splits, classes)
 
+# %% ../nbs/01b_formats.ipynb #write-yolo
 def write_yolo(root, out) -> Path:
     "A data set in the thesis's layout as YOLO (`images/<split>`, `labels/<split>`, `data.yaml`)."
     out = Path(out)
@@ -236,6 +241,7 @@ def format_of(source) -> str:
     if any(p.with_suffix(".jpg").exists() for p in source.glob("*/*.png")): return "masks"
     raise ValueError(f"{source} is no Pascal VOC set (XML files), no YOLO set (data.yaml or classes.txt) and no set of masks (<class>/name.jpg with name.png)")
 
+# %% ../nbs/01b_formats.ipynb #import-dataset-whole
 def import_dataset(source: str, out: str, format: str = "", min_pixels: int = 12, merge: int = 6, whole: str = "", seed: int = 0) -> Path:
     "Convert a Pascal VOC, YOLO or mask data set to the thesis's layout; nothing of the source is changed. `min_pixels`, `merge`, `whole`, `seed`: for masks."
     if Path(out).exists() and any(Path(out).iterdir()): raise FileExistsError(f"{out} is not empty: choose another folder")

@@ -67,6 +67,7 @@ def _decoded(path, data) -> Photograph:
                           flat=bool((pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all()), alpha=alpha,
                           bytes_digest=hashlib.sha256(data).hexdigest(), pixels_digest=digest, thumbnail=thumbnail_of(image))
 
+# %% ../nbs/00a_photographs.ipynb #look-at
 def look_at(path) -> Photograph:
     "Read and decode one file. Never raises for what is in it: see `problem` and `message`."
     path, whole = Path(path), False
@@ -91,10 +92,12 @@ FINE, COARSE = 0.8, 2.5   # deviations of the two Gaussians, pixels of the thumb
 
 def _blur(x, deviation): return ndimage.gaussian_filter(x, (0, deviation, deviation), mode="nearest")
 
+# %% ../nbs/00a_photographs.ipynb #open-pixels
 def open_pixels(thumbnails) -> np.ndarray:
     "1 where a pixel is neither black nor white, else 0; (n, 64, 64) float32."
     return ((thumbnails > 6) & (thumbnails < 249)).astype(np.float32)
 
+# %% ../nbs/00a_photographs.ipynb #detail-whole
 def detail(thumbnails, weights) -> np.ndarray:
     "The part of (n, 64, 64) thumbnails that survives copying, on the pixels whose weight is 1; (n, 64, 64) float32."
     g = weights * thumbnails
@@ -114,7 +117,8 @@ def turned(x, k: int) -> np.ndarray:
 
 def fingerprints(thumbnails) -> np.ndarray:
     "Detail at half resolution as unit vectors, (n, 32, 32) float32; zero where a photograph has none."
-    d = detail(thumbnails, open_pixels(thumbnails)).reshape(-1, SIDE // 2, 2, SIDE // 2, 2).mean((2, 4))
+    parts = [thumbnails[k:k + 128] for k in range(0, len(thumbnails), 128)]   # a part at a time: memory
+    d = np.concatenate([detail(t, open_pixels(t)).reshape(-1, SIDE // 2, 2, SIDE // 2, 2).mean((2, 4)) for t in parts])
     return d / np.maximum(np.linalg.norm(d, axis=(1, 2), keepdims=True), 1e-6)
 
 # %% ../nbs/00a_photographs.ipynb #similarity
@@ -135,7 +139,7 @@ def similarity(a, b):
 # %% ../nbs/00a_photographs.ipynb #candidates
 SAME = 0.57        # overall similarity from which two photographs show the same, ...
 NOWHERE = 0.16     # ... where the worst tenth of places agrees by this much
-CANDIDATE = 0.3    # first pass, as a share of what a copy can reach with the pixels that are open
+CANDIDATE = 0.4    # first pass, as a share of what a copy can reach with the pixels that are open
 
 def _candidates(prints, share, block=1024):
     "(i, j, orientation) of the pairs i < j that the second pass should look at."
@@ -165,7 +169,7 @@ def same_pairs(photographs, least=SAME) -> pd.DataFrame:
     at = [g[0] for g in groups.values()]
     thumbnails = np.stack([photographs[i].thumbnail for i in at]).astype(np.float32)
     pairs = _candidates(fingerprints(thumbnails), open_pixels(thumbnails).mean((1, 2)))
-    for some in np.array_split(pairs, max(1, len(pairs) // 256)):
+    for some in np.array_split(pairs, max(1, len(pairs) // 64)):
         if not len(some): continue
         overall, worst = similarity(thumbnails[some[:, 0]], np.stack([turned(thumbnails[j], k) for _, j, k in some]))
         rows += [(at[i], at[j], round(float(v), 4), ORIENTATIONS[k], False) for (i, j, k), v, w in zip(some, overall, worst) if v >= least and w >= NOWHERE]

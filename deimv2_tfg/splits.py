@@ -54,6 +54,7 @@ def groups_of(root, by=("look", "name"), column="", splits=SPLITS, report=None) 
         joined += [(first.setdefault(str(v), k), k) for k, v in enumerate(values) if v is not None]
     return clusters(len(table), joined)
 
+# %% ../nbs/01e_splits.ipynb #name-group
 def _name_group(split, file_name):
     "What photographs made from one original share: its name; a plain number is a name within its split only."
     base = base_name(file_name)
@@ -108,6 +109,7 @@ def write_assignment(root, out, table, names=SPLITS) -> Path:
         write_json(annotation_file(out, name), {"images": images, "annotations": annotations, "categories": first["categories"]})
     return out
 
+# %% ../nbs/01e_splits.ipynb #link
 def _link(source, target):
     "A hard link, or a copy where there can be none."
     try: os.link(source, target)
@@ -135,12 +137,14 @@ def file_digests(root, splits=SPLITS) -> dict:
         found |= {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     return dict(sorted(found.items()))
 
+# %% ../nbs/01e_splits.ipynb #manifest-of
 def manifest_of(root, made=None) -> dict:
     "The manifest of a data set: `hash`, `photographs` by split, how it was `made`, and the digest of every file."
     files = file_digests(root)
     return {"hash": hash_bytes(*(f"{k} {v}".encode() for k, v in files.items())), "photographs": {s: sum(k.startswith(f"{s}/images/") for k in files) for s in SPLITS},
             "made": made or {}, "files": files}
 
+# %% ../nbs/01e_splits.ipynb #freeze
 def freeze(root, made=None) -> Path:
     "Write the manifest into the data set's root (`splits.json`). Raises `FileExistsError` where it is frozen already and has changed since."
     path = Path(root) / MANIFEST
@@ -154,6 +158,7 @@ def changes_between(old: dict, new: dict, most=10) -> list[str]:
     lines = [f"changed: {k}" for k in before if k in now and before[k] != now[k]] + [f"gone: {k}" for k in before if k not in now] + [f"new: {k}" for k in now if k not in before]
     return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
 
+# %% ../nbs/01e_splits.ipynb #require-frozen
 def require_frozen(root) -> str:
     "The hash of a frozen data set that is still what it was. Raises `DatasetError` that names what changed, or that it was never frozen."
     path = Path(root) / MANIFEST

@@ -427,6 +427,7 @@ class Difficulty:
         if not (0.05 <= self.contrast <= 1.5 and 0.2 <= self.size <= 1.5 and 0 <= self.clutter <= 20):
             raise ValueError(f"{self}: contrast 0.05 to 1.5, size 0.2 to 1.5, clutter 0 to 20")
 
+# %% ../nbs/01a_synthetic.ipynb #fainter
 def _fainter(patch, contrast) -> Patch:
     "The patch with its height and cover scaled; its mask, and so its box, stays."
     return patch if contrast == 1 else Patch(patch.mask, patch.height * contrast, np.clip(patch.cover * contrast, 0, 1), patch.colour)
@@ -439,6 +440,7 @@ def _printed(rng, side):
     width = max(12, round(side * rng.uniform(0.15, 0.3)))
     return 0.75 * np.asarray(image.crop(image.getbbox()).resize((width, max(4, width // 3)), Image.BILINEAR), np.float32) / 255, 0.1 if rng.random() < 0.6 else 0.9
 
+# %% ../nbs/01a_synthetic.ipynb #wiped
 def _wiped(rng, side):
     "A soft, broad trace of a cloth."
     h, w = round(side * rng.uniform(0.1, 0.2)) + 4, round(side * rng.uniform(0.3, 0.5)) + 4
@@ -449,6 +451,7 @@ def _taped(rng, side):
     "A strip of clear tape."
     return np.full((round(side * rng.uniform(0.05, 0.09)) + 3, round(side * rng.uniform(0.15, 0.3)) + 4), 0.3, np.float32), 0.85
 
+# %% ../nbs/01a_synthetic.ipynb #add-clutter
 def add_clutter(rng, canvas: Canvas, part, amount: float):
     "Lay harmless things on the part (in place), as many as a Poisson draw around `amount` says."
     side = min(part.shape)
@@ -635,6 +638,7 @@ def _defect_contrast(grey, box):
     if rest < 4 or not inside.size: return float("nan")
     return abs(inside.mean() - (around.sum() - inside.sum()) / rest) / max(grey.std(), 1e-6)
 
+# %% ../nbs/01a_synthetic.ipynb #picture-statistics-whole
 def picture_statistics(root, split: str = "train", most: int = 200, seed: int = 0) -> pd.DataFrame:
     "`contrast`, `fine detail`, `defect size`, `defect contrast` (its first box) of up to `most` photographs of a split; NaN where a photograph has no box."
     coco, rows = read_json(Path(root) / split / f"{split}.json"), []
@@ -658,6 +662,7 @@ def likeness(sets: dict) -> pd.DataFrame:
         rows[name] = {f"{c}: median": float(these[c].median()) for c in these} | away
     return pd.DataFrame(rows).T
 
+# %% ../nbs/01a_synthetic.ipynb #plot-likeness
 def plot_likeness(sets: dict):
     "Figure: the distributions behind `likeness`, a panel a number."
     fig, axes = plt.subplots(1, 4, figsize=(9, 2.3), layout="constrained")
