@@ -23,6 +23,7 @@ from .criterion import bench_criterion
 from .data import DatasetError, check_dataset
 from .detector import convert_weights
 from .evaluation import evaluate
+from .stability import bench_train
 from .synthetic import make_dataset
 from .training import TrainConfig, train
 
@@ -77,10 +78,10 @@ def pages(executed_dir: str):
     if refused: raise ValueError(f"executed from other sources than nbs/: {', '.join(refused)}; run `make thesis` again")
 
 # %% ../nbs/08_cli.ipynb #bench
-BENCHES = {"criterion": bench_criterion}
+BENCHES = {"criterion": bench_criterion, "train": bench_train}
 
 def bench(what: str, repeats: int = 7):
-    "Measure a part of the package against what it replaces, in one run: `criterion`."
+    "Measure a part of the package against what it replaces, in one run: `criterion` or `train`."
     if what not in BENCHES: raise ValueError(f"bench {what!r}: choose one of {', '.join(BENCHES)}")
     print(BENCHES[what](repeats=repeats).to_string())
 

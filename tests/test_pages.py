@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in PAGES if p.name[0].isdigit()]
-ORDER = ["core", "data", "synthetic", "formats", "transforms", "backbone", "detector", "criterion", "evaluation", "training", "multimodal", "baselines", "results", "cli"]
+ORDER = ["core", "data", "synthetic", "formats", "transforms", "backbone", "detector", "criterion", "evaluation", "training", "stability", "multimodal", "baselines", "results", "cli"]
 
 
 def cells(path, kind="code"):
