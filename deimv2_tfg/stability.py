@@ -20,14 +20,12 @@ import pandas as pd
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from torch.utils.data import DataLoader
 
-from .core import Study, read_json, seed_everything, study_data
+from .core import open_study, read_json, seed_everything, study_data
 from .criterion import transformers_arguments, transformers_terms
 from .data import load_dataset
-from .training import (DEIMV2, TrainConfig, TrainingStopped, augmented, epoch_batches, find_run, parameter_groups, phase1_config, pick_precision, read_incidents,
+from .training import (DEIMV2, TrainConfig, TrainingStopped, augmented, epoch_batches, find_run, parameter_groups, phase1_config, read_incidents,
                                  start_accelerator, train, training_step, weight_average)
-from .transforms import collate
 
 # %% ../nbs/04a_divergence.ipynb #grid
 RATES = {"scaled": 1.0, "4 x": 4.0, "13 x": 13.0}  # 13: the thesis's second run
@@ -105,7 +103,7 @@ def plot_grid(cells: pd.DataFrame) -> plt.Figure:
         left.plot(x, means["grad norm max"], marker=mark, linestyle=":", color=line.get_color())
         right.plot(x, means["AP"], marker=mark, color=line.get_color(), label=label)
     left.set(ylabel="gradient norm before clipping", yscale="log", title="median, and largest (dotted)")
-    right.set(ylabel="AP on val", title="what was left")
+    right.set(ylabel="AP on val", title="what was left", ylim=(0, max(.05, 1.1 * cells["AP"].max())))
     for ax in (left, right): ax.set(xticks=range(len(RATES)), xticklabels=list(RATES), xlabel="learning rate")
     right.legend(fontsize=7)
     return fig
@@ -121,17 +119,22 @@ def _bench_step(levers, config, num_classes, accelerator):
     model, optimizer = accelerator.prepare(model, optimizer)
     ours = DEIMV2.losses(config, num_classes)
     losses = ours if "criterion" in levers else lambda model, x, targets, epoch: transformers_terms(transformers_arguments(model(x, targets=targets), targets))
-    def step(batch):
-        found = training_step(model, losses, [batch], optimizer, average, accelerator, config, 0).losses
-        return torch.stack(list(found.values())).tolist() if "one transfer" in levers else [v.item() for v in found.values()]
-    return step
+    def trainer_s(batch): return training_step(model, losses, [batch], optimizer, average, accelerator, config, 0).losses
+    def plain(batch):
+        found = losses(model, *batch, 0)
+        optimizer.zero_grad()
+        accelerator.backward(sum(found.values()))
+        accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step(); average.update_parameters(model)
+        return found
+    one = trainer_s if levers == LEVERS else plain
+    if "one transfer" in levers: return lambda batch: torch.stack([v.detach() for v in one(batch).values()]).tolist()
+    return lambda batch: [v.item() for v in one(batch).values()]
 
 def bench_train(repeats=7, batch=None, image_size=None, model=None, data_dir=None, workers=0) -> pd.DataFrame:
     "Images/s of a plain loop, of each lever alone and of all, on the same batches in turn; ratio to the plain loop, share of time waiting for data, peak memory (GPU, bytes)."
     gpu = torch.cuda.is_available()
-    if data_dir is None:
-        from deimv2_tfg.core import open_study
-        data_dir = str(study_data(open_study("smoke")))
+    data_dir = data_dir or str(study_data(open_study("thesis" if gpu else "smoke")))
     config = TrainConfig(data_dir, model=model or ("m" if gpu else "tiny"), image_size=image_size or (640 if gpu else 64), batch_size=batch or (16 if gpu else 4), num_workers=workers)
     dataset, rows = load_dataset(data_dir, "train"), []
     loader = epoch_batches(augmented(dataset, config), config, 0)
@@ -145,7 +148,7 @@ def bench_train(repeats=7, batch=None, image_size=None, model=None, data_dir=Non
         for k in range(repeats + 1):
             started = time.perf_counter(); step(batches_here[k % len(batches_here)]); times.append(time.perf_counter() - started)
         seconds = float(np.median(times[1:]))
-        rows.append({"loop": " + ".join(levers) or "plain", "precision": accelerator.mixed_precision, "images_per_second": len(batches[0][1]) / seconds, "step_s": seconds,
+        rows.append({"loop": "the trainer" if levers == LEVERS else " + ".join(levers) or "plain", "precision": accelerator.mixed_precision, "images_per_second": len(batches[0][1]) / seconds, "step_s": seconds,
                      "data_wait": max(0.0, loading - seconds) / max(loading, seconds) if workers else loading / (loading + seconds), "peak_bytes": torch.cuda.max_memory_allocated() if gpu else np.nan})
     table = pd.DataFrame(rows)
     return table.assign(ratio=table["images_per_second"] / table["images_per_second"][0], device="cuda" if gpu else "cpu", threads=torch.get_num_threads())
