@@ -27,6 +27,7 @@ from .doctor import doctor
 from .evaluation import evaluate
 from .formats import import_dataset
 from .splits import freeze_command, split
+from .stability import bench_train
 from .synthetic import make_dataset
 from .fusion import bench_heads
 from .multimodal import FusionConfig, train_fusion
@@ -76,10 +77,10 @@ def pages(executed_dir: str):
     if refused: raise ValueError(f"executed from other sources than nbs/: {', '.join(refused)}; run `make thesis` again")
 
 # %% ../nbs/08_cli.ipynb #bench
-BENCHES = {"criterion": bench_criterion, "heads": bench_heads}
+BENCHES = {"criterion": bench_criterion, "heads": bench_heads, "train": bench_train}
 
 def bench(what: str, repeats: int = 7):
-    "Measure a part of the package against what it replaces, in one run: `criterion`, `heads`."
+    "Measure a part of the package against what it replaces, in one run: `criterion`, `heads`, `train`."
     if what not in BENCHES: raise ValueError(f"bench {what!r}: choose one of {', '.join(BENCHES)}")
     print(BENCHES[what](repeats=repeats).to_string())
 

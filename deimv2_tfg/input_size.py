@@ -44,7 +44,7 @@ def count_step(model, size: int, objects: int = 2) -> tuple[float, float]:
 
 PEAK = 2.9   # published peak over what is counted in 16 bits, see above
 
-# %% ../nbs/03c_input_size.ipynb #stepcost
+# %% ../nbs/03e_input_size.ipynb #stepcost
 @dataclass(frozen=True)
 class StepCost:
     "Polynomials of the number of patches: GFLOP and kept MB of one photograph; `fixed_mb` of the parameters."
@@ -56,7 +56,7 @@ class StepCost:
     def kept_mb(self, size): return float(np.polyval(self.kept, (size / 16) ** 2))
     def memory_gb(self, size, batch, half=False): return (self.fixed_mb + batch * self.kept_mb(size) * (0.5 if half else 1)) / 1e3
 
-# %% ../nbs/03c_input_size.ipynb #step-cost
+# %% ../nbs/03e_input_size.ipynb #step-cost
 def step_cost(model, sizes=(128, 192, 256)) -> StepCost:
     "Count a training step at three sizes (at least 128: a smaller input has fewer anchors than queries) and fit the polynomials (exactly)."
     counted = np.array([count_step(model, s) for s in sizes])
@@ -78,7 +78,7 @@ def step_rate(model, cost: StepCost, size: int = 256, batch: int = 2, repeats: i
         model.zero_grad(set_to_none=True)
     return batch * cost.gflop(size) / best
 
-# %% ../nbs/03c_input_size.ipynb #cost-table
+# %% ../nbs/03e_input_size.ipynb #cost-table
 def cost_table(cost: StepCost, rate: float, batch: int, photographs: int, sizes=SIZES) -> pd.DataFrame:
     "GFLOP a photograph, memory that a training step of `batch` keeps in float32 and in 16 bits and its likely peak in 16 bits (GB), and the time of an epoch here (minutes), by input size."
     rows = {s: {"GFLOP": cost.gflop(s), "GB float32": cost.memory_gb(s, batch), "GB 16 bit": cost.memory_gb(s, batch, True), "GB peak 16 bit": PEAK * cost.memory_gb(s, batch, True), "minutes an epoch here": photographs * cost.gflop(s) / rate / 60} for s in sizes}
@@ -97,7 +97,7 @@ def recommend(shares: pd.DataFrame, costs: pd.DataFrame, own_side: float, memory
     if size > own_side * 1.1: reason += f"; this is more than the photographs' own {own_side:.0f} px, so they are enlarged"
     return size, reason
 
-# %% ../nbs/03c_input_size.ipynb #plot-shares
+# %% ../nbs/03e_input_size.ipynb #plot-shares
 def plot_shares(shares: pd.DataFrame, costs: pd.DataFrame):
     "Figure: shares of boxes under 8, 16 and 32 pixels by input size, and the memory of a step."
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")

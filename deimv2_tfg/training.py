@@ -254,7 +254,7 @@ def training_step(model, compute_losses, parts, optimizer, average, accelerator,
         rows.append({name: value.detach() for name, value in losses.items()})
     if not failure:
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip if config.clip else math.inf)
-        if not torch.isfinite(norm): failure = _why(rows, accelerator.scaler)
+        if not torch.isfinite(norm): failure = _why(rows, accelerator)
     if not failure:
         optimizer.step()
         average.update_parameters(accelerator.unwrap_model(model))
@@ -264,9 +264,9 @@ def training_step(model, compute_losses, parts, optimizer, average, accelerator,
         if accelerator.scaler is not None: accelerator.scaler.update(accelerator.scaler.get_scale() * accelerator.scaler.get_backoff_factor())
     return Step(_mean_terms(rows), norm.detach(), failure, found)
 
-def _why(rows, scaler):
-    if not all(bool(torch.isfinite(value)) for row in rows for value in row.values()): return "loss"
-    return "overflow" if scaler is not None and scaler.get_scale() > 1 else "gradient"
+def _why(rows, accelerator):
+    if anywhere(not all(bool(torch.isfinite(value)) for row in rows for value in row.values()), accelerator.device): return "loss"
+    return "overflow" if accelerator.scaler is not None and accelerator.scaler.get_scale() > 1 else "gradient"
 
 def _mean_terms(rows):
     names = dict.fromkeys(name for row in rows for name in row)
@@ -323,13 +323,13 @@ def diagnose(model, compute_losses, parts, epoch, random_numbers=None, scale=1.0
     cause = {"origin": "", "module": "", "term": "", "images": [t["image_id"] for p, ts in parts for x, t in zip(p, ts) if not _finite(x)]}
     weights = next((name for name, p in model.named_parameters() if not _finite(p)), "")
     with watch(model) as seen:
-        for pixel_values, targets in parts:
+        for pixel_values, targets in parts:  # all of them, because several processes must do the same
             try: losses = compute_losses(model, pixel_values, targets, epoch)
-            except NonFiniteLossError as e: losses, cause["term"] = {}, e.found[0]
+            except NonFiniteLossError as e: losses, cause["term"] = {}, cause["term"] or e.found[0]
+            if cause["origin"]: continue
             cause["term"] = cause["term"] or next((name for name, value in losses.items() if not _finite(value)), "")
             cause["origin"] = "input" if cause["images"] else "weights" if weights else "forward" if seen["forward"] else "loss" if cause["term"] else ""
             if not cause["origin"]: cause |= _bad_gradient(model, losses, scale, seen)
-            if cause["origin"]: break
     cause["module"] = cause["module"] or weights.rpartition(".")[0] or seen["forward"]
     with torch.no_grad(): [b.copy_(old) for b, old in zip(model.buffers(), buffers)]
     set_random_state(now)
@@ -584,9 +584,13 @@ def record_incident(trainer: Trainer, step: Step, parts, random_numbers):
     config, plain, scaler = trainer.config, trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.scaler
     scale = scaler.get_scale() / scaler.get_backoff_factor() if scaler else 1.0
     cause = diagnose(plain, trainer.compute_losses, parts, trainer.epoch, random_numbers, scale)
+    image_ids = [i for _, ts in parts for t in ts for i in (t["image_id"], *t.get("mixed_with", []))]
+    if trainer.accelerator.num_processes > 1:
+        causes, ids = zip(*gather_object([(cause, image_ids)]))
+        cause, image_ids = next((c for c in causes if c["origin"] and "another process" not in c["term"]), cause), sum(ids, [])
     trainer.in_a_row += step.failure != "overflow"
     line = {"step": trainer.step, "epoch": trainer.epoch + 1, "failure": step.failure, **{k: cause[k] for k in ("origin", "term", "module")}, "found": list(step.found[:8]),
-            "bad_images": cause["images"], "image_ids": [i for _, ts in parts for t in ts for i in (t["image_id"], *t.get("mixed_with", []))], "grad_norm": str(step.grad_norm.item()),
+            "bad_images": cause["images"], "image_ids": image_ids, "grad_norm": str(step.grad_norm.item()),
             "scale": scale, "lr": trainer.optimizer.param_groups[-1]["lr"], "in_a_row": trainer.in_a_row, "batch": None}
     if trainer.main:
         if trainer.incidents < KEPT_BATCHES:

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from deimv2_tfg import training
+from deimv2_tfg import stability, training
 from deimv2_tfg.data import DatasetError
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
-from deimv2_tfg.training import TrainConfig, find_run, load_state, lr_factor, parameter_groups, train
+from deimv2_tfg.training import RECIPES, TrainConfig, check_recipe, find_run, fractions_of, load_state, lr_factor, parameter_groups, train
 
 
 @pytest.fixture
@@ -68,3 +68,48 @@ def test_few_groups_and_no_decay_on_vectors(config):
     assert len(groups) <= 4 and len({g["lr"] for g in groups}) == 2
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
     assert all((p.ndim > 1) == (g["weight_decay"] > 0) for g in groups for p in g["params"])
+
+
+def test_a_batch_in_parts_takes_as_many_steps(config):
+    run = train(dataclasses.replace(config, micro_batch=2, epochs=1))
+    assert json.loads((run / "result.json").read_text())["steps"] == 3 and load_state(run)["counters"]["micro"] == 2
+
+
+def test_training_ends_when_nothing_gets_better(config):
+    run = train(dataclasses.replace(config, patience=1, epochs=6))
+    result = json.loads((run / "result.json").read_text())
+    assert result["epochs"] < 6 and load_state(run)["counters"]["since_best"] == 1
+
+
+def test_all_augmentation_at_once_with_recomputed_activations(config):
+    run = train(dataclasses.replace(config, mosaic=.5, mixup=.5, copy_blend=.5, quarter_turns=.5, multi_scale=.5, checkpointing=True, micro_batch=-1))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(l["train/skipped"] == 0 and l["train/grad_norm/max"] >= l["train/grad_norm/q50"] > 0 for l in lines if l["split"] == "train")
+    assert 0 <= evaluate(run, config.data_dir, "test")["AP50"] <= 1
+
+
+def test_a_recipe_of_iterations_is_warned_of(config):
+    recipe = RECIPES["reference, COCO"]
+    warm, average = check_recipe(fractions_of(recipe, 715, init="coco"), 715)
+    assert "90.9 of 102 epochs" in warm and "446%" in average
+    assert check_recipe(fractions_of(recipe, 118_287, init="coco"), 118_287) == [] == check_recipe(config, 715)
+    hot, = check_recipe(fractions_of(RECIPES["thesis, second run"], 715, init="coco"), 715)
+    assert "13 times" in hot
+    with pytest.raises(ValueError, match="batch_size, epochs"): fractions_of(RECIPES["thesis, first run"], 715)
+
+
+def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monkeypatch):
+    base, grid = dataclasses.replace(config, epochs=1), {"precision": ["no"], "rate": ["scaled", "4 x"], "clip": ["0.1"], "warmup": ["none"], "augmentation": ["none"], "seed": [0]}
+    ordinary = stability.run_cell
+
+    def breaks(base, levels):
+        if levels["rate"] == "4 x": raise RuntimeError("the machine went away")
+        return ordinary(base, levels)
+    monkeypatch.setattr(stability, "run_cell", breaks)
+    first = stability.run_grid(base, grid, tmp_path / "grid.journal")
+    assert sorted(t.state.name for t in first.trials) == ["COMPLETE", "FAIL"]
+    monkeypatch.undo()
+    again = stability.run_grid(base, grid, tmp_path / "grid.journal")
+    cells = stability.grid_table(again)
+    assert len(again.trials) == len(first.trials) or {t.state.name for t in again.trials} == {"COMPLETE", "FAIL"}
+    assert cells["AP"].notna().sum() == (cells["state"] == "complete").sum() and cells[cells["state"] == "fail"]["AP"].isna().all()
