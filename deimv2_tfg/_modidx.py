@@ -760,6 +760,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                      'deimv2_tfg.training.epoch_batches': ( 'training_stability.html#epoch_batches',
                                                                             'deimv2_tfg/training.py'),
                                      'deimv2_tfg.training.find_run': ('training_stability.html#find_run', 'deimv2_tfg/training.py'),
+                                     'deimv2_tfg.training.finished_run': ('training_stability.html#finished_run', 'deimv2_tfg/training.py'),
                                      'deimv2_tfg.training.fit_micro_batch': ( 'training_stability.html#fit_micro_batch',
                                                                               'deimv2_tfg/training.py'),
                                      'deimv2_tfg.training.fractions_of': ('training_stability.html#fractions_of', 'deimv2_tfg/training.py'),

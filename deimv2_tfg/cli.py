@@ -31,7 +31,7 @@ from .stability import bench_train
 from .synthetic import make_dataset
 from .fusion import bench_heads
 from .multimodal import FusionConfig, train_fusion
-from .training import TrainConfig, train
+from .training import CheckpointError, TrainConfig, TrainingStopped, train
 
 # %% ../nbs/08_cli.ipynb #add-options
 def add_options(parser, function):
@@ -107,6 +107,6 @@ def main(arguments=None) -> int:
         add_options(commands.add_parser(name, help=(function.__doc__ or "").split("\n")[0].replace("%", "%%")), function)
     options = vars(parser.parse_args(arguments))
     try: return COMMANDS[options.pop("command")][1](**options) or 0
-    except (DatasetError, FileNotFoundError, FileExistsError, NeedsPackage, ValueError) as e:
+    except (DatasetError, FileNotFoundError, FileExistsError, NeedsPackage, TrainingStopped, CheckpointError, ValueError) as e:
         print(f"deimv2-tfg: {e}", file=sys.stderr)
         return 1

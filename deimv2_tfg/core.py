@@ -48,7 +48,7 @@ class Profile:
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", "tiny", 64, 2, 4, (12, 6, 6), 64, 1e-3),
-    Profile("demo", "small", 128, 30, 8, (320, 48, 96), 160, 2e-3),
+    Profile("demo", "small", 128, 24, 8, (320, 48, 96), 160, 2e-3),
     Profile("compact", "small", 192, 132, 16, (715, 102, 205), 320, 1e-3),
     Profile("thesis", "m", 640, 100, 16, (715, 102, 205), 640, 5e-4),
 )}
@@ -232,6 +232,7 @@ def _provenance(study, path, caption, runs, kind):
     env = environment()
     write_json(path.with_suffix(".json"), {"kind": kind, "caption": caption, "study": study.name, "profile": study.profile.name, "seed": study.seed,
         "data": study.data_dir.name if study.data_dir else "built-in synthetic", "runs": [Path(r).name for r in runs],
+        "run_commits": [read_json(e).get("commit") for r in runs if (e := Path(r) / "env.json").is_file()],
         **{k: env[k] for k in ("time", "commit", "dirty", "versions", "device")}})
 
 def save_figure(fig, study: Study, name: str, data=None, caption: str = "", runs=()) -> Path:

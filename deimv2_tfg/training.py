@@ -11,7 +11,7 @@ __all__ = ['LR_RULES', 'RECIPES', 'DEIMV2', 'NOT_WEIGHTS', 'NOT_HASHED', 'KEPT_B
            'augmented', 'size_of_step', 'Trainer', 'snapshot', 'restore', 'fit_micro_batch', 'Diverged',
            'record_incident', 'read_incidents', 'replay', 'TrainingStopped', 'go_back', 'refuse_stopped',
            'summarise_steps', 'train_epoch', 'share_of', 'validate', 'stop_requests', 'only_writer', 'full_disk_named',
-           'open_run', 'end_epoch', 'train', 'phase1_config', 'phase1_run']
+           'open_run', 'end_epoch', 'train', 'phase1_config', 'phase1_run', 'finished_run']
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
 import contextlib
@@ -806,5 +806,16 @@ def phase1_config(study: Study) -> TrainConfig:
     return TrainConfig(str(study_data(study)), str(study.runs), **sizes)
 
 def phase1_run(study: Study) -> Path:
-    "The study's phase-1 run: found, finished or trained."
+    "The study's phase-1 run: `$DEIMV2_TFG_PHASE1` where that is set, else found, finished or trained. Raises `ValueError` for a run on other data."
+    if given := os.environ.get("DEIMV2_TFG_PHASE1"): return finished_run(given, study_data(study))
     with one_at_a_time(study.runs / "phase1"): return train(phase1_config(study))
+
+# %% ../nbs/04_training_stability.ipynb #finished-run
+def finished_run(run, data_dir) -> Path:
+    "`run`, if it is a finished run on this data set: trained elsewhere, or by older code. Raises `ValueError` where it is not."
+    run = Path(run).expanduser().resolve()
+    missing = [n for n in ("config.json", "env.json", "result.json", "best") if not (run / n).exists()]
+    if missing: raise ValueError(f"{run} is not a finished run: {', '.join(missing)} missing")
+    trained, here = read_json(run / "env.json").get("data_hash"), data_hash(data_dir)
+    if trained != here: raise ValueError(f"{run.name} was trained on other data ({trained}) than {Path(data_dir).name} holds ({here})")
+    return run
