@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in PAGES if p.name[0].isdigit()]
-ORDER = ["core", "data", "synthetic", "formats", "transforms", "backbone", "detector", "criterion", "evaluation", "decisions", "cost", "training", "multimodal", "baselines", "results", "errors", "deployment", "cli"]
+ORDER = ["core", "data", "synthetic", "formats", "transforms", "backbone", "detector", "criterion", "evaluation", "decisions", "cost", "training", "multimodal", "baselines", "results", "errors", "deployment", "thesis", "cli"]
 
 
 def cells(path, kind="code"):
