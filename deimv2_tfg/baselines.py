@@ -63,7 +63,7 @@ class Baseline(nn.Module):
         super().__init__()
         if backbone not in BACKBONES: raise ValueError(f"backbone={backbone!r}: choose one of {', '.join(BACKBONES)}")
         self.settings, self.classes = {"backbone": backbone, "num_classes": num_classes, "image_size": image_size}, None
-        head = {} if image_size >= 512 else {"box_batch_size_per_image": 64, "box_head": TwoMLPHead(256 * 7**2, 256), "box_predictor": FastRCNNPredictor(256, num_classes + 1)}
+        head = {} if image_size >= 512 else {"rpn_pre_nms_top_n_test": 600, "rpn_post_nms_top_n_test": 300, "rpn_post_nms_top_n_train": 600, "box_batch_size_per_image": 64, "box_head": TwoMLPHead(256 * 7**2, 256), "box_predictor": FastRCNNPredictor(256, num_classes + 1)}
         self.detector = FasterRCNN(BACKBONES[backbone](pretrained), None if head else num_classes + 1, rpn_anchor_generator=anchors_for(image_size),
                                    box_score_thresh=0., box_detections_per_img=300, **head)
         self.detector.transform = nn.Identity()

@@ -316,7 +316,8 @@ def model_names(configs: list[dict]) -> list[str]:
     names = [" ".join(filter(None, [kind(c), str(c.get("model") or "")])) + (f", {size(c['image_size'])} px" if c.get("image_size") else "") for c in configs]
     for name in {n for n in names if names.count(n) > 1}:
         same = [k for k, n in enumerate(names) if n == name]
-        differing = [key for key in dict.fromkeys(key for k in same for key in configs[k]) if key not in NOT_COMPARED and len({json.dumps(configs[k].get(key)) for k in same}) > 1]
+        shared = [key for key in configs[same[0]] if key not in NOT_COMPARED and all(key in configs[k] for k in same)]  # a field that one lacks is younger than its code
+        differing = [key for key in shared if len({json.dumps(configs[k][key]) for k in same}) > 1]
         for k in same:
             names[k] += "".join(f", {key} {configs[k].get(key)}" for key in differing)
     return names
@@ -404,8 +405,9 @@ def named_groups(runs) -> dict[str, list[Path]]:
         return {name: [Path(r) for r in ([its] if isinstance(its, (str, Path)) else its or [])] for name, its in runs.items()}
     groups = group_seeds(runs)
     configs = [read_json(g[0] / "config.json") if (g[0] / "config.json").is_file() else None for g in groups]
-    names = iter(model_names([c for c in configs if c]))
-    return {next(names) if c else g[0].name: g for c, g in zip(configs, groups)}
+    called = iter(model_names([c for c in configs if c]))
+    names = [next(called) if c else g[0].name for c, g in zip(configs, groups)]
+    return {n if names.count(n) == 1 else f"{n} ({g[0].name})": g for n, g in zip(names, groups)}
 
 
 def judge_group(runs: list[Path], split: str, data_dir) -> tuple[list[Judged], str]:

@@ -1,0 +1,73 @@
+"""The old protocol's mistakes move the number as they must; stale figures are found; what was not run has no numbers."""
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from deimv2_tfg import thesis
+from deimv2_tfg.core import open_study, save_figure, save_table
+from deimv2_tfg.detector import DetectorOutput
+from deimv2_tfg.evaluation import LABELS, detections
+from deimv2_tfg.training import phase1_run
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
+    return open_study("smoke", study="figures")
+
+
+def test_softmax_scores_are_shares_of_a_query():
+    logits = torch.tensor([[[-4., -4., -4.], [2., -4., -4.]]])
+    class Network(torch.nn.Module):
+        def forward(self, pixel_values): return DetectorOutput(logits=logits.clone(), pred_boxes=torch.full((1, 2, 4), .5))
+    image = torch.zeros(1, 3, 32, 32), torch.tensor([[32, 32]])
+    softmax, sigmoid = thesis.Softmaxed(Network()).detections(*image)[0]["scores"], detections(Network(), *image)[0]["scores"]
+    assert softmax.tolist() == pytest.approx(sorted(logits.softmax(-1).flatten().tolist(), reverse=True), abs=1e-5)
+    assert (softmax > .3).sum() == 4 and (sigmoid > .3).sum() == 1  # a query that sees nothing stands above a threshold
+
+
+def test_stale_figures(study):
+    run = study.runs / "detector-1"
+    run.mkdir(parents=True)
+    from deimv2_tfg.core import data_hash, study_data
+    (run / "env.json").write_text(json.dumps({"data_hash": data_hash(study_data(study))}))
+    (run / "result.json").write_text("{}")
+    os.utime(run / "result.json", (1e9, 1e9))
+    save_table(pd.DataFrame({"AP": [.5]}), study, "scores", "Scores.", [run])
+    about_runs = lambda: [r for r in thesis.stale_figures(study)["reason"] if r.startswith("run")]
+    assert about_runs() == []
+    os.utime(run / "result.json", (4e9, 4e9))
+    assert about_runs() == ["run detector-1 was finished after it was drawn"]
+    (run / "env.json").write_text(json.dumps({"data_hash": "other"}))
+    os.utime(run / "result.json", (1e9, 1e9))
+    assert about_runs() == ["run detector-1 was made from other data"]
+    (run / "env.json").unlink()
+    assert about_runs() == ["run detector-1 is gone"]
+
+
+def test_changed_code_is_found(study, monkeypatch):
+    save_table(pd.DataFrame({"AP": [.5]}), study, "scores", "Scores.")
+    monkeypatch.setattr(thesis, "_code_changed", lambda commit: "code has changed")
+    assert "code has changed" in thesis.stale_figures(study)["reason"].tolist()
+    monkeypatch.setattr(thesis, "_code_changed", lambda commit: None)
+    assert "code has changed" not in thesis.stale_figures(study)["reason"].tolist()
+
+
+def test_both_languages_have_every_word():
+    assert LABELS["en"].keys() == LABELS["es"].keys() and all(LABELS["es"].values())
+
+
+def test_everything_is_written_once_a_language_and_the_table_has_empty_rows(study):
+    run = phase1_run(study)
+    for split in ("val", "test"): thesis.evaluate(run, thesis.study_data(study), split)
+    names = thesis.write_thesis(study, run)
+    for name in names: assert (study.figures / f"{name}.csv").is_file() and ((study.figures / f"{name}.pdf").is_file() or (study.figures / f"{name}.tex").is_file())
+    assert {n[:-3] for n in names if n.endswith("_es")} == {n[:-3] for n in names if n.endswith("_en")} and f"| {names[0]} |" in (study.figures / "index.md").read_text()
+    table = thesis.results_table(study, draws=20)
+    assert table["seeds"].tolist() == [1, 0, 0] and table["AP"].isna().tolist() == [False, True, True] and set(table["note"]) == {"", "not run"}
+    old = thesis.old_protocol(run, thesis.study_data(study)).set_index("variant")
+    assert old["AP moved"]["this protocol"] == 0 and old["detections"]["this protocol"] > old["detections"]["only scores of 0.5 and more"]
