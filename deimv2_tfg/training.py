@@ -50,6 +50,7 @@ from .criterion import Criterion, NonFiniteLossError, check_peaks, fetch, float_
 from .data import DetectionDataset, load_dataset, require_dataset
 from .detector import DetectorConfig, build_detector, init_weights, save_detector
 from .evaluation import coco_metrics, predict, write_results
+from .splits import bind_data
 from .transforms import MixingDataset, TrainTransform, at_fraction, at_size, collate, input_sizes
 
 
@@ -297,8 +298,10 @@ def _tensors(x):
     elif isinstance(x, dict): yield from (t for v in x.values() for t in _tensors(v))
     elif isinstance(x, (list, tuple)): yield from (t for v in x for t in _tensors(v))
 
+# %% ../nbs/04_training_stability.ipynb #first-bad-2
 def _finite(x): return all(bool(torch.isfinite(t).all()) for t in _tensors(x) if t.is_floating_point())
 
+# %% ../nbs/04_training_stability.ipynb #first-bad-3
 @contextlib.contextmanager
 def watch(model):
     "Hooks on every module; yields {'forward': ..., 'backward': ...}: the module where a value, or a gradient of its output, was first seen not finite."
@@ -313,7 +316,6 @@ def watch(model):
     handles = [module.register_forward_hook(after(name)) for name, module in model.named_modules()]
     try: yield seen
     finally: [h.remove() for h in handles]
-
 
 # %% ../nbs/04_training_stability.ipynb #diagnose
 def diagnose(model, compute_losses, parts, epoch, random_numbers=None, scale=1.0) -> dict:
@@ -335,6 +337,7 @@ def diagnose(model, compute_losses, parts, epoch, random_numbers=None, scale=1.0
     set_random_state(now)
     return cause
 
+# %% ../nbs/04_training_stability.ipynb #diagnose-2
 def _bad_gradient(model, losses, scale, seen):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     bad = lambda value: [n for (n, _), g in zip(named, torch.autograd.grad(value * scale, [p for _, p in named], retain_graph=True, allow_unused=True)) if not _finite(g)]
@@ -343,7 +346,6 @@ def _bad_gradient(model, losses, scale, seen):
     for term, value in losses.items():
         if value.requires_grad and (names := bad(value)): return {"origin": "gradient", "term": term, "module": seen["backward"] or names[-1].rpartition(".")[0]}
     return {"origin": "gradient", "term": "the sum of all terms", "module": ""}
-
 
 # %% ../nbs/04_training_stability.ipynb #epochview
 class EpochView(Dataset):
@@ -378,7 +380,7 @@ def epoch_batches(dataset, config: TrainConfig, epoch: int, first=0, rank=0, pro
 
 
 # %% ../nbs/04_training_stability.ipynb #find-run
-NOT_WEIGHTS = ("core", "evaluation", "data.require_dataset")
+NOT_WEIGHTS = ("core", "evaluation", "splits", "data.require_dataset")
 NOT_HASHED = ("data_dir", "runs_dir", "num_workers")
 
 @functools.cache
@@ -408,20 +410,22 @@ class Log:
         for k, v in finite.items(): self.board.add_scalar(k, v, step)
         self.board.flush()
 
+# %% ../nbs/04_training_stability.ipynb #log-2
 def _append(path, line: dict):
     with path.open("a") as f: f.write(json.dumps(line) + "\n")
 
+# %% ../nbs/04_training_stability.ipynb #log-3
 def _keep_lines(path, wanted):
     "Rewrite a file of JSON lines with those that `wanted(i, line)`; one that was cut off in writing ends it."
     lines = [l for l in path.read_text().splitlines() if l.endswith("}")] if path.exists() else []
     kept = "".join(f"{l}\n" for i, l in enumerate(lines) if wanted(i, json.loads(l)))
     if path.exists() and path.read_text() != kept: atomic_write(path, kept)
 
-
 # %% ../nbs/04_training_stability.ipynb #save-state
 class CheckpointError(RuntimeError):
     "Checkpoints are there, and none of them is whole."
 
+# %% ../nbs/04_training_stability.ipynb #save-state-2
 def save_state(run: Path, step: int, state: dict, keep=2) -> Path:
     "Write `last/step-<step>-<hash>.pt` whole or not at all, then delete all but the newest `keep`. `state`: state dicts and plain values."
     written = io.BytesIO()
@@ -431,6 +435,7 @@ def save_state(run: Path, step: int, state: dict, keep=2) -> Path:
     for old in [p for p in sorted((run / "last").iterdir()) if p.suffix == ".pt" and p != path][:-(keep - 1)]: old.unlink()
     return path
 
+# %% ../nbs/04_training_stability.ipynb #save-state-3
 def load_state(run: Path) -> dict | None:
     "The newest state that is whole (a damaged one is warned of and passed over); None where none was written. Raises `CheckpointError` where all are damaged."
     files, damaged = sorted((run / "last").glob("step-*.pt"), reverse=True), []
@@ -440,7 +445,6 @@ def load_state(run: Path) -> dict | None:
         damaged.append(path.name)
         warnings.warn(f"{path} is damaged ({len(content)} bytes that do not have the hash in its name)" + ("; going on from the one before" if len(damaged) < len(files) else ""))
     if damaged: raise CheckpointError(f"{run / 'last'}: no whole checkpoint ({', '.join(damaged)}). Delete the folder to train this run from its start")
-
 
 # %% ../nbs/04_training_stability.ipynb #keep-best
 def keep_best(run: Path, family: Family, model, dataset, config, **about):
@@ -453,11 +457,11 @@ def keep_best(run: Path, family: Family, model, dataset, config, **about):
     os.replace(new, best)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/04_training_stability.ipynb #keep-best-2
 def mend_best(run: Path):
     "Put back a `best/` that a crash left half way in the exchange."
     if (run / "best.old").exists() and not (run / "best").exists(): os.replace(run / "best.old", run / "best")
     shutil.rmtree(run / "best.old", ignore_errors=True)
-
 
 # %% ../nbs/04_training_stability.ipynb #pick-precision
 def pick_precision(config: TrainConfig) -> str:
@@ -540,6 +544,7 @@ def snapshot(trainer: Trainer):
     if trainer.main: save_state(trainer.run, trainer.step, state)
     trainer.accelerator.wait_for_everyone()
 
+# %% ../nbs/04_training_stability.ipynb #snapshot-2
 def restore(trainer: Trainer, leave=()) -> bool:
     "Go on from the last whole state (counters in `leave` stay); False where there is none."
     if (state := load_state(trainer.run)) is None: return False
@@ -551,7 +556,6 @@ def restore(trainer: Trainer, leave=()) -> bool:
     trainer.rows = [(names, values.to(trainer.accelerator.device)) for names, values in state["rows"]]
     for k in set(trainer.COUNTERS) - {*leave}: setattr(trainer, k, state["counters"][k])
     return True
-
 
 # %% ../nbs/04_training_stability.ipynb #fit-micro-batch
 def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
@@ -577,6 +581,7 @@ def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
 class Diverged(Exception):
     "Several steps in a row have failed."
 
+# %% ../nbs/04_training_stability.ipynb #record-incident-2
 KEPT_BATCHES = 5  # of a run: batch and weights of a failed step
 
 def record_incident(trainer: Trainer, step: Step, parts, random_numbers):
@@ -603,7 +608,6 @@ def record_incident(trainer: Trainer, step: Step, parts, random_numbers):
     if trainer.in_a_row >= config.max_skips: raise Diverged(f"{trainer.in_a_row} steps in a row failed, the last at epoch {line['epoch']}, step {line['step']}: {line['failure']}, "
                                                             f"first {line['term'] or line['origin'] or 'not found again'} in {line['module'] or 'no module'}")
 
-
 # %% ../nbs/04_training_stability.ipynb #read-incidents
 def read_incidents(run) -> pd.DataFrame:
     "The failed steps of a run, one a row; empty where none failed."
@@ -626,6 +630,7 @@ def replay(run, incident=0, family: Family = DEIMV2) -> dict:
 class TrainingStopped(RuntimeError):
     "Training ended before its time; what it had is saved, and the message says where and what to do."
 
+# %% ../nbs/04_training_stability.ipynb #go-back-2
 def go_back(trainer: Trainer, why: Diverged):
     "Return to the last good state at half the rate; after `max_returns` of that, write `stopped.json` and raise `TrainingStopped`."
     trainer.slower, trainer.returns = trainer.slower / 2, trainer.returns + 1
@@ -639,13 +644,13 @@ def go_back(trainer: Trainer, why: Diverged):
     if trainer.main: write_json(trainer.run / "stopped.json", report)
     refuse_stopped(trainer.run, report)
 
+# %% ../nbs/04_training_stability.ipynb #go-back-3
 def refuse_stopped(run: Path, report=None):
     "Raises `TrainingStopped` for a run that has given up."
     if report is None and not (run / "stopped.json").exists(): return
     report = report or read_json(run / "stopped.json")
     raise TrainingStopped(f"{run}: stopped. {report['reason']}; {report['returns']} returns at half the rate did not help. The last good state is in last/, what failed in incidents.jsonl. "
                           "Change the recipe (lr, precision, clip), or delete stopped.json to go on from there")
-
 
 # %% ../nbs/04_training_stability.ipynb #train-epoch
 def summarise_steps(rows: list) -> dict:
@@ -696,6 +701,7 @@ def share_of(dataset: DetectionDataset, rank: int, processes: int) -> DetectionD
     own = {image["id"] for image in images}
     return DetectionDataset(dataset.root, dataset.split, dataset.coco | {"images": images, "annotations": [a for a in dataset.coco["annotations"] if a["image_id"] in own]})
 
+# %% ../nbs/04_training_stability.ipynb #validate-2
 def validate(trainer: Trainer) -> dict:
     "Evaluate the averaged weights on val (each process its share), keep them if they are the best so far. Returns the metrics as `val/...`."
     accelerator, model, whole = trainer.accelerator, trainer.average.module.eval(), trainer.val_set
@@ -713,7 +719,6 @@ def validate(trainer: Trainer) -> dict:
             write_results(trainer.run / "predictions_val.json", results)
     return {f"val/{k}": v for k, v in metrics.items()}
 
-
 # %% ../nbs/04_training_stability.ipynb #outside
 @contextlib.contextmanager
 def stop_requests():
@@ -725,6 +730,7 @@ def stop_requests():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGTERM, before)
 
+# %% ../nbs/04_training_stability.ipynb #outside-2
 @contextlib.contextmanager
 def only_writer(run: Path):
     "Hold the run's lock. Raises `TrainingStopped`, naming the process, where another has it."
@@ -739,6 +745,7 @@ def only_writer(run: Path):
         holder.unlink(missing_ok=True)
         lock.release()
 
+# %% ../nbs/04_training_stability.ipynb #outside-3
 @contextlib.contextmanager
 def full_disk_named(run: Path):
     "A full disk as `TrainingStopped`, with what is whole and what to do."
@@ -748,12 +755,11 @@ def full_disk_named(run: Path):
         whole = [p.name for p in sorted((run / "last").glob("step-*.pt"))]
         raise TrainingStopped(f"{run}: the disk is full ({e}). Whole and kept: {', '.join(whole) or 'nothing yet'}. Make room, ask for the same run again, and it goes on from there") from e
 
-
 # %% ../nbs/04_training_stability.ipynb #train
 def open_run(trainer: Trainer):
     "Go on from the last state, or write the first one: configuration, environment, weights."
     config, run = trainer.config, trainer.run
-    if trainer.main: mend_best(run)
+    if trainer.main: mend_best(run); bind_data(run, config.data_dir)
     if not restore(trainer):
         if config.micro_batch: trainer.micro = fit_micro_batch(trainer) if config.micro_batch < 0 else config.micro_batch
         if trainer.main:

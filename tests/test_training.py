@@ -19,7 +19,7 @@ def config(smoke_data, tmp_path):
 
 def test_a_run_holds_what_is_promised_and_is_found_again(config):
     run = train(config)
-    assert {"config.json", "env.json", "metrics.jsonl", "tensorboard", "predictions_val.json", "best", "last", "result.json"} <= {p.name for p in run.iterdir()}
+    assert {"config.json", "env.json", "data.json", "metrics.jsonl", "tensorboard", "predictions_val.json", "best", "last", "result.json"} <= {p.name for p in run.iterdir()}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(l["split"], l["epoch"]) for l in lines] == [("train", 1), ("val", 1), ("train", 2), ("val", 2)]
     assert {"commit", "dirty", "versions", "device", "seed", "data_hash", "code_hash"} <= json.loads((run / "env.json").read_text()).keys()
