@@ -1,5 +1,7 @@
 """The command line says what is wrong and ends with an exit code; stored outputs never come from other sources."""
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,15 @@ def test_pages_takes_outputs_only_from_the_same_sources(tmp_path, monkeypatch):
     assert stored["metadata"]["stored_outputs"] == {"study": "demo", "sources": cli.sources_fingerprint(stored)}
     (tmp_path / "runs/demo/pages/a.ipynb").write_text(book(source=["1 + 2"], outputs=[output]))
     with pytest.raises(ValueError, match="a.ipynb"): cli.pages(str(tmp_path / "runs/demo/pages"))
+
+
+def test_a_command_loads_only_its_own_chapter():
+    code = "import sys; from deimv2_tfg.cli import main; main(['doctor', 'nowhere']); print([m for m in sys.modules if m.startswith(('transformers', 'accelerate', 'deimv2_tfg.training'))])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "[]"
+
+
+def test_a_fault_of_ours_shows_where_it_is(monkeypatch):
+    def broken(data_dir): raise RuntimeError("a bug")
+    monkeypatch.setattr("deimv2_tfg.doctor.doctor", broken)
+    with pytest.raises(RuntimeError, match="a bug"): cli.main(["doctor", "x"])

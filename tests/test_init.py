@@ -59,7 +59,7 @@ def test_weights_that_are_not_there_stop_with_what_to_do(config, monkeypatch, tm
 
 def test_the_command_line_knows_numbers_that_may_be_absent(config, monkeypatch):
     seen = []
-    monkeypatch.setattr("deimv2_tfg.cli.train", seen.append)
+    monkeypatch.setattr("deimv2_tfg.training.train", seen.append)
     assert main(["train", "photographs", "--backbone_lr", "0.1", "--init", "coco", "--epochs", "3"]) == 0
     assert main(["train", "photographs"]) == 0
     assert seen[0] == TrainConfig("photographs", backbone_lr=0.1, init="coco", epochs=3) and seen[1] == TrainConfig("photographs")
