@@ -53,7 +53,7 @@ def anchors_for(image_size: int) -> AnchorGenerator:
     "One size for each of the five levels, torchvision's shares of a 640 px input, in three shapes."
     return AnchorGenerator(tuple((image_size * share / 640,) for share in (32, 64, 128, 256, 512)), ((.5, 1., 2.),) * 5)
 
-
+# %% ../nbs/06_baselines.ipynb #baseline-2
 class Baseline(nn.Module):
     """Faster R-CNN on normalised `pixel_values` (B, 3, H, W). In training mode `model(pixel_values, targets)` gives its four losses.
 
@@ -82,7 +82,7 @@ class Baseline(nn.Module):
         scale = torch.as_tensor(sizes, dtype=torch.float32, device=pixel_values.device).flip(1).repeat(1, 2) / torch.tensor([w, h, w, h], device=pixel_values.device)
         return [{"scores": f["scores"], "labels": f["labels"] - 1, "boxes": f["boxes"] * s} for f, s in zip(self(pixel_values), scale)]
 
-
+# %% ../nbs/06_baselines.ipynb #baseline-3
 def torchvision_target(target: dict, size: tuple[int, int]) -> dict:
     "Our target as torchvision's: xyxy pixels of an input of `size` (height, width), labels from 1; boxes without area are left out."
     boxes = cxcywh_to_xyxy(target["boxes"], size) if len(target["boxes"]) else target["boxes"].reshape(0, 4)
@@ -98,7 +98,7 @@ def save_baseline(model: Baseline, directory, classes=None, **meta) -> Path:
     write_json(directory / "config.json", {"loader": "baselines:load_baseline", **model.settings, "classes": list(classes or model.classes or []), "meta": meta})
     return directory
 
-
+# %% ../nbs/06_baselines.ipynb #save-baseline-2
 def load_baseline(directory) -> Baseline:
     "The baseline that `save_baseline` wrote, in evaluation mode; `.classes` and `.meta` come along."
     stored = read_json(Path(directory) / "config.json")
@@ -120,11 +120,11 @@ def build_baseline(config: TrainConfig, num_classes: int) -> Baseline:
     if missing: raise ValueError(f"init={config.init!r}: not the weights of {config.model}; {len(missing)} are missing, {missing[0]} first")
     return model
 
-
+# %% ../nbs/06_baselines.ipynb #family-2
 def _baseline_losses(config, num_classes):
     return lambda model, pixel_values, targets, epoch: model(pixel_values, targets)
 
-
+# %% ../nbs/06_baselines.ipynb #family-3
 def _predict_baseline(model, dataset, image_size, device): return predict(model, dataset, image_size, device=device)
 
 
@@ -139,13 +139,13 @@ def baseline_config(study: Study, backbone: str, init: str = "scratch", image_si
         own |= {"image_size": image_size, "batch_size": max(2, min(config.batch_size, round(config.batch_size * (config.image_size / image_size)**2)))}
     return dataclasses.replace(config, **(own | changes))
 
-
+# %% ../nbs/06_baselines.ipynb #baseline-config-2
 def native_size(dataset) -> int:
     "Median of the longer sides of a data set's photographs, as a multiple of 32: the input at which they are neither enlarged nor reduced."
     sides = sorted(max(i["width"], i["height"]) for i in dataset.images)
     return max(32, round(sides[len(sides) // 2] / 32) * 32)
 
-
+# %% ../nbs/06_baselines.ipynb #baseline-config-3
 def baseline_run(study: Study, backbone: str, **kwargs) -> Path:
     "The study's baseline: found, finished or trained; see `baseline_config`."
     with one_at_a_time(study.runs / f"baseline-{backbone}"): return train(baseline_config(study, backbone, **kwargs), FASTER_RCNN)

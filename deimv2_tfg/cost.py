@@ -35,7 +35,7 @@ def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-
+# %% ../nbs/03d_cost.ipynb #latency-2
 @torch.no_grad()
 def latency(model: torch.nn.Module, pixel_values: torch.Tensor, repeats: int = 20, warmup: int = 3) -> np.ndarray:
     """Seconds of each of `repeats` passes over a batch, to the finished detections; (repeats,)."""
@@ -59,7 +59,7 @@ def _resident(what: str) -> float:
     except (OSError, AttributeError):
         return float("nan")
 
-
+# %% ../nbs/03d_cost.ipynb #peak-memory-2
 @torch.no_grad()
 def peak_memory(model: torch.nn.Module, pixel_values: torch.Tensor) -> float:
     """MB that one pass takes at its highest, beyond weights and input: allocated on a GPU, resident on a CPU (Linux; elsewhere nan)."""
@@ -89,7 +89,7 @@ def device_name(device: str | torch.device) -> str:
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
-
+# %% ../nbs/03d_cost.ipynb #device-name-2
 def model_cost(model: torch.nn.Module, image_size: int | tuple[int, int], batch_size: int = 8, device: str | None = None, repeats: int = 10) -> dict:
     """Parameters (millions), GFLOPs an image, latency of one image (ms, median and 90th percentile), images/s of a batch, peak memory of one image (MB), and where.
 

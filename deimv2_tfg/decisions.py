@@ -65,12 +65,12 @@ def kept_results(annotations: dict, results: list, points: pd.DataFrame) -> list
     threshold = {c["id"]: by_name[c["name"]] for c in annotations["categories"]}
     return [r for r in results if r["score"] >= threshold[r["category_id"]]]
 
-
+# %% ../nbs/03c_decisions.ipynb #at-working-points-2
 def _rates(tp, fp, objects) -> dict:
     ratio = lambda a, b: a / b if b else np.nan
     return {"objects": objects, "TP": tp, "FP": fp, "FN": objects - tp, "precision": ratio(tp, tp + fp), "recall": ratio(tp, objects), "F1": ratio(2 * tp, tp + fp + objects)}
 
-
+# %% ../nbs/03c_decisions.ipynb #at-working-points-3
 def at_working_points(annotations: dict, results: list, points: pd.DataFrame, iou: float = .5) -> pd.DataFrame:
     """What the thresholds of `points` do on another split: a row a class and `all`, with objects, TP, FP, FN, precision, recall, F1."""
     level, rows = round((iou - .5) / .05), []
@@ -89,7 +89,7 @@ def _leftovers(judge, image_id: int, level: int) -> tuple[list, list, list]:
     over = [judge.cocoDt.anns[i] for e in every for i, m, ignored in zip(e["dtIds"], e["dtMatches"][level], e["dtIgnore"][level]) if not m and not ignored]
     return taken, free, over
 
-
+# %% ../nbs/03c_decisions.ipynb #leftovers-2
 def confusion(annotations: dict, results: list, points: pd.DataFrame, iou: float = .5) -> pd.DataFrame:
     """Counts: rows the annotated class, columns the predicted one, each with `background` last."""
     judge = run_cocoeval(annotations, kept_results(annotations, results, points))
@@ -135,13 +135,13 @@ def image_verdicts(annotations: dict, results: list, normal: str = "NORMAL") -> 
         if r["category_id"] not in good: score[r["image_id"]] = max(score[r["image_id"]], float(r["score"]))
     return pd.DataFrame({"image_id": list(score), "defective": [i in defective for i in score], "score": list(score.values())})
 
-
+# %% ../nbs/03c_decisions.ipynb #image-verdicts-2
 def _auroc(defective: np.ndarray, score: np.ndarray) -> float:
     positives, negatives = defective.sum(), (~defective).sum()
     if not positives or not negatives: return float("nan")
     return float((rankdata(score)[defective].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
-
+# %% ../nbs/03c_decisions.ipynb #image-verdicts-3
 def _alarm_threshold(defective: np.ndarray, score: np.ndarray, recall: float) -> float:
     ordered = np.sort(score[defective])[::-1]
     return float(ordered[int(np.ceil(recall * len(ordered))) - 1]) if len(ordered) else float("nan")
@@ -199,7 +199,7 @@ def calibration(annotations: str | Path | dict, results: list, iou: float = .5, 
     mean = lambda values: [values[which == b].mean() if n[b] else np.nan for b in range(bins)]
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "n": n, "mean score": mean(score), "share right": mean(right.astype(float))})
 
-
+# %% ../nbs/03c_decisions.ipynb #calibration-2
 def calibration_error(table: pd.DataFrame) -> float:
     """Expected calibration error of a `calibration` table; nan without a detection."""
     return float((table["n"] * (table["share right"] - table["mean score"]).abs()).sum() / table["n"].sum()) if table["n"].sum() else float("nan")

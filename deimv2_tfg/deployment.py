@@ -34,7 +34,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.De
 class NeedsPackage(RuntimeError):
     "Something was asked for that takes a package which is not installed; the message says which."
 
-
+# %% ../nbs/07b_use.ipynb #frames-2
 def list_files(source: str | Path) -> list[Path]:
     """Photographs and videos of `source`, a file or a folder with all below it, in order of name. Raises FileNotFoundError where there is none."""
     source = Path(source)
@@ -54,7 +54,7 @@ def video_frames(path: Path, every: int = 1):
         for k, frame in enumerate(film.decode(video=0)):
             if k % every == 0: yield f"{path.name}#{k:06d}", frame.to_image()
 
-
+# %% ../nbs/07b_use.ipynb #frames-3
 def frames(files: list[Path], base: Path, every: int = 1):
     """(name relative to `base`, RGB photograph or the exception that it caused) of every file and frame."""
     for path in files:
@@ -110,7 +110,7 @@ class PredictionReport:
         lines += [f"{len(self.errors)} could not be read:"] * bool(self.errors)
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.errors.items()])
 
-
+# %% ../nbs/07b_use.ipynb #prediction-report-2
 def write_report(report: PredictionReport, classes: list[str], results_format: str) -> None:
     """The report's files, in its directory."""
     names = {p["image_id"]: p["file_name"] for p in report.photographs}
@@ -146,7 +146,7 @@ def predict_batch(model, photographs: list[Image.Image], transform, thresholds: 
     kept = [r for r in found if r["score"] >= thresholds[model.classes[r["category_id"]]]]
     return [[{"label": r["category_id"], "bbox": r["bbox"], "score": r["score"]} for r in kept if r["image_id"] == k] for k in range(len(photographs))]
 
-
+# %% ../nbs/07b_use.ipynb #predict-files-2
 def predict_files(run: str, source: str, out: str = "predictions", threshold: float | None = None, results_format: str = "coco", pictures: bool = True, every: int = 1,
                   batch_size: int = 8, device: str | None = None) -> PredictionReport:
     """Detections of a run, or of a detector directory, on a file, a folder or a video, into the directory `out`; see the page for its files.
@@ -177,7 +177,7 @@ def _note(report, name, photograph, found, classes):
                                "verdict": "defective" if defects else "good", "defect_score": max(defects, default=0.)})
     report.results += [{"image_id": image_id, "category_id": f["label"], "bbox": f["bbox"], "score": f["score"]} for f in found]
 
-
+# %% ../nbs/07b_use.ipynb #predict-files-3
 def _draw(report, name, photograph, found, classes):
     path = report.directory / "pictures" / f"{name.replace('#', '_')}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,11 +195,11 @@ class Exported(torch.nn.Module):
         output = self.model(pixel_values)
         return output.logits, output.pred_boxes
 
-
+# %% ../nbs/07b_use.ipynb #exported-2
 def _plain(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().as_subclass(torch.Tensor).cpu().numpy()
 
-
+# %% ../nbs/07b_use.ipynb #exported-3
 @torch.no_grad()
 def onnx_difference(path: str | Path, model: torch.nn.Module, pixel_values: torch.Tensor) -> float:
     """Largest absolute difference between the outputs of an ONNX file under ONNX Runtime and of the network. Needs the optional extra `export`."""
@@ -238,7 +238,7 @@ def export_onnx(run: str, out: str = "detector.onnx", batch_size: int = 1, opset
     write_json(path.with_suffix(".json"), export_notes(run, model, size, batch_size, worst))
     return path
 
-
+# %% ../nbs/07b_use.ipynb #export-onnx-2
 def export_notes(run, model, size, batch_size: int, worst: float) -> dict:
     """What a reader of the ONNX file has to know."""
     normalise = to_pixel_values(size).transforms[-1]

@@ -79,7 +79,7 @@ def _ap(score: np.ndarray, right: np.ndarray, objects: int) -> float:
     at = np.searchsorted(tp / objects, np.linspace(0, 1, 101), side="left")
     return float(np.append(precision, 0)[at].mean())
 
-
+# %% ../nbs/07a_errors.ipynb #ap-101-2
 def _corrected(errors: pd.DataFrame, objects: pd.DataFrame, kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The detections and objects with one kind of error corrected."""
     if kind == "missed": return errors, objects[~objects["missed"]]
@@ -90,7 +90,7 @@ def _corrected(errors: pd.DataFrame, objects: pd.DataFrame, kind: str) -> tuple[
     made_right = best.assign(kind="right", category_id=best["object"].map(objects["category_id"]))
     return pd.concat([errors[~wrong], made_right]), objects
 
-
+# %% ../nbs/07a_errors.ipynb #ap-101-3
 def error_budget(annotations: dict, results: list) -> pd.DataFrame:
     """A row a class and `mean`: objects, AP50, and the points (hundredths) of AP50 that correcting each kind of error would give."""
     errors, objects = detection_errors(annotations, results)
@@ -131,7 +131,7 @@ def object_table(annotations: dict, results: list, points: pd.DataFrame) -> pd.D
     return pd.DataFrame({"image_id": objects["image_id"], "class": objects["category_id"].map(names), "relative side": np.sqrt(area.astype(float)),
                          "objects in image": objects.groupby("image_id")["image_id"].transform("size"), "found": objects["found"].astype(bool)})
 
-
+# %% ../nbs/07a_errors.ipynb #object-table-2
 def effect(objects: pd.DataFrame, column: str, edges: list) -> pd.DataFrame:
     """Share of the objects found by `column`, in bins [low, high): columns bin, n, found, and Wilson's 95 % interval."""
     rows = []

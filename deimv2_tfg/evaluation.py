@@ -41,7 +41,7 @@ def _index(images: list, categories: list, annotations: list) -> COCO:
         coco.createIndex()
     return coco
 
-
+# %% ../nbs/03b_evaluation.ipynb #index-2
 def index_truth(annotations: str | Path | dict) -> COCO:
     """pycocotools' index over a copy of COCO annotations.
 
@@ -60,7 +60,7 @@ def _check_results(truth: COCO, results: list) -> None:
     if not np.isfinite([[r["score"], *r["bbox"]] for r in results]).all():
         raise ValueError("results hold a score or a box that is not finite")
 
-
+# %% ../nbs/03b_evaluation.ipynb #check-results-2
 def index_results(truth: COCO, results: list) -> COCO:
     """pycocotools' index over a copy of COCO results; the list may be empty.
 
@@ -98,7 +98,7 @@ def _mean(values: np.ndarray) -> float:
     valid = values[values > -1]
     return float(valid.mean()) if valid.size else float("nan")
 
-
+# %% ../nbs/03b_evaluation.ipynb #mean-2
 def summarise(judge: COCOeval) -> dict[str, float]:
     """AP, AP50, AP75, AP by size, AR at 1/10/100 and AP, AP50 of each class, as a flat dict.
 
@@ -112,7 +112,7 @@ def summarise(judge: COCOeval) -> dict[str, float]:
     metrics |= {f"AP/{name}": _mean(precision[:, :, k, 0]) for k, name in enumerate(names)}
     return metrics | {f"AP50/{name}": _mean(precision[0, :, k, 0]) for k, name in enumerate(names)}
 
-
+# %% ../nbs/03b_evaluation.ipynb #mean-3
 def coco_metrics(annotations: str | Path | dict, results: list, classes: list | None = None) -> dict[str, float]:
     """COCO metrics of `results` (COCO results dicts, `xywh` pixels) against annotations (dict, or path of the json).
 
@@ -166,7 +166,7 @@ class ClassMatches:
     ignored: np.ndarray  # (T, n) bool: counts neither way (it lies on a crowd region)
     objects: np.ndarray  # (I,) objects of the class in each image
 
-
+# %% ../nbs/03b_evaluation.ipynb #classmatches-2
 def class_matches(judge: COCOeval, k: int) -> ClassMatches:
     """Matches of the judge's k-th class, all sizes, at most 100 detections an image."""
     thresholds, images = len(judge.params.iouThrs), len(judge.params.imgIds)
@@ -182,7 +182,7 @@ def class_matches(judge: COCOeval, k: int) -> ClassMatches:
     order = np.argsort(-scores, kind="mergesort")  # as the judge sorts
     return ClassMatches(judge.cocoGt.cats[judge.params.catIds[k]]["name"], scores[order], image[order], matched[:, order], ignored[:, order], objects)
 
-
+# %% ../nbs/03b_evaluation.ipynb #classmatches-3
 def match_tables(annotations: str | Path | dict, results: list, classes: list | None = None) -> list[ClassMatches]:
     """Matches of every class, from one run of the judge."""
     judge = run_cocoeval(annotations, results, classes)
@@ -254,7 +254,7 @@ def detector_directory(run_or_checkpoint: str | Path) -> Path:
             return candidate
     raise FileNotFoundError(f"{path} is neither a run (no best/model.safetensors) nor a detector directory (no model.safetensors)")
 
-
+# %% ../nbs/03b_evaluation.ipynb #detector-directory-2
 def check_classes(model_classes: list, data_classes: list, where: str = "the data set") -> None:
     """Raise ValueError unless the detector and the data set have the same classes in the same order."""
     if list(model_classes) != list(data_classes):
@@ -288,7 +288,7 @@ def trained_image_size(run_or_checkpoint: str | Path) -> int | tuple[int, int]:
         raise ValueError(f"{path}: config.json has no image_size; pass image_size")
     return tuple(size) if isinstance(size, list) else int(size)
 
-
+# %% ../nbs/03b_evaluation.ipynb #trained-image-size-2
 def write_results(path: str | Path, results: list[dict]) -> Path:
     """Write a COCO results file, whole or not at all, without indentation (300 lines an image)."""
     return atomic_write(path, json.dumps(results, separators=(",", ":")) + "\n")
@@ -336,7 +336,7 @@ def add_labels(words: dict[str, tuple[str, str]]) -> None:
             raise ValueError(f"{clash} already mean {[LABELS[language][key] for key in clash]} ({language})")
         LABELS[language] |= new
 
-
+# %% ../nbs/03b_evaluation.ipynb #labels-2
 def label(key: str, language: str = "en") -> str:
     """The word that figures print for `key`; a key without a word prints itself. Raises KeyError with the languages there are."""
     if language not in LABELS:
@@ -346,7 +346,6 @@ def label(key: str, language: str = "en") -> str:
 
 add_labels({"jitter": ("jitter of each edge, standard deviation (% of the box's side)", "ruido en cada borde, desviación típica (% del lado de la caja)"),
             "recall": ("recall", "exhaustividad"), "precision": ("precision", "precisión")})
-
 
 # %% ../nbs/03b_evaluation.ipynb #protocol-jitter
 JITTERS = (0, .025, .05, .075, .1, .15, .2, .25, .3)
@@ -360,7 +359,7 @@ def protocol_jitter(annotations: dict, jitters: tuple = JITTERS, repeats: int = 
         rows.append({"jitter": jitter} | {name: float(np.mean([m[name] for m in drawn])) for name in ("AP", "AP50", "AP75")})
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/03b_evaluation.ipynb #protocol-jitter-2
 def plot_protocol_jitter(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """AP, AP50 and AP75 against the jitter of `protocol_jitter`."""
     fig, ax = plt.subplots(figsize=(5.2, 3.2), layout="constrained")

@@ -71,7 +71,7 @@ def _lines(ax, frame, x, columns, language, **more):
                 marker="o" if len(drawn) < 4 else None, markersize=3, **more)
     ax.legend(fontsize=6, frameon=False)
 
-
+# %% ../nbs/07_results.ipynb #lines-2
 def plot_training(run: str | Path, language: str = "en") -> plt.Figure:
     """Loss by family, learning rate, and AP on val over the epochs of a run."""
     train, val = (read_metrics(run, split) for split in ("train", "val"))
@@ -101,7 +101,7 @@ def _detections_before(matches: ClassMatches, hits: np.ndarray, counted: np.ndar
     np.add.at(upto, (np.searchsorted(hits, np.flatnonzero(counted)), matches.image[counted]), 1)
     return upto[:-1].cumsum(axis=0)
 
-
+# %% ../nbs/07_results.ipynb #detections-before-2
 def weighted_ap(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
     """AP of one class at each IoU threshold for weighted images: weights (images, draws) -> (thresholds, draws).
 
@@ -119,7 +119,6 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
         row[:] = np.where(objects > 0, (highest * np.diff(reached, axis=0, prepend=0)).sum(axis=0) / len(RECALLS), np.nan)
     return ap
 
-
 # %% ../nbs/07_results.ipynb #image-strata
 def image_strata(tables: list[ClassMatches]) -> np.ndarray:
     """For each image, in id order, the rarest class (by objects) that it shows; -1 without an object."""
@@ -127,7 +126,7 @@ def image_strata(tables: list[ClassMatches]) -> np.ndarray:
     rarity = np.where(objects > 0, objects.sum(axis=1, keepdims=True), np.iinfo(int).max)
     return np.where(objects.any(axis=0), rarity.argmin(axis=0), -1)
 
-
+# %% ../nbs/07_results.ipynb #image-strata-2
 def bootstrap_weights(images: int, draws: int = 2000, seed: int = 0, strata: np.ndarray | None = None) -> np.ndarray:
     """How often each image is drawn, (images, draws), within each of `strata` (images,) as often as it has images."""
     rng, weights = np.random.default_rng(seed), np.zeros((images, draws), dtype=int)
@@ -137,7 +136,6 @@ def bootstrap_weights(images: int, draws: int = 2000, seed: int = 0, strata: np.
         weights[its] = rng.multinomial(len(its), np.full(len(its), 1 / len(its)), size=draws).T
     return weights
 
-
 # %% ../nbs/07_results.ipynb #run-annotations
 def run_annotations(run: str | Path, split: str = "test", data_dir: str | Path | None = None) -> dict:
     """The COCO annotations that a run's results of `split` belong to; `data_dir` where the data set has moved."""
@@ -146,7 +144,7 @@ def run_annotations(run: str | Path, split: str = "test", data_dir: str | Path |
         raise FileNotFoundError(f"{path} is missing: pass data_dir if the data set of {Path(run).name} has moved")
     return read_json(path)
 
-
+# %% ../nbs/07_results.ipynb #run-annotations-2
 def run_results(run: str | Path, split: str = "test") -> list[dict]:
     """The COCO results of a run on `split`."""
     path = Path(run) / f"predictions_{split}.json"
@@ -162,7 +160,7 @@ def _interval(values: np.ndarray, level: float = .95) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()) if values.size else (float("nan"), float("nan"))
 
-
+# %% ../nbs/07_results.ipynb #interval-2
 def _ap_columns(ap: float, ap50: float, draws: np.ndarray) -> dict:
     """`draws` (thresholds, B): AP and AP50, each followed by its interval."""
     (low, high), (low50, high50) = _interval(draws.mean(axis=0)), _interval(draws[0])
@@ -175,7 +173,7 @@ def mean_over_classes(draws: list) -> np.ndarray:
     valid = np.isfinite(stacked)
     return np.where(valid.any(axis=0), np.where(valid, stacked, 0).sum(axis=0) / np.maximum(valid.sum(axis=0), 1), np.nan)
 
-
+# %% ../nbs/07_results.ipynb #interval-3
 def per_class_table(run: str | Path, split: str = "test", data_dir: str | Path | None = None, draws: int = 2000) -> pd.DataFrame:
     """A row a class and one for their mean: objects, images, AP and AP50 with 95 % bootstrap intervals, and a note where objects are few."""
     judge = run_cocoeval(run_annotations(run, split, data_dir), run_results(run, split))
@@ -195,10 +193,10 @@ def plot_per_class(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     for shift, name, marker, color in ((-.14, "AP50", "s", sns.color_palette("colorblind")[0]), (.14, "AP", "o", "black")):
         spread = np.abs(table[[f"{name} low", f"{name} high"]].to_numpy().T - table[name].to_numpy())
         ax.errorbar(table[name], np.arange(len(table)) + shift, xerr=spread, fmt=marker, color=color, markersize=4, capsize=2, linewidth=1, label=name)
-    ax.set_yticks(range(len(table)), [f"{row['class']} ({row['objects']})" for _, row in table.iterrows()], fontsize=7)
+    ax.set_yticks(range(len(table)), [f"{label(row['class'], language)} ({row['objects']})" for _, row in table.iterrows()], fontsize=7)
     ax.axhline(len(table) - 1.5, color="0.7", linewidth=.8)
     ax.invert_yaxis()
-    ax.set(xlim=(0, 1), xlabel=label("interval", language))
+    ax.set(xlim=(0, 1.03), xlabel=label("interval", language))
     ax.grid(axis="x", color="0.9")
     ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(fig)
@@ -251,7 +249,7 @@ def _tag(ax, text: str, box: tuple, size: tuple, color):
     ax.text(max(x0, 0) if left else min(x1, width), y, text, fontsize=5.5, color=ink, ha="left" if left else "right",
             va="bottom" if over else "top", bbox={"facecolor": color, "edgecolor": "none", "pad": .8})
 
-
+# %% ../nbs/07_results.ipynb #tag-2
 def draw_detections(ax, photograph: Image.Image, found: list, labels: list, names: list) -> None:
     """Show a photograph, reduced, with COCO boxes (`xywh` pixels of the original): name, and score where there is one.
 
@@ -308,7 +306,7 @@ def group_seeds(runs: list) -> list[list[Path]]:
         groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     return list(groups.values())
 
-
+# %% ../nbs/07_results.ipynb #group-seeds-2
 def model_names(configs: list[dict]) -> list[str]:
     """A name for each configuration: family, model and input size, and whatever else tells those apart that would be called the same."""
     kind = lambda c: {"detector": "DEIMv2"}.get(c.get("family", "detector"), str(c.get("family")).replace("_", " "))
@@ -337,17 +335,16 @@ class Judged:
         """What the run was judged on: the objects of each class in each image."""
         return tuple((t.name, tuple(t.objects)) for t in self.tables)
 
-
+# %% ../nbs/07_results.ipynb #run-draws-2
 def judge_run(run: str | Path, split: str = "test", data_dir: str | Path | None = None) -> Judged:
     """Judge a run's stored predictions. Raises FileNotFoundError with the call that makes what is missing."""
     judge = run_cocoeval(run_annotations(run, split, data_dir), run_results(run, split))
     return Judged(Path(run), read_json(Path(run) / "config.json").get("seed"), summarise(judge), [class_matches(judge, k) for k in range(len(judge.params.catIds))])
 
-
+# %% ../nbs/07_results.ipynb #run-draws-3
 def ap_draws(tables: list[ClassMatches], weights: np.ndarray) -> np.ndarray:
     """Mean AP over classes for weighted images: (images, draws) -> (thresholds, draws)."""
     return mean_over_classes([weighted_ap(t, weights) for t in tables])
-
 
 # %% ../nbs/07_results.ipynb #sign-flip
 def sign_flip_p(differences, most: int = 16) -> float:
@@ -361,7 +358,7 @@ def sign_flip_p(differences, most: int = 16) -> float:
         signs = np.vstack([np.ones(len(d)), np.random.default_rng(0).choice([-1, 1], size=(2**most - 1, len(d)))])
     return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12).mean())
 
-
+# %% ../nbs/07_results.ipynb #sign-flip-2
 def holm(p) -> np.ndarray:
     """Holm's adjusted p values of a family of tests; nan are no tests and stay nan."""
     p, adjusted = np.asarray(p, dtype=float), np.full(len(p), np.nan)
@@ -370,7 +367,6 @@ def holm(p) -> np.ndarray:
         before = adjusted[order[rank - 1]] if rank else 0.
         adjusted[k] = min(1., max(before, (len(order) - rank) * p[k]))
     return adjusted
-
 
 # %% ../nbs/07_results.ipynb #image-swap
 def _both(a: ClassMatches, b: ClassMatches) -> ClassMatches:
@@ -381,7 +377,7 @@ def _both(a: ClassMatches, b: ClassMatches) -> ClassMatches:
     matched, ignored = (np.concatenate([getattr(a, k), getattr(b, k)], axis=1)[:, order] for k in ("matched", "ignored"))
     return ClassMatches(a.name, scores[order], image, matched, ignored, np.concatenate([a.objects, b.objects]))
 
-
+# %% ../nbs/07_results.ipynb #image-swap-2
 def image_swap_p(pairs: list[tuple[list, list]], draws: int = 2000, seed: int = 0) -> float:
     """Two-sided p of a difference in AP between two models when their results are swapped at random on each image.
 
@@ -397,7 +393,6 @@ def image_swap_p(pairs: list[tuple[list, list]], draws: int = 2000, seed: int = 
         difference += (ap_draws(mixed, one) - ap_draws(mixed, other)).mean(axis=0)
     return float((np.abs(difference) >= abs(difference[0]) - 1e-12).mean())
 
-
 # %% ../nbs/07_results.ipynb #named-groups
 def named_groups(runs) -> dict[str, list[Path]]:
     """Runs by the name of their model: a mapping of name to runs (or None) as it is, a list grouped by configuration."""
@@ -409,7 +404,7 @@ def named_groups(runs) -> dict[str, list[Path]]:
     names = [next(called) if c else g[0].name for c, g in zip(configs, groups)]
     return {n if names.count(n) == 1 else f"{n} ({g[0].name})": g for n, g in zip(names, groups)}
 
-
+# %% ../nbs/07_results.ipynb #named-groups-2
 def judge_group(runs: list[Path], split: str, data_dir) -> tuple[list[Judged], str]:
     """The runs of one model that have predictions, judged, and a note on those that have none."""
     there = [r for r in runs if (r / f"predictions_{split}.json").is_file() and (r / "config.json").is_file()]
@@ -417,13 +412,12 @@ def judge_group(runs: list[Path], split: str, data_dir) -> tuple[list[Judged], s
     note = "" if runs and not missing else "not run" if not runs or not any(r.is_dir() for r in runs) else f"{missing} of {len(runs)} not evaluated on {split}"
     return [judge_run(r, split, data_dir) for r in there], note
 
-
 # %% ../nbs/07_results.ipynb #compare
 def _seed_picks(n: int, draws: int, seed: int) -> np.ndarray:
     """Shares of each of n seeds in each draw, (n, draws)."""
     return np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1 / n), size=draws).T / n
 
-
+# %% ../nbs/07_results.ipynb #compare-2
 def _over_seeds(samples: list, seed: int) -> np.ndarray:
     """Draws of the mean over seeds: each (thresholds, B) -> (thresholds, B)."""
     return np.einsum("stb,sb->tb", np.stack(samples), _seed_picks(len(samples), samples[0].shape[1], seed))
@@ -451,7 +445,7 @@ def paired_columns(group: list[Judged], samples: list, first: list[Judged], firs
 COMPARED = ("run", "model", "seeds", "images", "objects", "AP", "AP low", "AP high", "AP sd", "AP50", "AP50 low", "AP50 high", "difference", "difference low", "difference high", "pairs",
             "p seeds", "p seeds Holm", "p images", "p images Holm", "smallest difference", "note")
 
-
+# %% ../nbs/07_results.ipynb #compare-3
 def compare(runs, split: str = "test", draws: int = 2000, data_dir: str | Path | None = None, seed: int = 0) -> pd.DataFrame:
     """A row a model: AP and AP50 as means over seeds, with 95 % bootstrap intervals over images (stratified) and seeds, and what tells its AP from the first row's.
 
@@ -476,7 +470,6 @@ def compare(runs, split: str = "test", draws: int = 2000, data_dir: str | Path |
     for p in ("p seeds", "p images"): table[f"{p} Holm"] = holm(table[p])
     return table.astype({"images": "Int64", "objects": "Int64", "pairs": "Int64"})
 
-
 # %% ../nbs/07_results.ipynb #read-provenance
 def read_provenance(study: Study) -> pd.DataFrame:
     """What `save_figure` and `save_table` noted in a study's directory: a row a file, by kind and name."""
@@ -484,7 +477,7 @@ def read_provenance(study: Study) -> pd.DataFrame:
     rows = [{"name": name, **p} for name, p in found if isinstance(p, dict) and {"kind", "caption"} <= set(p)]
     return pd.DataFrame(rows, columns=["name", "kind", "caption", "profile", "data", "seed", "runs", "time", "commit", "dirty"]).sort_values(["kind", "name"], ignore_index=True)
 
-
+# %% ../nbs/07_results.ipynb #read-provenance-2
 def _index_line(study: Study, row: pd.Series) -> str:
     kinds = [s for s in ("png", "pdf", "csv", "tex") if (study.figures / f"{row['name']}.{s}").is_file()]
     files = ", ".join(f"[{s}]({row['name']}.{s})" for s in kinds)
@@ -492,7 +485,7 @@ def _index_line(study: Study, row: pd.Series) -> str:
     commit = f"{row['commit'][:9]}{' + changes' if row['dirty'] else ''}" if isinstance(row["commit"], str) else "--"
     return f"| {row['name']} | {row['caption']} | {files} | {runs} | {commit} | {str(row['time'])[:16]} |"
 
-
+# %% ../nbs/07_results.ipynb #read-provenance-3
 def write_index(study: Study) -> Path:
     """Write index.md in the study's directory: every figure and table with its caption, files, runs, commit and time."""
     rows = read_provenance(study)

@@ -38,7 +38,7 @@ class Softmaxed(torch.nn.Module):
         output.logits = shares.logit()  # whose sigmoid is the share
         return detections(_Given(output), pixel_values, sizes)
 
-
+# %% ../nbs/07c_thesis.ipynb #softmax-scores-2
 class _Given(torch.nn.Module):
     def __init__(self, output):
         super().__init__()
@@ -56,7 +56,7 @@ def last_weights(run: str | Path, averaged: bool) -> torch.nn.Module:
     model.load_state_dict(weights)
     return model.eval()
 
-
+# %% ../nbs/07c_thesis.ipynb #old-protocol-2
 def old_protocol(run: str | Path, data_dir: str | Path, split: str = "test", threshold: float = .5) -> pd.DataFrame:
     """AP and AP50 of one training by this protocol and with each of the old mistakes, alone and together: columns variant, detections, AP, AP50, AP moved, AP50 moved.
 
@@ -103,7 +103,7 @@ def run_figures(run: str | Path, language: str = "en", split: str = "test") -> d
             "error_budget": (plot_budget(budget, language), budget, f"Points of AP50 that correcting each kind of error would give ({of})."),
             "object_effects": (plot_effects(*effects, language=language), pd.concat(effects), f"Share of objects found by size and by company ({of}).")}
 
-
+# %% ../nbs/07c_thesis.ipynb #run-figures-2
 def run_tables(run: str | Path, split: str = "test") -> dict:
     """{name: (table, caption)} of one run: classes, working points on `split`, the verdict on the part, calibration error."""
     annotations, results, of = run_annotations(run, split), run_results(run, split), f"{split}"
@@ -126,7 +126,7 @@ def study_runs(study: Study) -> list[Path]:
         found[str(sorted(config.items(), key=str))] = path
     return sorted(found.values(), key=lambda r: (not r.name.startswith("detector"), r.name))
 
-
+# %% ../nbs/07c_thesis.ipynb #study-rows-2
 def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.DataFrame:
     """`compare` over everything that the study has run; kinds of network that it has not run are rows without numbers."""
     runs = study_runs(study)
@@ -141,7 +141,7 @@ def _code_changed(commit: str | None) -> str | None:
     except OSError: return None
     return {0: None, 1: f"code has changed since {commit[:9] if commit else 'it was drawn'}"}.get(done.returncode, f"commit {str(commit)[:9]} is not known here" if commit else None)
 
-
+# %% ../nbs/07c_thesis.ipynb #stale-figures-2
 def stale_figures(study: Study) -> pd.DataFrame:
     """What in the study's directory no longer shows what would be drawn now: columns name, reason (a row for each reason)."""
     now, changed, rows = None, {}, []
