@@ -590,7 +590,7 @@ def plot_statistics(photographs: pd.DataFrame, shapes: pd.DataFrame, classes):
         for label, name in enumerate(classes):
             its = shapes.loc[shapes["class"] == name, column]
             if len(its): sns.ecdfplot(its, ax=ax, label=name, **class_style(label))
-        ax.set_xscale("log"); ax.set(xlabel=f"{column} of a box", ylabel="share of the class's boxes")
+        ax.set_xscale("log"); ax.xaxis.set_minor_formatter(""); ax.xaxis.set_major_formatter("{x:g}"); ax.set(xlabel=f"{column} of a box", ylabel="share of the class's boxes")
     axes[1, 1].legend(fontsize=5.5)
     return fig
 
