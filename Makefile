@@ -12,7 +12,7 @@ PARAMS  := $(if $(PROFILE),-p profile $(PROFILE)) $(if $(DATA),-p data_dir "$(ab
 NAME     = $(shell $(BIN)/python -c "from deimv2_tfg.core import open_study; print(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None).name)")
 CHAPTERS := $(basename $(notdir $(sort $(wildcard nbs/*.ipynb))))
 
-.PHONY: thesis test env pages export clean
+.PHONY: thesis test env pages export clean check-figures
 
 thesis: env
 	@set -e; pages="runs/$(NAME)/pages"; mkdir -p "$$pages"; start=$$(date +%s); \
@@ -43,3 +43,8 @@ $(VENV)/.installed: settings.ini setup.py
 
 clean:
 	rm -rf runs/smoke runs/data thesis_figures/smoke
+
+# Figures whose run, data or code is not what it was: make check-figures [DATA=... PROFILE=... STUDY=...]
+check-figures: env
+	$(BIN)/python -c "import sys; from deimv2_tfg.core import open_study; from deimv2_tfg.thesis import stale_figures; \
+	  stale = stale_figures(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None)); print(stale.to_string() if len(stale) else 'none'); sys.exit(len(stale) > 0)"
