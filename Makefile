@@ -27,9 +27,10 @@ thesis: env
 pages: env
 	$(BIN)/deimv2-tfg pages runs/$(NAME)/pages
 
+# One thread a process and two processes: torch's threads would wait for each other.
 test: env
-	$(BIN)/nbdev_test --n_workers 1
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 export: env
 	$(BIN)/nbdev_export
