@@ -766,6 +766,7 @@ def open_run(trainer: Trainer):
             write_json(run / "config.json", dataclasses.asdict(config) | {"family": trainer.family.name, "classes": trainer.train_set.classes})
             write_json(run / "env.json", environment(seed=config.seed, data_hash=data_hash(config.data_dir), code_hash=training_code(trainer.family),
                                                      precision=pick_precision(config), processes=trainer.accelerator.num_processes, start=trainer.start))
+        for warning in check_recipe(config, len(trainer.train_set)): warnings.warn(warning)
         snapshot(trainer)
     if trainer.main:
         _keep_lines(run / "incidents.jsonl", lambda i, line: i < trainer.incidents)
@@ -774,7 +775,6 @@ def open_run(trainer: Trainer):
 def end_epoch(trainer: Trainer, values: dict, started: float):
     "Log an epoch, evaluate where it is due, save."
     config = trainer.config
-    for warning in ([] if trainer.epoch else check_recipe(config, len(trainer.train_set))): warnings.warn(warning)
     if trainer.main: trainer.log("train", trainer.step, trainer.epoch + 1, values)
     if (trainer.epoch + 1) % config.eval_every == 0 or trainer.epoch + 1 == config.epochs:
         metrics = validate(trainer)
