@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'FASTER_RCNN', 'with_pyramid', 'resnet18_fpn', 'efficientnet_b0_fpn', 'anchors_for', 'Baseline',
            'torchvision_target', 'save_baseline', 'load_baseline', 'build_baseline', 'baseline_config', 'native_size',
-           'baseline_run', 'overfit']
+           'baseline_run', 'overfit', 'finished_before']
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ from torchvision.models.efficientnet import EfficientNet_B0_Weights
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import ResNet18_Weights
 
-from .core import Study, one_at_a_time, read_json, study_data, write_json
+from .core import Study, data_hash, one_at_a_time, read_json, study_data, write_json
 from .data import cxcywh_to_xyxy
 from .evaluation import coco_metrics, predict, to_coco_results
-from .training import Family, TrainConfig, phase1_config, train
+from .training import NOT_HASHED, Family, TrainConfig, phase1_config, train
 from .transforms import collate, eval_transform
 
 # %% ../nbs/06_baselines.ipynb #resnet18-fpn
@@ -175,3 +176,11 @@ def overfit(backbone: str, dataset, image_size: int, images: int = 4, steps: int
     coco = dataset.coco | {k: [x for x in dataset.coco[k] if x[i] in ids] for k, i in (("images", "id"), ("annotations", "image_id"))}
     with torch.no_grad(): found = model.eval().detections(pixel_values, torch.tensor([t["size"] for t in targets]))
     return coco_metrics(coco, to_coco_results(found, [t["image_id"] for t in targets], dataset.category_ids))
+
+# %% ../nbs/06_baselines.ipynb #finished-before
+def finished_before(config: TrainConfig, family: Family) -> Path | None:
+    "The newest finished run of a configuration on its data, whatever code trained it (`env.json` says which); None where there is none. A field that a run lacks is younger than it."
+    asked, data = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_HASHED})), data_hash(config.data_dir)
+    def same(run): return read_json(run / "env.json").get("data_hash") == data and all(read_json(run / "config.json").get(k, v) == v for k, v in asked.items())
+    found = [r for r in Path(config.runs_dir).glob(f"{family.name}-*/result.json") if same(r.parent)]
+    return max(found, key=lambda r: r.stat().st_mtime).parent if found else None

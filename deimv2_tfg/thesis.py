@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'CROWDS', 'KINDS_OF_RUN', 'Softmaxed', 'last_weights', 'old_protocol', 'top_score_precision', 'run_figures',
-           'run_tables', 'study_runs', 'results_table', 'stale_figures', 'write_thesis']
+           'run_tables', 'study_runs', 'images_seen', 'best_fusion', 'results_table', 'stale_figures', 'write_thesis']
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
 import subprocess
@@ -21,7 +21,7 @@ from .decisions import (at_working_points, calibration, calibration_error, confu
                                   working_points)
 from .errors import effect, error_budget, object_table, plot_budget, plot_effects
 from .evaluation import class_metrics, coco_metrics, detections, detector_directory, evaluate, open_detector, precision_recall, predict, trained_image_size
-from .results import (compare, loss_families, per_class_table, plot_per_class, plot_precision_recall, plot_training, prediction_sheet, read_metrics, read_provenance, run_annotations,
+from .results import (compare, group_seeds, loss_families, per_class_table, plot_per_class, plot_precision_recall, plot_training, prediction_sheet, read_metrics, read_provenance, run_annotations,
                                 run_results, write_index)
 from .training import load_state
 
@@ -115,9 +115,6 @@ def run_tables(run: str | Path, split: str = "test") -> dict:
             "part_verdict": (pd.Series(verdicts).rename_axis("measure").rename("value").reset_index(), f"Is the part good? And the calibration error of the scores ({of}).")}
 
 # %% ../nbs/07c_thesis.ipynb #study-rows
-KINDS_OF_RUN = {"detector": "DEIMv2", "faster_rcnn": "Faster R-CNN", "fusion": "DEIMv2 with text"}
-
-
 def study_runs(study: Study) -> list[Path]:
     """The study's finished runs with a configuration, DEIMv2 first; of runs that were made again under other code, the newest for each configuration."""
     found = {}
@@ -127,12 +124,36 @@ def study_runs(study: Study) -> list[Path]:
     return sorted(found.values(), key=lambda r: (not r.name.startswith("detector"), r.name))
 
 # %% ../nbs/07c_thesis.ipynb #study-rows-2
+def images_seen(run: Path) -> int | None:
+    """Photographs that a run was shown in training, with repetitions; of a fusion run, that its detector was. None where that is not known."""
+    base = Path(read_json(run / "config.json").get("run") or run)
+    at = next((p for p in (run.parent / base.name, base) if (p / "result.json").is_file()), None)
+    return read_json(at / "result.json").get("images_seen") if at else None
+
+
+def best_fusion(runs: list[Path]) -> list[Path]:
+    """Of fusion runs with the true text and no class held out, the seeds of the configuration that does best on val, among those with the most seeds."""
+    told = [r for r in runs if read_json(r / "config.json").get("text") == "true" and not read_json(r / "config.json").get("held_out")]
+    groups, on_val = group_seeds(told), lambda r: (lambda x: x.get("val_AP", x.get("best_val_AP", 0.)))(read_json(r / "result.json"))
+    most = max(map(len, groups), default=0)
+    return max((g for g in groups if len(g) == most), key=lambda g: np.mean([on_val(r) for r in g]), default=[])
+
+# %% ../nbs/07c_thesis.ipynb #study-rows-3
+KINDS_OF_RUN = {"detector": "DEIMv2", "faster_rcnn": "Faster R-CNN", "fusion": "DEIMv2 with text"}
+
+
 def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.DataFrame:
-    """`compare` over everything that the study has run; kinds of network that it has not run are rows without numbers."""
-    runs = study_runs(study)
+    """`compare` among the study's runs that were shown as many images, the most first: DEIMv2, to which the differences are, its best fusion head, the baselines.
+
+    The head is chosen on val; chapter 5 has the others. Kinds of network that the study has not run are rows without numbers.
+    """
+    runs, budgets = study_runs(study), {}
+    for r in runs: budgets.setdefault(images_seen(r) or 0, []).append(r)
+    is_fusion = lambda r: r.name.startswith("fusion")
+    tables = [compare([r for r in its if not is_fusion(r)] + best_fusion([r for r in its if is_fusion(r)]), split, draws).assign(**{"images seen": seen or None}) for seen, its in sorted(budgets.items(), reverse=True)]
     missing = [name for kind, name in KINDS_OF_RUN.items() if not any(r.name.startswith(kind) for r in runs)]
-    table = compare(runs, split, draws) if runs else compare({})
-    return pd.concat([table, compare(dict.fromkeys(missing))], ignore_index=True) if missing else table
+    table = pd.concat([t for t in [*tables, compare(dict.fromkeys(missing)) if missing else None] if t is not None and len(t)] or [compare({})], ignore_index=True)
+    return table[["run", "model", *(["images seen"] if "images seen" in table else []), *table.columns.drop(["run", "model", "images seen"], errors="ignore")]]
 
 # %% ../nbs/07c_thesis.ipynb #stale-figures
 def _code_changed(commit: str | None) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deimv2_tfg import cli
-from deimv2_tfg.baselines import FASTER_RCNN, Baseline, baseline_config, build_baseline, load_baseline, native_size, overfit, save_baseline, torchvision_target
+from deimv2_tfg.baselines import FASTER_RCNN, Baseline, baseline_config, build_baseline, finished_before, load_baseline, native_size, overfit, save_baseline, torchvision_target
 from deimv2_tfg.core import open_study
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.evaluation import coco_metrics, evaluate
@@ -91,11 +91,19 @@ def test_the_same_trainer_and_the_same_judge(smoke_data, tmp_path, capsys):
     assert {k for k, v in dataclasses.asdict(baseline_config(study, "resnet18")).items() if v != same[k]} == {"model", "lr", "clip", "backbone_lr"}
     run = train(config, FASTER_RCNN)
     assert run == find_run(config, FASTER_RCNN) and run.name.startswith("faster_rcnn-") and train(config, FASTER_RCNN) == run
+    assert finished_before(config, FASTER_RCNN) == run and finished_before(dataclasses.replace(config, num_workers=1), FASTER_RCNN) == run
+    older = run.rename(run.with_name("faster_rcnn-0123456789"))  # as if other code had trained it: found, by what it was asked for, and by its data
+    assert finished_before(config, FASTER_RCNN) == older and finished_before(dataclasses.replace(config, seed=1), FASTER_RCNN) is None
+    env = json.loads((older / "env.json").read_text())
+    (older / "env.json").write_text(json.dumps(env | {"data_hash": "other"}))
+    assert finished_before(config, FASTER_RCNN) is None
+    (older / "env.json").write_text(json.dumps(env))
+    older.rename(run)
     metrics, dataset = evaluate(run, smoke_data, "test"), load_dataset(smoke_data, "test")
     results = json.loads((run / "predictions_test.json").read_text())
     assert coco_metrics(dataset.coco, results) == pytest.approx(metrics, nan_ok=True) and {r["category_id"] for r in results} <= set(dataset.category_ids)
     table = compare([run], draws=20)
-    assert table["model"][0].startswith("faster rcnn resnet18") and table["seeds"][0] == 1
+    assert table["model"][0].startswith("Faster R-CNN resnet18") and table["seeds"][0] == 1
     assert cli.main(["predict", str(run), str(smoke_data / "test" / "images"), "--out", str(tmp_path / "out"), "--no-pictures"]) == 0
     assert cli.main(["export", str(run)]) == 1 and "only DEIMv2" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 
 from deimv2_tfg import evaluation
+from deimv2_tfg.cli import main
 from deimv2_tfg.core import project_root
+from deimv2_tfg.data import DatasetError
 from deimv2_tfg.evaluation import class_metrics, coco_metrics, evaluate, match_tables, precision_recall, predict, to_coco_results
+from deimv2_tfg.splits import bind_data
 
 THRESHOLDS = [.5 + .05 * i for i in range(10)]
 CATEGORIES = [{"id": 3, "name": "b"}, {"id": 11, "name": "c"}, {"id": 1, "name": "a"}]  # gaps, and not in id order
@@ -290,3 +294,19 @@ def test_class_metrics_are_the_flat_ones_with_counts():
         assert table["AP"][c["name"]] == metrics[f"AP/{c['name']}"]
         assert table["objects"][c["name"]] == sum(a["category_id"] == c["id"] for a in coco["annotations"])
     assert table["objects"]["mean"] == len(coco["annotations"]) and table["images"]["mean"] == len(coco["images"])
+
+
+def test_evaluate_refuses_changed_data_unless_told(smoke_data, tmp_path, monkeypatch):
+    data, run = Path(shutil.copytree(smoke_data, tmp_path / "set")), make_run(tmp_path / "run", image_size=64)
+    classes = [c["name"] for c in sorted(json.loads((data / "val" / "val.json").read_text())["categories"], key=lambda c: c["id"])]
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed(classes=tuple(classes)))
+    bind_data(run, data)
+    first = evaluate(run, data, "val")
+    coco = json.loads((data / "test" / "test.json").read_text())
+    coco["annotations"].pop()
+    (data / "test" / "test.json").write_text(json.dumps(coco))
+    with pytest.raises(DatasetError, match="changed: test/test.json"): evaluate(run, data, "val")
+    assert main(["evaluate", str(run), str(data), "--split", "val"]) == 1 and not (run / "data_changes.jsonl").exists()
+    assert evaluate(run, data, "val", allow_changed=True) == pytest.approx(first, nan_ok=True)
+    assert json.loads((run / "data_changes.jsonl").read_text())["split"] == "val"
+    assert main(["evaluate", str(run), str(data), "--split", "val", "--allow_changed"]) == 0

@@ -71,3 +71,30 @@ def test_everything_is_written_once_a_language_and_the_table_has_empty_rows(stud
     assert table["seeds"].tolist() == [1, 0, 0] and table["AP"].isna().tolist() == [False, True, True] and set(table["note"]) == {"", "not run"}
     old = thesis.old_protocol(run, thesis.study_data(study)).set_index("variant")
     assert old["AP moved"]["this protocol"] == 0 and old["detections"]["this protocol"] > old["detections"]["only scores of 0.5 and more"]
+
+
+def test_results_are_compared_among_runs_that_saw_as_many_images(tmp_path, study, smoke_data):
+    """Two budgets, two fusion heads and a held-out class: the best head on val with the most seeds, differences within a budget only."""
+    coco = json.loads((smoke_data / "test" / "test.json").read_text())
+    truth = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": .5 + k / 1000} for k, a in enumerate(coco["annotations"])]
+
+    def make(name, seen, kept, result=None, **config):
+        run = study.runs / name
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps({"data_dir": str(smoke_data), "image_size": 64, "seed": 0} | config))
+        (run / "result.json").write_text(json.dumps({"images_seen": seen} if seen else result))
+        (run / "predictions_test.json").write_text(json.dumps(truth[:kept]))
+        return run
+
+    long, short = make("detector-a", 900, 40, model="small", epochs=9, family="detector"), make("detector-b", 300, 30, model="small", epochs=3, family="detector")
+    make("faster_rcnn-a", 300, 20, model="resnet18", epochs=3, family="faster_rcnn")
+    for seed in (0, 1):
+        make(f"fusion-good{seed}", None, 35, {"val_AP": .4}, run=str(long), head="concat", text="true", held_out="", seed=seed, family="fusion")
+        make(f"fusion-less{seed}", None, 36, {"val_AP": .3}, run=str(long), head="residual", text="true", held_out="", seed=seed, family="fusion")
+        make(f"fusion-held{seed}", None, 36, {"val_AP": .9}, run=str(long), head="residual", text="true", held_out="NORMAL", seed=seed, family="fusion")
+        make(f"fusion-perm{seed}", None, 36, {"val_AP": .9}, run=str(long), head="residual", text="permuted", held_out="", seed=seed, family="fusion")
+    make("fusion-once", None, 36, {"val_AP": .9}, run=str(long), head="residual", text="true", held_out="", language="es", seed=0, family="fusion")
+    table = thesis.results_table(study, draws=20)
+    assert table["images seen"].tolist() == [900, 900, 300, 300] and table["seeds"].tolist() == [1, 2, 1, 1]
+    assert [m.split(",")[0] for m in table["model"]] == ["DEIMv2 small", "DEIMv2 with text", "DEIMv2 small", "Faster R-CNN resnet18"] and "concat" in table["model"][1]
+    assert table["difference"].isna().tolist() == [True, False, True, False] and table["difference"][3] == pytest.approx(table["AP"][3] - table["AP"][2])
