@@ -59,7 +59,7 @@ def pair(pile: Pile, image_id, threshold: float | None = None, side: int = 640) 
     photograph = photograph.resize([max(1, round(s * scale)) for s in photograph.size])
     sheet = Image.new("RGB", (2 * photograph.width + 8, photograph.height), "white")
     for k, boxes in enumerate((pile.annotations["annotations"], kept_results(pile.annotations, pile.results, thresholds(pile, threshold)))):
-        own = [{"label": labels[b["category_id"]], "score": b.get("score", 1.), "bbox": [v * scale for v in b["bbox"]]} for b in boxes if b["image_id"] == image_id]
+        own = [{"label": labels[b["category_id"]], "score": b.get("score"), "bbox": [v * scale for v in b["bbox"]]} for b in boxes if b["image_id"] == image_id]
         sheet.paste(annotate(photograph, own, names), (k * (photograph.width + 8), 0))
     return sheet
 
@@ -92,7 +92,7 @@ class Browser(widgets.VBox):
     def sift(self, _=None):
         self.threshold.disabled, self.level = self.own.value, None if self.own.value else self.threshold.value
         self.shown = shown_photographs(self.pile, self.name.value, self.which.value, self.level)
-        self.place.max = max(len(self.shown) - 1, 0)  # a slider beyond its end goes back to it by itself
+        self.place.value, self.place.max = 0, max(len(self.shown) - 1, 0)
         self.draw()
 
     def draw(self, _=None):

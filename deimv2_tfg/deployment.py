@@ -82,14 +82,14 @@ def run_thresholds(run_or_checkpoint: str | Path) -> dict[str, float]:
 
 # %% ../nbs/07b_use.ipynb #annotate
 def annotate(photograph: Image.Image, found: list[dict], names: list[str]) -> Image.Image:
-    """A copy of a photograph with the boxes of `found` ({"label", "bbox" xywh pixels, "score"}), each with class and score."""
+    """A copy of a photograph with the boxes of `found` ({"label", "bbox" xywh pixels, "score"}), each with class and score (None: an annotation, which has none)."""
     picture = photograph.copy()
     pen, size = ImageDraw.Draw(picture), max(10, round(max(photograph.size) / 45))
     font = ImageFont.load_default(size)
-    for f in sorted(found, key=lambda f: f["score"]):
+    for f in sorted(found, key=lambda f: f["score"] or 0):
         color, (x, y, w, h) = tuple(round(255 * c) for c in class_style(f["label"])["color"]), f["bbox"]
         pen.rectangle([x, y, max(x + w, x), max(y + h, y)], outline=color, width=max(2, size // 6))
-        text = f"{names[f['label']]} {f['score']:.2f}"
+        text = names[f["label"]] + ("" if f["score"] is None else f" {f['score']:.2f}")
         box = pen.textbbox((max(x, 0), max(y - 1.2 * size, 0)), text, font=font)
         pen.rectangle(box, fill=color)
         pen.text(box[:2], text, font=font, fill="white" if np.dot(color, (.299, .587, .114)) < 140 else "black", anchor="lt")
@@ -211,38 +211,39 @@ def onnx_difference(path: str | Path, model: torch.nn.Module, pixel_values: torc
 TOLERANCE = 1e-3
 
 
-def export_onnx(run: str, out: str = "detector.onnx", batch_size: int = 1, opset: int = 20) -> Path:
-    """A run's best network, or a detector directory, as an ONNX file for batches of `batch_size`, with `<out>.json` beside it (classes, input size, normalisation, thresholds).
+def export_onnx(run: str, out: str = "detector.onnx", opset: int = 20) -> Path:
+    """A run's best network, or a detector directory, as an ONNX file for any number of photographs at once, with `<out>.json` beside it (classes, input size, normalisation, thresholds).
 
-    The file is checked against the network under ONNX Runtime; ValueError where it differs, or for a network that is no DEIMv2; NeedsPackage without the optional extra `export`.
+    The file is checked against the network under ONNX Runtime, one photograph and three at a time; ValueError where it differs, or for a network that is no DEIMv2; NeedsPackage without the optional extra `export`.
     """
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(needed) is None: raise NeedsPackage(f"export takes the package {needed}: pip install 'deimv2_tfg[export]'")
     model, side = open_detector(detector_directory(run)), trained_image_size(run)
     if not isinstance(model, Detector): raise ValueError(f"{run}: a {type(model).__name__} cannot be exported, only DEIMv2")
     size, generator = (side, side) if isinstance(side, int) else side, torch.Generator().manual_seed(0)
-    example, path = torch.randn(batch_size, 3, *size, generator=generator), Path(out)
+    example, path = torch.randn(2, 3, *size, generator=generator), Path(out)  # with one, the exporter would take the batch for a constant
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(): model(example)
     before = os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK")
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
     try:
-        torch.onnx.export(Exported(model).eval(), (example,), dynamo=True, input_names=["pixel_values"], output_names=["logits", "pred_boxes"], opset_version=opset, verbose=False).save(str(part))
-        worst = max(onnx_difference(part, model, torch.randn(batch_size, 3, *size, generator=generator)) for _ in range(2))
+        torch.onnx.export(Exported(model).eval(), (example,), dynamo=True, input_names=["pixel_values"], output_names=["logits", "pred_boxes"], opset_version=opset, verbose=False,
+                          dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}).save(str(part))
+        worst = max(onnx_difference(part, model, torch.randn(n, 3, *size, generator=generator)) for n in (1, 3))
         if not worst <= TOLERANCE: raise ValueError(f"{path}: the exported network differs from the original by {worst:.2g}; nothing was written")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
         os.environ.pop("TRANSFORMERS_DISABLE_TORCH_CHECK") if before is None else os.environ.update(TRANSFORMERS_DISABLE_TORCH_CHECK=before)
-    write_json(path.with_suffix(".json"), export_notes(run, model, size, batch_size, worst))
+    write_json(path.with_suffix(".json"), export_notes(run, model, size, worst))
     return path
 
 # %% ../nbs/07b_use.ipynb #export-onnx-2
-def export_notes(run, model, size, batch_size: int, worst: float) -> dict:
+def export_notes(run, model, size, worst: float) -> dict:
     """What a reader of the ONNX file has to know."""
     normalise = to_pixel_values(size).transforms[-1]
     try: thresholds = run_thresholds(run)
     except FileNotFoundError: thresholds = None
-    return {"classes": model.classes, "batch_size": batch_size, "height": size[0], "width": size[1], "mean": normalise.mean, "std": normalise.std, "scores": "sigmoid(logits), the best 300 of all queries x classes",
+    return {"classes": model.classes, "height": size[0], "width": size[1], "mean": normalise.mean, "std": normalise.std, "scores": "sigmoid(logits), the best 300 of all queries x classes",
             "boxes": "cxcywh in [0, 1]", "thresholds": thresholds, "largest_difference": worst}

@@ -271,7 +271,7 @@ def select_queries(model, memory, shapes) -> tuple:
     scores = model.model.enc_score_head(memory).float()
     chosen = scores.amax(-1).topk(min(model.config.num_queries, memory.shape[1]), dim=1).indices[..., None]
     content = memory.gather(1, chosen.expand(-1, -1, memory.shape[-1]))
-    box_logits = model.model.enc_bbox_head(content).float() + anchors.expand(len(memory), -1, -1).gather(1, chosen.expand(-1, -1, 4))
+    box_logits = model.model.enc_bbox_head(content).float() + anchors.expand(memory.shape[0], -1, -1).gather(1, chosen.expand(-1, -1, 4))
     return content.detach(), box_logits, scores.gather(1, chosen.expand(-1, -1, scores.shape[-1]))
 
 # %% ../nbs/03_detector.ipynb #bin-offsets
