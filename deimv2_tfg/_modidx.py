@@ -718,6 +718,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                    'deimv2_tfg.thesis.best_fusion': ('thesis.html#best_fusion', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis.images_seen': ('thesis.html#images_seen', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis.last_weights': ('thesis.html#last_weights', 'deimv2_tfg/thesis.py'),
+                                   'deimv2_tfg.thesis.measure': ('thesis.html#measure', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis.old_protocol': ('thesis.html#old_protocol', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis.results_table': ('thesis.html#results_table', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis.run_figures': ('thesis.html#run_figures', 'deimv2_tfg/thesis.py'),

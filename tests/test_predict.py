@@ -135,6 +135,8 @@ def test_an_exported_network_is_the_same_network(run, tmp_path, capsys):
     notes, model = json.loads((tmp_path / "tiny.json").read_text()), load_detector(run / "best")
     assert notes["largest_difference"] < 1e-4 and notes["classes"] == model.classes and notes["thresholds"] == run_thresholds(run)
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"])
+    assert [v.shape[0] for v in (*session.get_inputs(), *session.get_outputs())] == ["batch"] * 3 and session.get_inputs()[0].shape[1:] == [3, 64, 64]
     for n in (1, 3, 5): assert deployment.onnx_difference(tmp_path / "tiny.onnx", model, torch.randn(n, 3, 64, 64)) < 1e-4
     pixel_values = torch.randn(2, 3, 64, 64)
     assert deployment.onnx_difference(tmp_path / "tiny.onnx", model, pixel_values) < 1e-4

@@ -67,6 +67,8 @@ def test_everything_is_written_once_a_language_and_the_table_has_empty_rows(stud
     names = thesis.write_thesis(study, run)
     for name in names: assert (study.figures / f"{name}.csv").is_file() and ((study.figures / f"{name}.pdf").is_file() or (study.figures / f"{name}.tex").is_file())
     assert {n[:-3] for n in names if n.endswith("_es")} == {n[:-3] for n in names if n.endswith("_en")} and f"| {names[0]} |" in (study.figures / "index.md").read_text()
+    measured = thesis.measure(run)  # measured once or anew: the same tables
+    for name, (once, _) in thesis.run_tables(run, measured=measured).items(): pd.testing.assert_frame_equal(once, pd.read_csv(study.figures / f"{name}.csv"), check_dtype=False)
     table = thesis.results_table(study, draws=20)
     assert table["seeds"].tolist() == [1, 0, 0] and table["AP"].isna().tolist() == [False, True, True] and set(table["note"]) == {"", "not run"}
     old = thesis.old_protocol(run, thesis.study_data(study)).set_index("variant")
