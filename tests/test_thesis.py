@@ -100,3 +100,28 @@ def test_results_are_compared_among_runs_that_saw_as_many_images(tmp_path, study
     assert table["images seen"].tolist() == [900, 900, 300, 300] and table["seeds"].tolist() == [1, 2, 1, 1]
     assert [m.split(",")[0] for m in table["model"]] == ["DEIMv2 small", "DEIMv2 with text", "DEIMv2 small", "Faster R-CNN resnet18"] and "concat" in table["model"][1]
     assert table["difference"].isna().tolist() == [True, False, True, False] and table["difference"][3] == pytest.approx(table["AP"][3] - table["AP"][2])
+
+
+def test_chapters_are_written_in_both_languages(study):
+    table = pd.DataFrame({"class": ["NORMAL", "all"], "train images": [3, 3], "train objects": [3, 3], "test objects": [1, 1]})
+    save_table(table, study, "classes", "Classes.")
+    effects = pd.DataFrame({"head": ["residual"], "true text against": ["permuted"], "effect": [.01], "low": [-.01], "high": [.02], "p": [.5], "seeds": [6], "in words": ["no effect to be seen: between -1.0 and +2.0 points"]})
+    save_table(effects, study, "text_effect", "Effects.")
+    names = thesis.write_chapters(study)
+    assert {n[:-3] for n in names if n.endswith("_es")} == {n[:-3] for n in names if n.endswith("_en")} == {"classes", "text_effect"}
+    assert {"class_distribution_es_plot", "text_effect_es_plot", "class_distribution_en_plot", "text_effect_en_plot"} <= set(names)
+    spanish, english = (pd.read_csv(study.figures / f"text_effect_{language}.csv") for language in ("es", "en"))
+    assert list(english) == list(effects) and spanish["en palabras"][0] == "sin efecto apreciable: entre -1.0 y +2.0 puntos" and spanish["efecto"][0] == .01
+    with pytest.raises(KeyError, match="colour, weight"): thesis.worded_table(table.assign(colour=1, weight=2), "es")
+
+
+def test_figures_change_their_words_where_a_reader_sees_them():
+    figure = thesis.worded_figure(thesis.plot_classes(pd.DataFrame({"class": ["NORMAL", "all"], "train objects": [3, 3], "test objects": [1, 1]}).set_index("class")), "es")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "objetos" and [t.get_text() for t in axes.get_legend().get_texts()] == ["entrenamiento", "prueba"] and axes.get_legend().get_title().get_text() == "partición"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["NORMAL"]
+    effects = pd.DataFrame({"head": ["residual"], "true text against": ["permuted"], "effect": [.01], "low": [-.01], "high": [.02], "in words": ["text helps, by 1.0 points"]})
+    figure = thesis.worded_figure(thesis.plot_text_effects(effects), "es")
+    figure.canvas.draw()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["residual: verdadero - permutado"] and figure.axes[0].get_xlabel().startswith("puntos de AP")
