@@ -125,3 +125,11 @@ def test_figures_change_their_words_where_a_reader_sees_them():
     figure = thesis.worded_figure(thesis.plot_text_effects(effects), "es")
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["residual: verdadero - permutado"] and figure.axes[0].get_xlabel().startswith("puntos de AP")
+
+
+def test_names_that_are_looked_up_are_no_words():
+    """Runs, commits and fields stay as they are, and no cell is left half in English."""
+    table = pd.DataFrame({"run": ["fusion-0b27264cd1"], "recipe": ["thesis, second run, at batch 32"], "part": ["decoder and heads"], "cannot be run": ["batch_size, lr"], "AP": [.5]})
+    told = thesis.worded_table(table, "es")
+    assert told.iloc[0].tolist() == ["fusion-0b27264cd1", "tesis, segundo entrenamiento, con lote 32", "decodificador y cabezas", "batch_size, lr", .5]
+    assert told.columns.tolist() == ["entrenamiento", "receta", "parte", "no ejecutable", "AP"] and thesis.worded_table(table, "en") is table
