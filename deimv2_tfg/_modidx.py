@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                        'deimv2_tfg.deployment.onnx_difference': ('use.html#onnx_difference', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.predict_batch': ('use.html#predict_batch', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.predict_files': ('use.html#predict_files', 'deimv2_tfg/deployment.py'),
+                                       'deimv2_tfg.deployment.query_difference': ('use.html#query_difference', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.run_thresholds': ('use.html#run_thresholds', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.video_frames': ('use.html#video_frames', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.write_report': ('use.html#write_report', 'deimv2_tfg/deployment.py')},
