@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'FASTER_RCNN', 'with_pyramid', 'resnet18_fpn', 'efficientnet_b0_fpn', 'anchors_for', 'Baseline',
            'torchvision_target', 'save_baseline', 'load_baseline', 'build_baseline', 'baseline_config', 'native_size',
-           'baseline_run', 'overfit', 'finished_before']
+           'trained', 'overfit']
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -25,10 +24,10 @@ from torchvision.models.efficientnet import EfficientNet_B0_Weights
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import ResNet18_Weights
 
-from .core import Study, data_hash, one_at_a_time, read_json, study_data, write_json
+from .core import Study, one_at_a_time, read_json, study_data, write_json
 from .data import cxcywh_to_xyxy
 from .evaluation import coco_metrics, predict, to_coco_results
-from .training import NOT_HASHED, Family, TrainConfig, phase1_config, train
+from .training import Family, TrainConfig, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 
 # %% ../nbs/06_baselines.ipynb #resnet18-fpn
@@ -73,7 +72,7 @@ class Baseline(nn.Module):
         self.detector = FasterRCNN(BACKBONES[backbone](pretrained, width), None if small else num_classes + 1, rpn_anchor_generator=anchors_for(image_size),
                                    box_score_thresh=0., box_detections_per_img=300, **head)
         self.detector.transform = nn.Identity()
-        self.to(memory_format=torch.channels_last)  # a tenth to a fifth of a step on a CPU
+        self.to(memory_format=torch.channels_last)  # a twentieth to a fifth of a step on a CPU
 
     def forward(self, pixel_values, targets=None):
         size, parts = tuple(pixel_values.shape[-2:]), self.detector
@@ -153,9 +152,9 @@ def native_size(dataset) -> int:
     return max(32, round(sides[len(sides) // 2] / 32) * 32)
 
 # %% ../nbs/06_baselines.ipynb #baseline-config-3
-def baseline_run(study: Study, backbone: str, **kwargs) -> Path:
-    "The study's baseline: found, finished or trained; see `baseline_config`."
-    with one_at_a_time(study.runs / f"baseline-{backbone}"): return train(baseline_config(study, backbone, **kwargs), FASTER_RCNN)
+def trained(config: TrainConfig, family: Family = FASTER_RCNN) -> Path:
+    "The run of a configuration: one that is finished, whatever code trained it, else found and gone on with, or trained."
+    with one_at_a_time(Path(config.runs_dir) / f"{family.name}-{config.model}"): return finished_before(config, family) or train(config, family)
 
 # %% ../nbs/06_baselines.ipynb #overfit
 def overfit(backbone: str, dataset, image_size: int, images: int = 4, steps: int = 60, lr: float = 1e-3, seed: int = 0) -> dict:
@@ -176,11 +175,3 @@ def overfit(backbone: str, dataset, image_size: int, images: int = 4, steps: int
     coco = dataset.coco | {k: [x for x in dataset.coco[k] if x[i] in ids] for k, i in (("images", "id"), ("annotations", "image_id"))}
     with torch.no_grad(): found = model.eval().detections(pixel_values, torch.tensor([t["size"] for t in targets]))
     return coco_metrics(coco, to_coco_results(found, [t["image_id"] for t in targets], dataset.category_ids))
-
-# %% ../nbs/06_baselines.ipynb #finished-before
-def finished_before(config: TrainConfig, family: Family) -> Path | None:
-    "The newest finished run of a configuration on its data, whatever code trained it (`env.json` says which); None where there is none. A field that a run lacks is younger than it."
-    asked, data = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_HASHED})), data_hash(config.data_dir)
-    def same(run): return read_json(run / "env.json").get("data_hash") == data and all(read_json(run / "config.json").get(k, v) == v for k, v in asked.items())
-    found = [r for r in Path(config.runs_dir).glob(f"{family.name}-*/result.json") if same(r.parent)]
-    return max(found, key=lambda r: r.stat().st_mtime).parent if found else None

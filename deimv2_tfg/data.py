@@ -548,7 +548,7 @@ def plot_classes(table: pd.DataFrame):
     fig, ax = plt.subplots(figsize=(6.2, 2.8), layout="constrained")
     objects.plot.barh(ax=ax, width=.8, color=["0.25", "0.55", "0.8"], edgecolor="black", linewidth=.4)
     for bars in ax.containers: ax.bar_label(bars, fontsize=6, padding=1)
-    ax.invert_yaxis(); ax.set(xlabel="objects", ylabel=""); ax.legend(title="split", fontsize=7, title_fontsize=7)
+    ax.invert_yaxis(); ax.set(xlabel="objects", ylabel=""); ax.legend(title="split", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/01_data.ipynb #plot-sizes

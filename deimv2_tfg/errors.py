@@ -114,7 +114,7 @@ def plot_budget(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     shades, width = np.linspace(.15, .95, len(KINDS)), .8 / len(KINDS)
     for k, kind in enumerate(KINDS):
         ax.bar(np.arange(len(table)) + (k - (len(KINDS) - 1) / 2) * width, table[kind], width, color=str(shades[k]), hatch=HATCHES[k], edgecolor="black", linewidth=.4, label=label(kind, language))
-    names = [*short_names(table["class"].tolist()[:-1]), label("mean", language)]
+    names = [*short_names(table["class"].tolist()[:-1]), label("mean", language).replace(" ", "\n", 1)]
     ax.set_xticks(range(len(table)), [f"{c}\n({n})" for c, n in zip(names, table["objects"])], fontsize=6.5)
     ax.set_ylabel(label("gain", language), fontsize=8)
     ax.tick_params(axis="y", labelsize=7)

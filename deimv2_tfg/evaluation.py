@@ -6,7 +6,7 @@
 __all__ = ['AREAS', 'DETECTIONS', 'LABELS', 'JITTERS', 'index_truth', 'index_results', 'run_cocoeval', 'summarise',
            'coco_metrics', 'class_metrics', 'precision_recall', 'ClassMatches', 'class_matches', 'match_tables',
            'to_coco_results', 'detections', 'predict', 'detector_directory', 'check_classes', 'open_detector',
-           'trained_image_size', 'write_results', 'note_change', 'evaluate', 'jittered_results', 'add_labels', 'label',
+           'trained_image_size', 'write_results', 'evaluate', 'jittered_results', 'add_labels', 'label',
            'protocol_jitter', 'plot_protocol_jitter']
 
 # %% ../nbs/03b_evaluation.ipynb #11576555
@@ -28,7 +28,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .core import atomic_write, data_hash, read_json, write_json
+from .core import atomic_write, read_json, write_json
 from .data import load_dataset
 from .detector import load_detector, postprocess
 from .splits import bind_data
@@ -294,12 +294,6 @@ def write_results(path: str | Path, results: list[dict]) -> Path:
     """Write a COCO results file, whole or not at all, without indentation (300 lines an image)."""
     return atomic_write(path, json.dumps(results, separators=(",", ":")) + "\n")
 
-# %% ../nbs/03b_evaluation.ipynb #note-change
-def note_change(run: Path, data_dir, split: str) -> None:
-    """A line in `data_changes.jsonl` of a run that is judged on other data than its own, by the will of who asked."""
-    with open(run / "data_changes.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps({"data_dir": str(data_dir), "split": split, "hash": data_hash(data_dir)}) + "\n")
-
 # %% ../nbs/03b_evaluation.ipynb #evaluate
 def evaluate(run_or_checkpoint: str | Path, data_dir: str | Path, split: str = "test", image_size: int | tuple[int, int] | None = None,
              batch_size: int = 16, device=None, progress: bool = False, allow_changed: bool = False) -> dict[str, float]:
@@ -311,7 +305,7 @@ def evaluate(run_or_checkpoint: str | Path, data_dir: str | Path, split: str = "
     """
     path, checkpoint = Path(run_or_checkpoint), detector_directory(run_or_checkpoint)
     if (path / "data.json").exists():
-        note_change(path, data_dir, split) if allow_changed else bind_data(path, data_dir)
+        bind_data(path, data_dir, allow_changed)
     model, dataset = open_detector(checkpoint), load_dataset(data_dir, split)
     check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
     results = predict(model, dataset, image_size or trained_image_size(path), batch_size, device, progress)

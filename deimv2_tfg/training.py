@@ -11,7 +11,7 @@ __all__ = ['LR_RULES', 'RECIPES', 'DEIMV2', 'NOT_WEIGHTS', 'NOT_HASHED', 'KEPT_B
            'augmented', 'size_of_step', 'Trainer', 'snapshot', 'restore', 'fit_micro_batch', 'Diverged',
            'record_incident', 'read_incidents', 'replay', 'TrainingStopped', 'go_back', 'refuse_stopped',
            'summarise_steps', 'train_epoch', 'share_of', 'validate', 'stop_requests', 'only_writer', 'full_disk_named',
-           'open_run', 'end_epoch', 'train', 'phase1_config', 'phase1_run', 'finished_run']
+           'open_run', 'end_epoch', 'train', 'phase1_config', 'phase1_run', 'finished_run', 'finished_before']
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
 import contextlib
@@ -825,3 +825,11 @@ def finished_run(run, data_dir) -> Path:
     trained, here = read_json(run / "env.json").get("data_hash"), data_hash(data_dir)
     if trained != here: raise ValueError(f"{run.name} was trained on other data ({trained}) than {Path(data_dir).name} holds ({here})")
     return run
+
+# %% ../nbs/04_training_stability.ipynb #finished-before
+def finished_before(config: TrainConfig, family: Family) -> Path | None:
+    "The newest finished run of a configuration on its data, whatever code trained it (`env.json` says which); None where there is none. A field that a run lacks is younger than it."
+    asked, data = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_HASHED})), data_hash(config.data_dir)
+    def same(run): return read_json(run / "env.json").get("data_hash") == data and all(read_json(run / "config.json").get(k, v) == v for k, v in asked.items())
+    found = [r for r in Path(config.runs_dir).glob(f"{family.name}-*/result.json") if same(r.parent)]
+    return max(found, key=lambda r: r.stat().st_mtime).parent if found else None

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from deimv2_tfg import cli
-from deimv2_tfg.baselines import FASTER_RCNN, Baseline, baseline_config, build_baseline, finished_before, load_baseline, native_size, overfit, save_baseline, torchvision_target
+from deimv2_tfg.baselines import FASTER_RCNN, Baseline, baseline_config, build_baseline, load_baseline, native_size, overfit, save_baseline, torchvision_target, trained
 from deimv2_tfg.core import open_study
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.evaluation import coco_metrics, evaluate
 from deimv2_tfg.results import compare
-from deimv2_tfg.training import find_run, phase1_config, train
+from deimv2_tfg.training import find_run, finished_before, phase1_config, train
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_same_trainer_and_the_same_judge(smoke_data, tmp_path, capsys):
     assert run == find_run(config, FASTER_RCNN) and run.name.startswith("faster_rcnn-") and train(config, FASTER_RCNN) == run
     assert finished_before(config, FASTER_RCNN) == run and finished_before(dataclasses.replace(config, num_workers=1), FASTER_RCNN) == run
     older = run.rename(run.with_name("faster_rcnn-0123456789"))  # as if other code had trained it: found, by what it was asked for, and by its data
-    assert finished_before(config, FASTER_RCNN) == older and finished_before(dataclasses.replace(config, seed=1), FASTER_RCNN) is None
+    assert finished_before(config, FASTER_RCNN) == trained(config) == older and finished_before(dataclasses.replace(config, seed=1), FASTER_RCNN) is None
     env = json.loads((older / "env.json").read_text())
     (older / "env.json").write_text(json.dumps(env | {"data_hash": "other"}))
     assert finished_before(config, FASTER_RCNN) is None

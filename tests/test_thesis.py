@@ -112,6 +112,13 @@ def test_chapters_are_written_in_both_languages(study):
     assert {"class_distribution_es_plot", "text_effect_es_plot", "class_distribution_en_plot", "text_effect_en_plot"} <= set(names)
     spanish, english = (pd.read_csv(study.figures / f"text_effect_{language}.csv") for language in ("es", "en"))
     assert list(english) == list(effects) and spanish["en palabras"][0] == "sin efecto apreciable: entre -1.0 y +2.0 puntos" and spanish["efecto"][0] == .01
+    source, copy = (json.loads((study.figures / f"{name}.json").read_text()) for name in ("text_effect", "text_effect_es"))
+    assert copy == source | {"copy_of": "text_effect"}
+    (study.figures / "text_effect.json").write_text(json.dumps(source | {"runs": ["fusion-gone"], "dirty": False}))
+    thesis.write_chapters(study)
+    stale = thesis.stale_figures(study)
+    assert {"text_effect", "text_effect_es", "text_effect_en_plot"} <= set(stale["name"][stale["reason"] == "run fusion-gone is gone"])
+    assert thesis.in_spanish("localisation") == LABELS["es"]["localisation"]  # one word for one thing, in figures and tables
     with pytest.raises(KeyError, match="colour, weight"): thesis.worded_table(table.assign(colour=1, weight=2), "es")
 
 
