@@ -136,7 +136,7 @@ class IterationRecipe:
 
 RECIPES = {"reference, COCO": IterationRecipe(32, 102, 5e-4, 2.5e-5, 2000, 10_000, 49, 12, augmentation=(("mosaic", .5), ("mixup", .5), ("copy_blend", .5), ("zoom_out", .5),
                                               ("iou_crop", .8), ("multi_scale", .25), ("vertical_flips", False))),
-           "thesis, first run": IterationRecipe(warmup_steps=2000, ema_steps=10_000, model="thesis_m"),
+           "thesis, first run": IterationRecipe(model="thesis_m"),
            "thesis, second run": IterationRecipe(2, 100, 4e-4, 4e-5, 2000, 10_000, 70, 10, model="thesis_m", augmentation=(("photometric", .3), ("iou_crop", .5), ("mixup", .15),
                                                 ("zoom_out", .5), ("vertical_flips", False))),
            "thesis, 1024 px": IterationRecipe(epochs=300, image_size=1024, model="thesis_m")}
