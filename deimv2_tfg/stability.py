@@ -202,27 +202,33 @@ def why_missing(levers, gpu, compiled) -> str:
     return ""
 
 def bench_train(repeats=7, batch=None, image_size=None, model=None, data_dir=None, workers=0, compiled: bool | None = None) -> pd.DataFrame:
-    "A plain loop, each lever alone, and the trainer: images/s, ratio to the plain loop, share of time waiting for data, peak memory (GPU, bytes). compiled: whether compiling is tried (None: on a GPU)."
+    "A plain loop, each lever alone, and the trainer: images/s, ratio to the plain loop run before and after it and how far those two differ (`drift`), share of time waiting for data, peak memory (GPU, bytes). compiled: whether compiling is tried (None: on a GPU)."
     gpu, rows = torch.cuda.is_available(), []
     data_dir = data_dir or str(study_data(open_study("thesis" if gpu else "smoke")))
     config = TrainConfig(data_dir, model=model or ("m" if gpu else "tiny"), image_size=image_size or (640 if gpu else 64), batch_size=batch or (16 if gpu else 4), num_workers=workers)
-    for levers in ((), *((name,) for name in LEVERS), TRAINER):
+    plain = lambda: bench_lever((), dataclasses.replace(config, precision="fp16" if gpu else "auto"), repeats)
+    before = first = plain()
+    for levers in (*((name,) for name in LEVERS), TRAINER):
         missing, found = why_missing(levers, gpu, gpu if compiled is None else compiled), {}
         try: found = {} if missing else bench_lever(levers, dataclasses.replace(config, precision="fp16" if gpu and levers != TRAINER else "auto"), repeats)
         except (RuntimeError, CacheError) as e:
             if not {"compiled", "CUDA graphs", "photographs on disk"} & {*levers}: raise
             missing = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.80}"
         if {"compiled", "CUDA graphs"} & {*levers}: torch.compiler.reset()
-        rows.append({"loop": "plain" if not levers else "the trainer" if levers == TRAINER else levers[0], "images_per_second": np.nan, **found, "missing": missing})
-    table = pd.DataFrame(rows)
-    table.insert(2, "ratio", table["images_per_second"] / table["images_per_second"][0])
+        if found:
+            after = plain()
+            rates = [p["images_per_second"] for p in (before, after)]
+            found |= {"ratio": found["images_per_second"] / np.mean(rates), "drift": max(rates) / min(rates) - 1}
+            before = after
+        rows.append({"loop": "the trainer" if levers == TRAINER else levers[0], **found, "missing": missing})
+    table = pd.DataFrame([{"loop": "plain", "images_per_second": first["images_per_second"], "ratio": 1.0, "drift": 0.0, **first, "missing": ""}, *rows])
     return table.assign(device="cuda" if gpu else "cpu", threads=torch.get_num_threads(), workers=workers)
 
 def by_device(*benches: pd.DataFrame) -> pd.DataFrame:
     "Tables of `bench_train` side by side, a row a lever; of a device that none of them is of, the command that measures it."
     table = pd.DataFrame({"lever": ["plain", *LEVERS, "the trainer"]})
     for device, command in (("cpu", "deimv2-tfg bench train --compiled"), ("cuda", "deimv2-tfg bench train --workers 8")):
-        own = next((b.set_index("loop") for b in benches if b["device"][0] == device), pd.DataFrame(columns=["ratio", "images_per_second", "data_wait", "missing"]))
-        for column in ("ratio", "images_per_second", "data_wait"): table[f"{device} {column}"] = own[column].reindex(table["lever"]).to_numpy(dtype=float)
+        own = next((b.set_index("loop") for b in benches if b["device"][0] == device), pd.DataFrame(columns=["ratio", "drift", "images_per_second", "data_wait", "missing"]))
+        for column in ("ratio", "drift", "images_per_second", "data_wait"): table[f"{device} {column}"] = own[column].reindex(table["lever"]).to_numpy(dtype=float)
         table[f"{device} missing"] = own["missing"].reindex(table["lever"]).fillna(f"{command}, there").to_numpy()
     return table
