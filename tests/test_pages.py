@@ -146,4 +146,11 @@ def test_readme_shows_the_table_that_is_on_file():
     table = re.search(r"thesis_figures/(\w+)/per_class_ap\.csv", readme).group(0)
     for row in csv.DictReader((ROOT / table).open()):
         assert f"| {row['class']} | {row['objects']} | {float(row['AP']):.3f} | {float(row['AP50']):.3f} |" in readme
+    for row in csv.DictReader((ROOT / "thesis_figures/industrial6_compact/results.csv").open()):
+        interval = lambda k: f"{float(row[k]):.3f} [{float(row[k + ' low']):.3f}, {float(row[k + ' high']):.3f}]"
+        if row["AP"]: assert f"| {row['model'].removesuffix(', 192 px')} | {int(float(row['images seen'])):,} | {row['seeds']} | {interval('AP')} | {interval('AP50')} |" in readme
+        if row["difference"]: assert f"| {100 * float(row['difference']):+.1f} [{100 * float(row['difference low']):+.1f}, {100 * float(row['difference high']):+.1f}] |" in readme
+    for row in csv.DictReader((ROOT / "thesis_figures/industrial6_compact/text_effect.csv").open()):
+        if row["true text against"] in ("permuted", "orthogonal"):
+            assert f"{100 * float(row['effect']):+.2f} [{100 * float(row['low']):+.2f}, {100 * float(row['high']):+.2f}]" in next(l for l in readme.splitlines() if l.startswith(f"| {row['head'].replace('_', ' ')} |"))
     for link in re.findall(r"\]\(([^)#]+)\)", readme): assert (ROOT / link).exists(), link

@@ -135,8 +135,21 @@ def test_an_exported_network_is_the_same_network(run, tmp_path, capsys):
     notes, model = json.loads((tmp_path / "tiny.json").read_text()), load_detector(run / "best")
     assert notes["largest_difference"] < 1e-4 and notes["classes"] == model.classes and notes["thresholds"] == run_thresholds(run)
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"])
+    assert [v.shape[0] for v in (*session.get_inputs(), *session.get_outputs())] == ["batch"] * 3 and session.get_inputs()[0].shape[1:] == [3, 64, 64]
     for n in (1, 3, 5): assert deployment.onnx_difference(tmp_path / "tiny.onnx", model, torch.randn(n, 3, 64, 64)) < 1e-4
     pixel_values = torch.randn(2, 3, 64, 64)
     assert deployment.onnx_difference(tmp_path / "tiny.onnx", model, pixel_values) < 1e-4
     with torch.no_grad(): model.model.decoder.class_embed[-1].bias.add_(.1)
     assert deployment.onnx_difference(tmp_path / "tiny.onnx", model, pixel_values) > .01  # the comparison can fail
+
+
+def test_swapped_queries_are_no_difference_and_a_moved_box_is_one():
+    rng = np.random.default_rng(0)
+    logits, boxes, order = rng.normal(size=(2, 30, 6)), rng.random((2, 30, 4)), rng.permutation(30)
+    assert deployment.query_difference((logits, boxes), (logits[:, order], boxes[:, order])) == 0
+    moved = boxes.copy()
+    moved[1, 7, 2] += .05
+    assert deployment.query_difference((logits, boxes), (logits[:, order], moved[:, order])) == pytest.approx(.05)
+    assert deployment.query_difference((logits, boxes), (logits[::-1], boxes[::-1])) > .05  # another photograph's
+    with pytest.raises(ValueError): deployment.query_difference((logits, boxes), (logits[:1], boxes[:1]))

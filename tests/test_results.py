@@ -133,7 +133,8 @@ def test_what_was_not_run_is_missing_and_not_zero(root):
 
 def test_names_tell_configurations_apart():
     same = {"family": "detector", "model": "small", "image_size": 128, "lr": .1, "seed": 0, "classes": ["a"]}
-    assert page.model_names([same, same | {"lr": .2}, {"family": "faster_rcnn", "model": "resnet18", "image_size": [64, 96]}]) == ["DEIMv2 small, 128 px, lr 0.1", "DEIMv2 small, 128 px, lr 0.2", "faster rcnn resnet18, 64 x 96 px"]
+    assert page.model_names([same, same | {"lr": .2}, {"family": "faster_rcnn", "model": "resnet18", "image_size": [64, 96]}]) == ["DEIMv2 small, 128 px, lr 0.1", "DEIMv2 small, 128 px, lr 0.2", "Faster R-CNN resnet18, 64 x 96 px"]
+    assert page.model_names([{"family": "fusion", "head": "cross_attention", "image_size": 64}]) == ["DEIMv2 with text, cross attention, 64 px"]
 
 
 def test_a_class_that_is_not_drawn_is_nan(root):

@@ -67,6 +67,8 @@ def test_everything_is_written_once_a_language_and_the_table_has_empty_rows(stud
     names = thesis.write_thesis(study, run)
     for name in names: assert (study.figures / f"{name}.csv").is_file() and ((study.figures / f"{name}.pdf").is_file() or (study.figures / f"{name}.tex").is_file())
     assert {n[:-3] for n in names if n.endswith("_es")} == {n[:-3] for n in names if n.endswith("_en")} and f"| {names[0]} |" in (study.figures / "index.md").read_text()
+    measured = thesis.measure(run)  # measured once or anew: the same tables
+    for name, (once, _) in thesis.run_tables(run, measured=measured).items(): pd.testing.assert_frame_equal(once, pd.read_csv(study.figures / f"{name}.csv"), check_dtype=False)
     table = thesis.results_table(study, draws=20)
     assert table["seeds"].tolist() == [1, 0, 0] and table["AP"].isna().tolist() == [False, True, True] and set(table["note"]) == {"", "not run"}
     old = thesis.old_protocol(run, thesis.study_data(study)).set_index("variant")
@@ -98,3 +100,36 @@ def test_results_are_compared_among_runs_that_saw_as_many_images(tmp_path, study
     assert table["images seen"].tolist() == [900, 900, 300, 300] and table["seeds"].tolist() == [1, 2, 1, 1]
     assert [m.split(",")[0] for m in table["model"]] == ["DEIMv2 small", "DEIMv2 with text", "DEIMv2 small", "Faster R-CNN resnet18"] and "concat" in table["model"][1]
     assert table["difference"].isna().tolist() == [True, False, True, False] and table["difference"][3] == pytest.approx(table["AP"][3] - table["AP"][2])
+
+
+def test_chapters_are_written_in_both_languages(study):
+    table = pd.DataFrame({"class": ["NORMAL", "all"], "train images": [3, 3], "train objects": [3, 3], "test objects": [1, 1]})
+    save_table(table, study, "classes", "Classes.")
+    effects = pd.DataFrame({"head": ["residual"], "true text against": ["permuted"], "effect": [.01], "low": [-.01], "high": [.02], "p": [.5], "seeds": [6], "in words": ["no effect to be seen: between -1.0 and +2.0 points"]})
+    save_table(effects, study, "text_effect", "Effects.")
+    names = thesis.write_chapters(study)
+    assert {n[:-3] for n in names if n.endswith("_es")} == {n[:-3] for n in names if n.endswith("_en")} == {"classes", "text_effect"}
+    assert {"class_distribution_es_plot", "text_effect_es_plot", "class_distribution_en_plot", "text_effect_en_plot"} <= set(names)
+    spanish, english = (pd.read_csv(study.figures / f"text_effect_{language}.csv") for language in ("es", "en"))
+    assert list(english) == list(effects) and spanish["en palabras"][0] == "sin efecto apreciable: entre -1.0 y +2.0 puntos" and spanish["efecto"][0] == .01
+    with pytest.raises(KeyError, match="colour, weight"): thesis.worded_table(table.assign(colour=1, weight=2), "es")
+
+
+def test_figures_change_their_words_where_a_reader_sees_them():
+    figure = thesis.worded_figure(thesis.plot_classes(pd.DataFrame({"class": ["NORMAL", "all"], "train objects": [3, 3], "test objects": [1, 1]}).set_index("class")), "es")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "objetos" and [t.get_text() for t in axes.get_legend().get_texts()] == ["entrenamiento", "prueba"] and axes.get_legend().get_title().get_text() == "partición"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["NORMAL"]
+    effects = pd.DataFrame({"head": ["residual"], "true text against": ["permuted"], "effect": [.01], "low": [-.01], "high": [.02], "in words": ["text helps, by 1.0 points"]})
+    figure = thesis.worded_figure(thesis.plot_text_effects(effects), "es")
+    figure.canvas.draw()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["residual: verdadero - permutado"] and figure.axes[0].get_xlabel().startswith("puntos de AP")
+
+
+def test_names_that_are_looked_up_are_no_words():
+    """Runs, commits and fields stay as they are, and no cell is left half in English."""
+    table = pd.DataFrame({"run": ["fusion-0b27264cd1"], "recipe": ["thesis, second run, at batch 32"], "part": ["decoder and heads"], "cannot be run": ["batch_size, lr"], "AP": [.5]})
+    told = thesis.worded_table(table, "es")
+    assert told.iloc[0].tolist() == ["fusion-0b27264cd1", "tesis, segundo entrenamiento, con lote 32", "decodificador y cabezas", "batch_size, lr", .5]
+    assert told.columns.tolist() == ["entrenamiento", "receta", "parte", "no ejecutable", "AP"] and thesis.worded_table(table, "en") is table
