@@ -84,10 +84,11 @@ class Command:
 # %% ../nbs/08_cli.ipynb #bench
 BENCHES = {"criterion": "criterion.bench_criterion", "heads": "fusion.bench_heads", "train": "stability.bench_train"}
 
-def bench(what: str, repeats: int = 7):
-    "Measure a part of the package against what it replaces, in one run: `criterion`, `heads`, `train`."
+def bench(what: str, repeats: int = 7, workers: int = 0, compiled: bool | None = None):
+    "Measure a part of the package against what it replaces, in one run: `criterion`, `heads`, `train` (with `workers` loading photographs; compiled: None is on a GPU)."
     if what not in BENCHES: raise ValueError(f"bench {what!r}: choose one of {', '.join(BENCHES)}")
-    print(find(BENCHES[what])(repeats=repeats).to_string())
+    more = {"workers": workers, "compiled": compiled} if what == "train" else {}
+    print(find(BENCHES[what])(repeats=repeats, **more).to_string())
 
 # %% ../nbs/08_cli.ipynb #exit-code
 def exit_code(result) -> int:

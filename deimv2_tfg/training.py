@@ -47,7 +47,7 @@ from .core import (Study, atomic_write, code_hash, data_hash, environment, hash_
                              seed_everything, study_data, write_json)
 from .backbone import LoadReport
 from .criterion import Criterion, NonFiniteLossError, check_peaks, fetch, float_outputs, peaks
-from .data import DetectionDataset, load_dataset, require_dataset
+from .data import DetectionDataset, load_dataset, photograph_cache, require_dataset
 from .detector import DetectorConfig, build_detector, init_weights, save_detector
 from .evaluation import coco_metrics, predict, write_results
 from .splits import bind_data
@@ -57,7 +57,7 @@ from .transforms import MixingDataset, TrainTransform, at_fraction, at_size, col
 # %% ../nbs/04_training_stability.ipynb #trainconfig
 @dataclass(frozen=True)
 class TrainConfig:
-    "Everything that shapes a training; what does not (where it writes, worker processes) is left out of its hash."
+    "Everything that shapes a training; what does not (where it writes, worker processes, where decoded photographs are kept) is left out of its hash."
     data_dir: str
     runs_dir: str | None = None      # where the run directory is made; None: runs/<name of the data set>
     model: str = "small"             # a configuration of DetectorConfig
@@ -95,6 +95,9 @@ class TrainConfig:
     checkpointing: bool = False      # compute activations again in the backward pass instead of keeping them
     seed: int = 0
     num_workers: int = 0
+    cache: str = "memory"            # where decoded photographs are kept: "memory" (of each process), "disk" (shared by all) or "off"; no pixel depends on it
+    cache_gb: float = 1.0            # budget of that, GiB: in memory for each split, on disk for the whole folder
+    cache_dir: str | None = None     # folder of the cache on disk; None: runs/cache
 
 # %% ../nbs/04_training_stability.ipynb #scaled-lr
 LR_RULES = {"linear": lambda batch: batch / 32, "sqrt": lambda batch: math.sqrt(batch / 32), "none": lambda batch: 1.0}
@@ -133,7 +136,7 @@ class IterationRecipe:
 
 RECIPES = {"reference, COCO": IterationRecipe(32, 102, 5e-4, 2.5e-5, 2000, 10_000, 49, 12, augmentation=(("mosaic", .5), ("mixup", .5), ("copy_blend", .5), ("zoom_out", .5),
                                               ("iou_crop", .8), ("multi_scale", .25), ("vertical_flips", False))),
-           "thesis, first run": IterationRecipe(warmup_steps=2000, ema_steps=10_000, model="thesis_m"),
+           "thesis, first run": IterationRecipe(model="thesis_m"),
            "thesis, second run": IterationRecipe(2, 100, 4e-4, 4e-5, 2000, 10_000, 70, 10, model="thesis_m", augmentation=(("photometric", .3), ("iou_crop", .5), ("mixup", .15),
                                                 ("zoom_out", .5), ("vertical_flips", False))),
            "thesis, 1024 px": IterationRecipe(epochs=300, image_size=1024, model="thesis_m")}
@@ -381,7 +384,7 @@ def epoch_batches(dataset, config: TrainConfig, epoch: int, first=0, rank=0, pro
 
 # %% ../nbs/04_training_stability.ipynb #find-run
 NOT_WEIGHTS = ("core", "evaluation", "splits", "data.require_dataset")
-NOT_HASHED = ("data_dir", "runs_dir", "num_workers")
+NOT_HASHED = ("data_dir", "runs_dir", "num_workers", "cache", "cache_gb", "cache_dir")
 
 @functools.cache
 def training_code(family: Family = DEIMV2) -> str:
@@ -503,7 +506,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Path, family: Family = DEIMV2):
         self.config, self.run, self.family, self.accelerator = config, run, family, start_accelerator(config)
         seed_everything(config.seed)
-        self.train_set, self.val_set = (load_dataset(config.data_dir, split) for split in ("train", "val"))
+        self.train_set, self.val_set = (load_dataset(config.data_dir, split, cache=photograph_cache(config.cache, config.cache_gb, config.cache_dir)) for split in ("train", "val"))
         self.view, self.sizes = augmented(self.train_set, config), input_sizes(config.image_size, config.multi_scale)
         self.steps_per_epoch = max(1, len(self.train_set) // config.batch_size)
         self.total = self.steps_per_epoch * config.epochs
@@ -620,7 +623,7 @@ def replay(run, incident=0, family: Family = DEIMV2) -> dict:
     run, stored = Path(run), read_json(Path(run) / "config.json")
     path = run / "incidents" / f"{incident:03d}.pt"
     if not path.exists(): raise FileNotFoundError(f"{path}: of a run, the first {KEPT_BATCHES} failed batches are kept")
-    config, kept = TrainConfig(**{f.name: stored[f.name] for f in dataclasses.fields(TrainConfig)}), torch.load(path, map_location="cpu", weights_only=True)
+    config, kept = TrainConfig(**{f.name: stored[f.name] for f in dataclasses.fields(TrainConfig) if f.name in stored}), torch.load(path, map_location="cpu", weights_only=True)
     model = family.build(dataclasses.replace(config, init="scratch"), len(stored["classes"])).train()
     model.load_state_dict(kept["model"])
     return diagnose(model, family.losses(config, len(stored["classes"])), kept["parts"], kept["epoch"], kept["random"], kept["scale"])
@@ -699,7 +702,7 @@ def share_of(dataset: DetectionDataset, rank: int, processes: int) -> DetectionD
     if processes == 1: return dataset
     images = dataset.coco["images"][rank::processes]
     own = {image["id"] for image in images}
-    return DetectionDataset(dataset.root, dataset.split, dataset.coco | {"images": images, "annotations": [a for a in dataset.coco["annotations"] if a["image_id"] in own]})
+    return DetectionDataset(dataset.root, dataset.split, dataset.coco | {"images": images, "annotations": [a for a in dataset.coco["annotations"] if a["image_id"] in own]}, cache=dataset.cache)
 
 # %% ../nbs/04_training_stability.ipynb #validate-2
 def validate(trainer: Trainer) -> dict:

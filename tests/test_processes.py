@@ -1,4 +1,4 @@
-"""Two processes against one on the same global batch: normalisers, gradients, weights, evaluation; and a fault that only one of them sees."""
+"""Two processes, started by `accelerate launch`, against one on the same global batch: normalisers, gradients, weights, evaluation; and a fault that only one of them sees."""
 import json
 import os
 import subprocess
@@ -62,8 +62,9 @@ def both(smoke_data, tmp_path_factory):
     env = os.environ | {"OMP_NUM_THREADS": "1", "IN_TEST": "1", "ACCELERATE_USE_CPU": "true"}
     for n in (1, 2):
         (where / str(n)).mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]  # what `accelerate launch` starts; on a CPU itself it only knows mpirun
-        done = subprocess.run([*launch, str(where / "script.py"), str(smoke_data), str(where / str(n))], env=env, cwd=where, capture_output=True, text=True, timeout=240)
+        # with --cpu it starts several processes only by mpirun; its launcher for GPUs starts them, and the variable above keeps them on the CPU
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        done = subprocess.run([sys.executable, *(launch if n > 1 else ()), str(where / "script.py"), str(smoke_data), str(where / str(n))], env=env, cwd=where, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
     return [(where / str(n), json.loads((where / str(n) / "done.json").read_text()), torch.load(where / str(n) / "step.pt")) for n in (1, 2)]
 
