@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'BENCHES', 'WAYS', 'KINDS', 'RECORD', 'CARRIED', 'CardSettings', 'ways_to_fit', 'free_memory',
            'own_precision', 'this_device', 'card_settings', 'Probe', 'probe_trainer', 'one_step', 'probe',
-           'expected_seconds', 'Step', 'config_of', 'training', 'trio', 'bench_steps', 'fusion_steps', 'larger',
-           'stability_levels', 'stability_step', 'neu_set', 'study_plan', 'place_of', 'probe_key', 'read_probes',
-           'probe_all', 'timed', 'said', 'plan_table', 'Progress', 'OutOfTime', 'Clock', 'time_budget', 'Job',
-           'run_training', 'phase1_of', 'fusion_base', 'fusion_rows', 'run_fusion', 'cell_row', 'run_stability',
-           'run_figures', 'machine_rates', 'marks', 'marked', 'Traffic', 'write_trace', 'read_trace', 'parts_table',
-           'latency_table', 'memory_table', 'bench_of', 'run_bench', 'finished', 'built_on', 'run_step', 'remaining',
-           'run_plan', 'rows_of', 'read_row', 'results_of_record', 'comparison', 'write_plan', 'carry', 'gpu_study']
+           'expected_seconds', 'Step', 'config_of', 'run_of', 'training', 'trio', 'bench_steps', 'fusion_steps',
+           'larger', 'stability_levels', 'stability_step', 'neu_set', 'study_plan', 'place_of', 'probe_key',
+           'read_probes', 'probe_all', 'bench_seconds', 'timed', 'said', 'expects', 'plan_table', 'Progress',
+           'OutOfTime', 'Clock', 'time_budget', 'Job', 'run_training', 'phase1_of', 'fusion_base', 'fusion_rows',
+           'run_fusion', 'cell_row', 'run_stability', 'run_figures', 'machine_rates', 'marks', 'marked', 'Traffic',
+           'write_trace', 'read_trace', 'parts_table', 'latency_table', 'memory_table', 'bench_of', 'run_bench',
+           'finished', 'built_on', 'run_step', 'remaining', 'run_plan', 'rows_of', 'read_row', 'results_of_record',
+           'write_record', 'comparison', 'write_plan', 'carry', 'gpu_study']
 
 # %% ../nbs/09_gpu_study.ipynb #exports
 import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -188,7 +190,15 @@ class Step:
 
 FAMILIES = {"detector": DEIMV2, "faster_rcnn": FASTER_RCNN}
 
-def config_of(step: Step) -> TrainConfig: return TrainConfig(**{k: v for k, v in step.config.items() if k != "family"})
+def config_of(stored: Step | dict) -> TrainConfig:
+    "The training that a step, or a stored configuration with its `family`, stands for."
+    stored = stored.config if isinstance(stored, Step) else stored
+    return TrainConfig(**{k: v for k, v in stored.items() if k != "family"})
+
+@lru_cache(maxsize=None)
+def run_of(config: TrainConfig, family="detector") -> Path:
+    "`find_run`, once a process: it reads every photograph."
+    return find_run(config, FAMILIES[family])
 
 # %% ../nbs/09_gpu_study.ipynb #training-step
 def _network(family, config): return f"{'DEIMv2-' + config.model if family == 'detector' else 'Faster R-CNN ' + config.model}, {config.image_size} px, seed {config.seed}"
@@ -286,10 +296,14 @@ def _fusion_seconds(step: Step, photographs: dict, evaluation: float) -> float:
     return (config.views + 1) * photographs["train"] * evaluation + sum(config.epochs * n * one[h] * photographs["train"] / min(64, photographs["train"]) for h, n in runs.items())
 
 # %% ../nbs/09_gpu_study.ipynb #timed-2
+def bench_seconds(table: str, found: Probe) -> float:
+    "Of the benches that are made of steps; compiling and exporting take what they take."
+    return {"trainer": 5 * 8 * found.step_s, "parts": 8 * found.step_s, "memory": 0.0}.get(table, math.nan)
+
 def timed(steps: list, probes: dict) -> list:
     "The steps with the card's settings in their configurations and with expected seconds."
     def settled(family, stored):
-        config = TrainConfig(**{k: v for k, v in stored.items() if k != "family"})
+        config = config_of(stored)
         return (config, None) if (p := probes.get(probe_key(family, config))) is None else (p.settings.apply(config), p)
     def one(step):
         if step.kind == "train":
@@ -301,6 +315,7 @@ def timed(steps: list, probes: dict) -> list:
                 config, p = settled("detector", step.config[name])
                 step = dataclasses.replace(step, config=step.config | {name: {"family": "detector"} | dataclasses.asdict(config)})
                 if step.kind == "fusion" and p: step = dataclasses.replace(step, seconds=_fusion_seconds(step, _counts(config.data_dir), p.eval_s))
+        if step.kind == "bench" and probes: return dataclasses.replace(step, seconds=bench_seconds(step.config["table"], next(iter(probes.values()))))
         if step.kind == "stability":
             config, p = settled("detector", step.config["base"])
             cells = math.prod(len(v) for v in step.config["levels"].values())
@@ -313,6 +328,8 @@ def said(seconds: float) -> str:
     "Seconds for a reader."
     if not math.isfinite(seconds): return "not known"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+def expects(seconds: float) -> str: return f"about {said(seconds)}" if math.isfinite(seconds) else "nothing was measured that tells how long"
 
 def plan_table(steps: list, states: dict | None = None) -> pd.DataFrame:
     "A row a step in the order of running: what it asks, what it should take, the sum up to it, its state."
@@ -362,10 +379,12 @@ def time_budget(hours=0.0, every=2.0):
         while not done.wait(every): os.kill(owner, signal.SIGTERM)
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, heard) if main else None
-    if main and math.isfinite(clock.left): threading.Thread(target=remind, daemon=True).start()
+    reminder = threading.Thread(target=remind, daemon=True)
+    if main and math.isfinite(clock.left): reminder.start()
     try: yield clock
     finally:
         done.set()
+        if reminder.is_alive(): reminder.join()   # a last request still finds somebody who hears it
         if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/09_gpu_study.ipynb #job
@@ -392,7 +411,7 @@ def run_training(step: Step, job: Job):
 
 def phase1_of(config: dict) -> Path:
     "The finished run of a stored configuration. Raises `FileNotFoundError` where it is not finished."
-    run = find_run(TrainConfig(**{k: v for k, v in config.items() if k != "family"}))
+    run = run_of(config_of(config))
     if not (run / "metrics_test.json").exists(): raise FileNotFoundError(f"{run}: not finished")
     return run
 
@@ -422,7 +441,7 @@ def run_fusion(step: Step, job: Job):
     save_figure(plot_effects(effects), job.study, "gpu_text_effect_plot", effects, f"The effect of the true text over each control on test (encoder: {base.encoder}).", shown)
 
 # %% ../nbs/09_gpu_study.ipynb #run-stability
-def cell_row(levels: dict) -> str: return "stability: " + ", ".join(f"{k} {v}" for k, v in levels.items())
+def cell_row(levels: dict) -> str: return "stability: " + ", ".join(f"{k} {levels[k]}" for k in sorted(levels))
 
 def run_stability(step: Step, job: Job):
     "The cells that the journal does not have, within the time that is left. Raises `OutOfTime` where some are still missing."
@@ -609,7 +628,7 @@ KINDS = {"train": run_training, "fusion": run_fusion, "stability": run_stability
 def finished(step: Step, study: Study, log: Progress) -> bool:
     "Of a training, its run directory says; of another step, the log and the runs that it noted; of a bench, whether it was on this device."
     if step.kind == "train":
-        run = find_run(config_of(step), FAMILIES[step.config["family"]]) if step.config["data_dir"] else None
+        run = run_of(config_of(step), step.config["family"]) if step.config["data_dir"] else None
         return bool(run) and (run / "result.json").exists() and (run / "metrics_test.json").exists()
     lines = [l for l in log.lines() if l["step"] == step.name]
     last = next((l for l in reversed(lines) if l["event"] != "run"), {})
@@ -620,7 +639,7 @@ def finished(step: Step, study: Study, log: Progress) -> bool:
 def built_on(step: Step) -> str | None:
     "Name of the detector's run that a step works on: with another one, the step is another."
     stored = step.config.get("phase1") or step.config.get("run_of")
-    return find_run(TrainConfig(**{k: v for k, v in stored.items() if k != "family"})).name if stored else None
+    return run_of(config_of(stored)).name if stored else None
 
 # %% ../nbs/09_gpu_study.ipynb #run-step
 def run_step(step: Step, job: Job, kinds: dict) -> str:
@@ -640,8 +659,9 @@ def run_step(step: Step, job: Job, kinds: dict) -> str:
 # %% ../nbs/09_gpu_study.ipynb #remaining
 def remaining(steps: list, states: dict, log: Progress) -> float:
     "Expected seconds of what is not finished, corrected by how trainings have run against their expectation so far; steps without an expectation are left out."
-    lines, pace, begun = log.lines(), [], {}
-    for l in lines:
+    trainings, pace, begun = {s.name for s in steps if s.kind == "train"}, [], {}
+    for l in log.lines():
+        if l["step"] not in trainings: continue
         if l["event"] == "begun": begun[l["step"]] = l.get("expected_s")
         elif l["event"] == "finished" and begun.get(l["step"]) and l["seconds"] > .2 * begun[l["step"]]: pace.append(l["seconds"] / begun[l["step"]])
     left = sum(s.seconds for s in steps if states.get(s.name) != "finished" and math.isfinite(s.seconds))
@@ -667,9 +687,10 @@ def run_plan(study: Study, steps: list, budget_hours=0.0, probes=None, kinds=Non
                 if clock.left <= 0: break
                 lacking = [name for name in step.after if states.get(name) != "finished"]
                 if lacking or step.config.get("data_dir") == "": states[step.name] = f"waits for {', '.join(lacking) or 'its data set'}"; continue
-                say(f"[{k}/{len(steps)}] {step.name}: about {said(step.seconds)}; all that is left, about {said(remaining(steps, states, log))}; budget left {said(clock.left) if math.isfinite(clock.left) else 'unlimited'}")
+                say(f"[{k}/{len(steps)}] {step.name}: {expects(step.seconds)}; all that is left, about {said(remaining(steps, states, log))}; budget left {said(clock.left) if math.isfinite(clock.left) else 'unlimited'}")
                 states[step.name] = run_step(step, job, kinds)
-                if states[step.name] == "failed": say(f"    failed, and the next step begins; why: {place / 'progress.jsonl'}")
+                write_record(study, steps, log)
+                if states[step.name] == "failed": say("    failed, and the next step begins; progress.jsonl has its traceback")
     finally:
         carry(study, steps, log)
         lock.release()
@@ -682,8 +703,7 @@ def rows_of(step: Step) -> list:
     "Names of the record's rows that a step fills."
     if step.kind == "fusion": return list(fusion_rows(step))
     if step.kind == "stability":
-        names, levels = zip(*step.config["levels"].items())
-        return [cell_row(dict(zip(names, values))) for values in np.array(np.meshgrid(*[np.arange(len(l)) for l in levels], indexing="ij")).reshape(len(levels), -1).T.tolist() for values in [[l[i] for l, i in zip(levels, values)]]]
+        return [cell_row(dict(zip(step.config["levels"], values))) for values in itertools.product(*step.config["levels"].values())]
     return [step.name] if step.kind == "train" else []
 
 # %% ../nbs/09_gpu_study.ipynb #record-2
@@ -699,9 +719,16 @@ def read_row(run: Path) -> dict:
 def results_of_record(study: Study, steps: list, log: Progress) -> pd.DataFrame:
     "The table of record: a row for everything that the plan would run, empty where it was not."
     noted = log.runs()
-    where = lambda step, row: (find_run(config_of(step), FAMILIES[step.config["family"]]) if step.kind == "train" and step.config["data_dir"] else study.runs / noted[row] if row in noted else None)
+    where = lambda step, row: (run_of(config_of(step), step.config["family"]) if step.kind == "train" and step.config["data_dir"] else study.runs / noted[row] if row in noted else None)
     rows = {row: {"row": row} | (read_row(run) if (run := where(s, row)) else {}) for s in steps for row in rows_of(s)}
     return pd.DataFrame(rows.values(), columns=RECORD)
+
+# %% ../nbs/09_gpu_study.ipynb #write-record
+def write_record(study: Study, steps: list, log: Progress) -> pd.DataFrame:
+    "The record, also as `results_of_record.csv`."
+    record = results_of_record(study, steps, log)
+    atomic_write(place_of(study) / "results_of_record.csv", record.to_csv(index=False))
+    return record
 
 # %% ../nbs/09_gpu_study.ipynb #comparison
 def comparison(study: Study, steps: list) -> pd.DataFrame:
@@ -709,7 +736,7 @@ def comparison(study: Study, steps: list) -> pd.DataFrame:
     groups = {}
     for s in steps:
         if s.kind != "train" or ":" in s.name: continue
-        run = find_run(config_of(s), FAMILIES[s.config["family"]])
+        run = run_of(config_of(s), s.config["family"])
         groups.setdefault(s.name.rpartition(", seed")[0], []).extend([run] if (run / "predictions_test.json").exists() else [])
     return compare({name: runs or None for name, runs in groups.items()}) if any(groups.values()) else pd.DataFrame({"model": list(groups)})
 
@@ -729,8 +756,7 @@ def _carried(study: Study):
 # %% ../nbs/09_gpu_study.ipynb #carry-2
 def carry(study: Study, steps: list, log: Progress) -> Path:
     "Write `results_of_record.csv`, the comparison and `provenance.json`, then everything that is worth taking along into one archive. Returns its path."
-    place, record = place_of(study), results_of_record(study, steps, log)
-    atomic_write(place / "results_of_record.csv", record.to_csv(index=False))
+    place, record = place_of(study), write_record(study, steps, log)
     try: atomic_write(place / "comparison.csv", comparison(study, steps).to_csv(index=False))
     except ValueError as e: log("comparison", "failed", error=str(e))
     done = record.dropna(subset=["run"])
