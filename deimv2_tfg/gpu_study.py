@@ -368,14 +368,15 @@ class Clock:
 
 # %% ../nbs/09_gpu_study.ipynb #time-budget-2
 @contextlib.contextmanager
-def time_budget(hours=0.0, every=2.0):
-    "A `Clock`; when it has run out, SIGTERM to this process every few seconds, until the block is left. In another than the main thread, only the clock."
+def time_budget(hours=0.0, every=0.5):
+    "A `Clock`; when it has run out, SIGTERM to this process every half second, until the block is left. In another than the main thread, only the clock."
     clock, done, owner = Clock(hours), threading.Event(), os.getpid()
     def heard(number, frame):
         if os.getpid() != owner: os._exit(128 + number)
         if clock.left > 0: raise SystemExit(128 + number)
     def remind():
         if done.wait(max(0.0, clock.left)): return
+        os.kill(owner, signal.SIGTERM)
         while not done.wait(every): os.kill(owner, signal.SIGTERM)
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, heard) if main else None
