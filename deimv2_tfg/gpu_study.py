@@ -11,8 +11,8 @@ __all__ = ['FAMILIES', 'BENCHES', 'WAYS', 'KINDS', 'RECORD', 'CARRIED', 'CardSet
            'OutOfTime', 'Clock', 'time_budget', 'Job', 'run_training', 'phase1_of', 'fusion_base', 'fusion_rows',
            'run_fusion', 'cell_row', 'run_stability', 'run_figures', 'machine_rates', 'marks', 'marked', 'Traffic',
            'write_trace', 'read_trace', 'parts_table', 'latency_table', 'memory_table', 'bench_of', 'run_bench',
-           'finished', 'built_on', 'run_step', 'remaining', 'run_plan', 'rows_of', 'read_row', 'results_of_record',
-           'write_record', 'comparison', 'write_plan', 'carry', 'gpu_study']
+           'finished', 'built_on', 'run_step', 'remaining', 'rows_of', 'read_row', 'results_of_record', 'write_record',
+           'comparison', 'write_plan', 'carry', 'run_plan', 'gpu_study']
 
 # %% ../nbs/09_gpu_study.ipynb #exports
 import contextlib
@@ -668,35 +668,6 @@ def remaining(steps: list, states: dict, log: Progress) -> float:
     left = sum(s.seconds for s in steps if states.get(s.name) != "finished" and math.isfinite(s.seconds))
     return left * (statistics.median(pace) if pace else 1.0)
 
-# %% ../nbs/09_gpu_study.ipynb #run-plan
-def run_plan(study: Study, steps: list, budget_hours=0.0, probes=None, kinds=None, say=print) -> pd.DataFrame:
-    "Run what is not finished, in order, within the budget (0: none); write plan, record and archive. Returns the plan's table with states. Raises `RuntimeError` where another process runs this plan."
-    place, kinds = place_of(study), KINDS | (kinds or {})
-    place.mkdir(parents=True, exist_ok=True)
-    log = Progress(place / "progress.jsonl")
-    lock = FileLock(place / ".plan.lock")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise RuntimeError(f"{place}: another process runs this plan") from None
-    states = {}
-    try:
-        with time_budget(budget_hours) as clock:
-            write_plan(study, steps, probes or {})
-            job = Job(study, clock, log, probes or {}, place)
-            states |= {s.name: "finished" for s in steps if finished(s, study, log)}
-            for k, step in enumerate(steps, 1):
-                if states.get(step.name) == "finished": continue
-                if clock.left <= 0: break
-                lacking = [name for name in step.after if states.get(name) != "finished"]
-                if lacking or step.config.get("data_dir") == "": states[step.name] = f"waits for {', '.join(lacking) or 'its data set'}"; continue
-                say(f"[{k}/{len(steps)}] {step.name}: {expects(step.seconds)}; all that is left, about {said(remaining(steps, states, log))}; budget left {said(clock.left) if math.isfinite(clock.left) else 'unlimited'}")
-                states[step.name] = run_step(step, job, kinds)
-                write_record(study, steps, log)
-                if states[step.name] == "failed": say("    failed, and the next step begins; progress.jsonl has its traceback")
-    finally:
-        carry(study, steps, log)
-        lock.release()
-    return plan_table(steps, {s.name: states.get(s.name, "to do") for s in steps})
-
 # %% ../nbs/09_gpu_study.ipynb #record
 RECORD = ("row", "AP", "AP50", "AP75", "val_AP", "images_seen", "image_size", "seed", "run", "commit", "dirty", "card", "precision", "batch_size", "micro_batch", "checkpointing", "init", "seconds", "finished")
 
@@ -767,6 +738,35 @@ def carry(study: Study, steps: list, log: Progress) -> Path:
     with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, name in _carried(study): archive.write(path, name)
     return atomic_write(study.runs / f"gpu_study-{study.name.replace('/', '-')}.zip", written.getvalue())
+
+# %% ../nbs/09_gpu_study.ipynb #run-plan
+def run_plan(study: Study, steps: list, budget_hours=0.0, probes=None, kinds=None, say=print) -> pd.DataFrame:
+    "Run what is not finished, in order, within the budget (0: none); write plan, record and archive. Returns the plan's table with states. Raises `RuntimeError` where another process runs this plan."
+    place, kinds = place_of(study), KINDS | (kinds or {})
+    place.mkdir(parents=True, exist_ok=True)
+    log = Progress(place / "progress.jsonl")
+    lock = FileLock(place / ".plan.lock")
+    try: lock.acquire(timeout=0)
+    except Timeout: raise RuntimeError(f"{place}: another process runs this plan") from None
+    states = {}
+    try:
+        with time_budget(budget_hours) as clock:
+            write_plan(study, steps, probes or {})
+            job = Job(study, clock, log, probes or {}, place)
+            states |= {s.name: "finished" for s in steps if finished(s, study, log)}
+            for k, step in enumerate(steps, 1):
+                if states.get(step.name) == "finished": continue
+                if clock.left <= 0: break
+                lacking = [name for name in step.after if states.get(name) != "finished"]
+                if lacking or step.config.get("data_dir") == "": states[step.name] = f"waits for {', '.join(lacking) or 'its data set'}"; continue
+                say(f"[{k}/{len(steps)}] {step.name}: {expects(step.seconds)}; all that is left, about {said(remaining(steps, states, log))}; budget left {said(clock.left) if math.isfinite(clock.left) else 'unlimited'}")
+                states[step.name] = run_step(step, job, kinds)
+                write_record(study, steps, log)
+                if states[step.name] == "failed": say("    failed, and the next step begins; progress.jsonl has its traceback")
+    finally:
+        carry(study, steps, log)
+        lock.release()
+    return plan_table(steps, {s.name: states.get(s.name, "to do") for s in steps})
 
 # %% ../nbs/09_gpu_study.ipynb #gpu-study
 def gpu_study(data_dir: str | None = None, study: str | None = None, budget_hours: float = 0.0, profile: str | None = None, seed: int = 0, seeds: int = 6, neu_det: str | None = None, plan_only: bool = False) -> int:

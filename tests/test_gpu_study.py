@@ -41,17 +41,17 @@ def test_the_most_informative_comes_first_and_all_networks_see_as_many_images(st
 
 
 def test_budget_ends_a_training_and_the_next_call_finishes_it(study):
-    plan = [detector(study, epochs=12)]
-    states = g.run_plan(study, plan, budget_hours=.3 / 3600, say=quiet)["state"]
+    plan = [detector(study, epochs=24)]
+    states = g.run_plan(study, plan, budget_hours=1 / 3600, say=quiet)["state"]
     run = g.run_of(g.config_of(plan[0]))
     assert list(states) == ["out of time"] and list((run / "last").glob("step-*.pt")) and not (run / "result.json").exists()
     record = pd.read_csv(g.place_of(study) / "results_of_record.csv")
     assert list(record["row"]) == [plan[0].name] and record.drop(columns="row").isna().all(axis=None), "a run that is not finished is an empty row"
     assert list(g.run_plan(study, plan, say=quiet)["state"]) == ["finished"]
     epochs = [l["epoch"] for l in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if l["split"] == "train"]
-    assert epochs == list(range(1, 13)) and read_json(run / "result.json")["steps"] == 36 and read_incidents(run).empty
+    assert epochs == list(range(1, 25)) and read_json(run / "result.json")["steps"] == 72 and read_incidents(run).empty
     record = pd.read_csv(g.place_of(study) / "results_of_record.csv").iloc[0]
-    assert record["images_seen"] == 144 and record["seed"] == 0 and record["run"] == run.name and record["card"] == read_json(run / "env.json")["device"]
+    assert record["images_seen"] == 288 and record["seed"] == 0 and record["run"] == run.name and record["card"] == read_json(run / "env.json")["device"]
     with zipfile.ZipFile(study.runs / "gpu_study-gpu.zip") as archive:
         names = archive.namelist()
         assert {f"runs/gpu/gpu_study/{n}" for n in ("plan.json", "progress.jsonl", "results_of_record.csv", "provenance.json")} <= {*names}
