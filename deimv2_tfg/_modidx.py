@@ -468,6 +468,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                       'deimv2_tfg.gpu_study._carried': ('gpu_study.html#_carried', 'deimv2_tfg/gpu_study.py'),
                                       'deimv2_tfg.gpu_study._cost_of': ('gpu_study.html#_cost_of', 'deimv2_tfg/gpu_study.py'),
                                       'deimv2_tfg.gpu_study._counts': ('gpu_study.html#_counts', 'deimv2_tfg/gpu_study.py'),
+                                      'deimv2_tfg.gpu_study._free': ('gpu_study.html#_free', 'deimv2_tfg/gpu_study.py'),
                                       'deimv2_tfg.gpu_study._fusion_seconds': ('gpu_study.html#_fusion_seconds', 'deimv2_tfg/gpu_study.py'),
                                       'deimv2_tfg.gpu_study._network': ('gpu_study.html#_network', 'deimv2_tfg/gpu_study.py'),
                                       'deimv2_tfg.gpu_study._onnx_latency': ('gpu_study.html#_onnx_latency', 'deimv2_tfg/gpu_study.py'),

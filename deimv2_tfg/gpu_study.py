@@ -17,6 +17,7 @@ __all__ = ['FAMILIES', 'BENCHES', 'WAYS', 'KINDS', 'RECORD', 'CARRIED', 'CardSet
 # %% ../nbs/09_gpu_study.ipynb #exports
 import contextlib
 import dataclasses
+import gc
 import gzip
 import io
 import itertools
@@ -127,6 +128,11 @@ class Probe:
 def _wait():
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
+def _free():
+    "Give back what finished trainings held on the card; cycles are not collected in time by themselves."
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
 def _timed(call):
     _wait(); began = time.perf_counter(); call(); _wait()
     return time.perf_counter() - began
@@ -164,8 +170,9 @@ def probe(config: TrainConfig, settings: CardSettings, family: Family = DEIMV2, 
     ways = ways_to_fit(config.batch_size)
     first = ways.index((settings.micro_batch or config.batch_size, settings.checkpointing))
     for micro, again in ways[first:]:
+        _free()
         try: return _probe(config, dataclasses.replace(settings, micro_batch=0 if micro == config.batch_size else micro, checkpointing=again), family, steps)
-        except torch.OutOfMemoryError: torch.cuda.empty_cache()
+        except torch.OutOfMemoryError: continue
     raise MemoryError(f"{config.model} at {config.image_size} px does not fit {settings.device} ({settings.memory_gb:.1f} GB free) even photograph by photograph: close what else uses the card, or take a smaller image_size")
 
 # %% ../nbs/09_gpu_study.ipynb #expected-seconds
@@ -646,6 +653,7 @@ def built_on(step: Step) -> str | None:
 def run_step(step: Step, job: Job, kinds: dict) -> str:
     "Do one step and record how it ended: finished, failed, or out of time. A request to end that is not the budget's is passed on."
     job.log(step.name, "begun", expected_s=step.seconds)
+    _free()
     began, ended, more = time.perf_counter(), "finished", {}
     try: kinds[step.kind](step, job)
     except OutOfTime: ended = "out of time"
