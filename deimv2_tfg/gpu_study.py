@@ -653,7 +653,6 @@ def built_on(step: Step) -> str | None:
 def run_step(step: Step, job: Job, kinds: dict) -> str:
     "Do one step and record how it ended: finished, failed, or out of time. A request to end that is not the budget's is passed on."
     job.log(step.name, "begun", expected_s=step.seconds)
-    _free()
     began, ended, more = time.perf_counter(), "finished", {}
     try: kinds[step.kind](step, job)
     except OutOfTime: ended = "out of time"
@@ -769,7 +768,7 @@ def run_plan(study: Study, steps: list, budget_hours=0.0, probes=None, kinds=Non
                 if lacking or step.config.get("data_dir") == "": states[step.name] = f"waits for {', '.join(lacking) or 'its data set'}"; continue
                 say(f"[{k}/{len(steps)}] {step.name}: {expects(step.seconds)}; all that is left, about {said(remaining(steps, states, log))}; budget left {said(clock.left) if math.isfinite(clock.left) else 'unlimited'}")
                 states[step.name] = run_step(step, job, kinds)
-                write_record(study, steps, log)
+                write_record(study, steps, log); _free()
                 if states[step.name] == "failed": say("    failed, and the next step begins; progress.jsonl has its traceback")
     finally:
         carry(study, steps, log)
