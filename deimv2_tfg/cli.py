@@ -101,7 +101,7 @@ def exit_code(result) -> int:
 COMMANDS = {"train": Command("training.TrainConfig", "training.train"), "fuse": Command("multimodal.FusionConfig", "multimodal.train_fusion"),
             "evaluate": Command("evaluation.evaluate"), "predict": Command("deployment.predict_files"), "export": Command("deployment.export_onnx"),
             "doctor": Command("doctor.doctor"), "import": Command("formats.import_dataset"), "split": Command("splits.split"), "freeze": Command("splits.freeze_command"),
-            "synth": Command("synthetic.make_dataset"), "convert": Command("detector.convert_weights"), "bench": Command("bench"), "pages": Command("pages")}
+            "synth": Command("synthetic.make_dataset"), "convert": Command("detector.convert_weights"), "bench": Command("bench"), "gpu-study": Command("gpu_study.gpu_study"), "pages": Command("pages")}
 
 def command_parser(names) -> argparse.ArgumentParser:
     "A parser of all commands, with the options of those in `names`."

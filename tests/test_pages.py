@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in PAGES if p.name[0].isdigit()]
-ORDER = ["core", "photographs", "data", "synthetic", "formats", "transforms", "doctor", "splits", "backbone", "detector", "criterion", "evaluation", "decisions", "cost", "input_size", "training", "stability", "text", "fusion", "multimodal", "baselines", "results", "errors", "deployment", "thesis", "browse", "cli"]
+ORDER = ["core", "photographs", "data", "synthetic", "formats", "transforms", "doctor", "splits", "backbone", "detector", "criterion", "evaluation", "decisions", "cost", "input_size", "training", "stability", "text", "fusion", "multimodal", "baselines", "results", "errors", "deployment", "thesis", "browse", "cli", "gpu_study", "pretraining"]
 
 
 def cells(path, kind="code"):
