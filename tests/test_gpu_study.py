@@ -194,3 +194,36 @@ def test_neu_det_is_converted_once(tmp_path, monkeypatch, root):
     first = (made / "train" / "train.json").stat().st_mtime_ns
     assert g.neu_set(source) == made and (made / "train" / "train.json").stat().st_mtime_ns == first and g.neu_set(made) == made.resolve()
     assert g._counts(str(made))["test"] == 360
+
+
+def test_memory_of_every_shape_and_the_ones_that_do_not_fit(study, monkeypatch):
+    config, whole = phase1_config(study), g._probe
+    def card(config, settings, family, steps):
+        if config.image_size > 64 and not settings.checkpointing: raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(config, settings, family, steps)
+    monkeypatch.setattr(g, "_probe", card)
+    table = g.peak_table(config, ((64, 4), (96, 2)), steps=1)
+    assert table[["image_size", "batch", "checkpointing"]].values.tolist() == [[64, 4, False], [64, 4, True], [96, 2, False], [96, 2, True]]
+    assert list(table["note"].str.contains("does not fit")) == [False, False, True, False] == list(table["step_s"].isna())
+    assert g.PEAKS["thesis"] == ((640, 8), (1024, 4)) and {16, 32} <= {*g.THROUGHPUT["thesis"]}
+
+
+def test_throughput_of_every_batch_and_the_ones_that_do_not_fit(study, monkeypatch):
+    def bench(repeats, batch, **more):
+        if batch > 16: raise torch.OutOfMemoryError("CUDA out of memory")
+        return pd.DataFrame([{"loop": "plain", "ratio": 1.0, "missing": ""}, {"loop": "the trainer", "ratio": 2.0, "missing": ""}])
+    monkeypatch.setattr(g, "bench_train", bench)
+    table = g.throughput_table(phase1_config(study), (16, 32), 1)
+    assert list(table["batch"]) == [16, 16, 32] and "does not fit" in table["missing"].iloc[-1]
+
+
+def test_rows_on_the_neu_set_stand_beside_the_published_ones(study):
+    plan = [g.training(phase1_config(study), "detector", 1, "", "neu-det")]
+    names = lambda table: table.set_index("row").index
+    before = g.beside_published(g.neu_runs(plan))
+    assert list(names(before)) == ["DEIMv2-tiny, 64 px, seed 0", *(p["row"] for p in g.PUBLISHED_NEU)] and before.loc[0, ["AP50", "AP", "run"]].isna().all()
+    assert before["AP50"].dropna().between(0, 1).all() and (before.loc[1:, "first weights"] == "COCO").all()
+    g.run_plan(study, plan, say=quiet)
+    table, record = pd.read_csv(study.figures / "gpu_neu_det.csv"), pd.read_csv(g.place_of(study) / "results_of_record.csv")
+    assert table.loc[0, "AP50"] == pytest.approx(record.loc[0, "AP50"]) and table.loc[0, "run"] == record.loc[0, "run"]
+    assert read_json(study.figures / "gpu_neu_det.json")["runs"] == [record.loc[0, "run"]]
