@@ -152,7 +152,7 @@ def probe_trainer(config: TrainConfig, family: Family, folder) -> tuple:
 
 def one_step(trainer: Trainer, parts):
     "A step of chapter 4's trainer."
-    return training_step(trainer.model, trainer.compute_losses, parts, trainer.optimizer, trainer.average, trainer.accelerator, trainer.config, 0)
+    return training_step(trainer.model, trainer.compute_losses, parts, trainer.optimizer, trainer.average, trainer.accelerator, trainer.config, 0, trainer.family.size)
 
 # %% ../nbs/09_gpu_study.ipynb #probe-function
 def _probe(config: TrainConfig, settings: CardSettings, family: Family, steps: int) -> Probe:

@@ -39,7 +39,7 @@ from .detector import detect, encode, load_detector, save_detector
 from .evaluation import ClassMatches, check_classes, class_matches, detector_directory, predict, run_cocoeval, summarise, trained_image_size, write_results
 from .fusion import (HEADS, ClassText, Queries, build_head, cached_queries, class_text_of, detector_hash, queries_in_batches, query_results, training_pass)
 from .text import descriptions_of, load_descriptions
-from .training import Family, Log, TrainConfig, lr_factor, train
+from .training import Family, Log, TrainConfig, count_boxes, lr_factor, train
 
 # %% ../nbs/05_multimodal.ipynb #fusion-config
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def fused_family(stage: str) -> Family:
         save_detector(model.detector, directory, classes, **meta)
     return Family(f"fused_{stage}", lambda config, num_classes: thaw(load_fused(Path(config.init).parent), stage), losses,
                   lambda model, dataset, image_size, device: predict(model, dataset, image_size, device=device), save,
-                  code=(("multimodal", "fused_family"), ("fusion", "build_head")), backbone=".conv_encoder.backbone.")
+                  code=(("multimodal", "fused_family"), ("fusion", "build_head")), size=count_boxes, backbone=".conv_encoder.backbone.")
 
 # %% ../nbs/05_multimodal.ipynb #train-fusion
 def _train_stage(config: FusionConfig, stage: str, start: Path) -> Path:

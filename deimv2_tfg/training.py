@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LR_RULES', 'RECIPES', 'DEIMV2', 'NOT_WEIGHTS', 'NOT_HASHED', 'KEPT_BATCHES', 'TrainConfig', 'scaled_lr', 'lr_factor',
-           'IterationRecipe', 'fractions_of', 'check_recipe', 'Family', 'anywhere', 'check_everywhere',
-           'parameter_groups', 'weight_average', 'Step', 'training_step', 'random_state', 'set_random_state', 'watch',
-           'diagnose', 'EpochView', 'epoch_batches', 'training_code', 'find_run', 'Log', 'CheckpointError',
-           'save_state', 'load_state', 'keep_best', 'mend_best', 'pick_precision', 'start_accelerator', 'recompute',
-           'augmented', 'size_of_step', 'Trainer', 'snapshot', 'restore', 'fit_micro_batch', 'Diverged',
-           'record_incident', 'read_incidents', 'replay', 'TrainingStopped', 'go_back', 'refuse_stopped',
-           'summarise_steps', 'train_epoch', 'share_of', 'validate', 'stop_requests', 'only_writer', 'full_disk_named',
-           'open_run', 'end_epoch', 'train', 'phase1_config', 'phase1_run', 'finished_run', 'finished_before']
+           'IterationRecipe', 'fractions_of', 'check_recipe', 'Family', 'anywhere', 'check_everywhere', 'count_boxes',
+           'parameter_groups', 'weight_average', 'shares_of', 'Step', 'training_step', 'random_state',
+           'set_random_state', 'watch', 'diagnose', 'EpochView', 'epoch_batches', 'training_code', 'find_run', 'Log',
+           'CheckpointError', 'save_state', 'load_state', 'keep_best', 'mend_best', 'pick_precision',
+           'start_accelerator', 'recompute', 'augmented', 'size_of_step', 'Trainer', 'snapshot', 'restore',
+           'fit_micro_batch', 'Diverged', 'record_incident', 'read_incidents', 'replay', 'TrainingStopped', 'go_back',
+           'refuse_stopped', 'summarise_steps', 'train_epoch', 'share_of', 'validate', 'stop_requests', 'only_writer',
+           'full_disk_named', 'open_run', 'end_epoch', 'train', 'phase1_config', 'phase1_run', 'finished_run',
+           'finished_before']
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
 import contextlib
@@ -46,7 +47,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .core import (Study, atomic_write, code_hash, data_hash, environment, hash_bytes, one_at_a_time, project_root, progress, read_json, run_directory,
                              seed_everything, study_data, write_json)
 from .backbone import LoadReport
-from .criterion import Criterion, NonFiniteLossError, check_peaks, fetch, float_outputs, peaks
+from .criterion import Criterion, NonFiniteLossError, average_over_processes, check_peaks, fetch, float_outputs, peaks
 from .data import DetectionDataset, load_dataset, photograph_cache, require_dataset
 from .detector import DetectorConfig, build_detector, init_weights, save_detector
 from .evaluation import coco_metrics, predict, write_results
@@ -175,6 +176,7 @@ class Family:
     save: Callable      # (model, directory, classes, **meta): write the directory that its evaluation reads
     code: tuple = ()    # ("module", "name") where its code begins: what they reach is part of a run's hash
     blocks: Callable = lambda model: []  # its repeated parts, whose activations `config.checkpointing` does not keep
+    size: Callable = len                 # (targets) -> the count that its losses are divided by
     backbone: str = ""  # part of a parameter's dotted name that marks the backbone, which has a rate of its own; "": none has
 
 
@@ -210,9 +212,11 @@ def _deimv2_losses(config, num_classes):
 
 def _deimv2_blocks(model): return [*model.model.conv_encoder.backbone.model.layer, *model.model.decoder.layers]
 
+def count_boxes(targets) -> int: return sum(len(t["labels"]) for t in targets)
+
 def _predict_deimv2(model, dataset, image_size, device): return predict(model, dataset, image_size, device=device)
 
-DEIMV2 = Family("detector", _build_deimv2, _deimv2_losses, _predict_deimv2, save_detector, (("training", "DEIMV2"),), _deimv2_blocks, ".conv_encoder.backbone.")
+DEIMV2 = Family("detector", _build_deimv2, _deimv2_losses, _predict_deimv2, save_detector, (("training", "DEIMV2"),), _deimv2_blocks, count_boxes, ".conv_encoder.backbone.")
 
 
 # %% ../nbs/04_training_stability.ipynb #parameter-groups
@@ -235,26 +239,35 @@ def weight_average(model, horizon: float) -> AveragedModel:
         else: torch._foreach_copy_(averages, currents)
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
+# %% ../nbs/04_training_stability.ipynb #shares-of
+def shares_of(parts, size, device="cpu") -> list:
+    "What the loss of each part weighs in that of the batch: the count that it was divided by over the batch's, both averaged over processes and at least 1."
+    if len(parts) == 1: return [1.0]
+    counts = [size(targets) for _, targets in parts]
+    *each, whole = average_over_processes([*counts, sum(counts)], device)
+    return [n / whole for n in each]
+
 # %% ../nbs/04_training_stability.ipynb #training-step
 @dataclass(frozen=True)
 class Step:
     "What a step did. Tensors are detached scalars on the device."
-    losses: dict             # weighted terms by name, means over the micro-batches; empty where the criterion stopped
+    losses: dict             # weighted terms by name, of the whole batch; empty where the criterion stopped
     grad_norm: torch.Tensor  # before clipping; nan where there was no gradient
     failure: str = ""        # "": an update was made. "loss", "gradient", or "overflow": of an fp16 gradient while its scale was above 1
     found: tuple = ()        # what the criterion named
 
-def training_step(model, compute_losses, parts, optimizer, average, accelerator, config, epoch) -> Step:
-    "One update from `parts`, a list of (pixel_values, targets); or none, and nothing changed, where something is not finite."
+def training_step(model, compute_losses, parts, optimizer, average, accelerator, config, epoch, size=len) -> Step:
+    "One update from `parts`, a list of (pixel_values, targets), whose losses `size(targets)` divides; or none, and nothing changed, where something is not finite."
     buffers, rows, failure, found, norm = [b.clone() for b in model.buffers()], [], "", (), torch.tensor(math.nan)
     optimizer.zero_grad(set_to_none=True)
+    shares = shares_of(parts, size, accelerator.device)
     for k, (pixel_values, targets) in enumerate(parts):
         with accelerator.no_sync(model) if k + 1 < len(parts) else contextlib.nullcontext():
             losses = {}
             try: losses = compute_losses(model, pixel_values, targets, epoch)
             except NonFiniteLossError as e: found = tuple(e.found)
             if anywhere(not losses, accelerator.device): failure = "loss"; break
-            accelerator.backward(sum(losses.values()) / len(parts))
+            accelerator.backward(sum(losses.values()) * shares[k])
         rows.append({name: value.detach() for name, value in losses.items()})
     if not failure:
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip if config.clip else math.inf)
@@ -266,15 +279,15 @@ def training_step(model, compute_losses, parts, optimizer, average, accelerator,
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad(): [b.copy_(old) for b, old in zip(model.buffers(), buffers)]
         if accelerator.scaler is not None: accelerator.scaler.update(accelerator.scaler.get_scale() * accelerator.scaler.get_backoff_factor())
-    return Step(_mean_terms(rows), norm.detach(), failure, found)
+    return Step(_mean_terms(rows, shares), norm.detach(), failure, found)
 
 def _why(rows, accelerator):
     if anywhere(not all(bool(torch.isfinite(value)) for row in rows for value in row.values()), accelerator.device): return "loss"
     return "overflow" if accelerator.scaler is not None and accelerator.scaler.get_scale() > 1 else "gradient"
 
-def _mean_terms(rows):
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: sum(row[name] for row in rows if name in row) / len(rows) for name in names}
+def _mean_terms(rows, shares):
+    names, whole = dict.fromkeys(name for row in rows for name in row), sum(shares[:len(rows)])
+    return {name: sum(row[name] * share for row, share in zip(rows, shares) if name in row) / whole for name in names}
 
 
 # %% ../nbs/04_training_stability.ipynb #random-state
@@ -684,7 +697,7 @@ def train_epoch(trainer: Trainer, stop=lambda: False) -> dict | None:
         if anywhere(stop(), trainer.accelerator.device): return bar.close()
         trainer.set_rate()
         random_numbers, parts = random_state(), trainer.parts(at_size(pixel_values, _size(trainer)), targets)
-        step = training_step(trainer.model, trainer.compute_losses, parts, trainer.optimizer, trainer.average, trainer.accelerator, config, trainer.epoch)
+        step = training_step(trainer.model, trainer.compute_losses, parts, trainer.optimizer, trainer.average, trainer.accelerator, config, trainer.epoch, trainer.family.size)
         if step.failure: record_incident(trainer, step, parts, random_numbers)
         else: trainer.in_a_row = 0
         trainer.rows.append(_row(step, trainer.accelerator.device))

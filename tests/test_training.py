@@ -2,6 +2,7 @@
 import dataclasses
 import json
 
+import accelerate
 import pytest
 import torch
 
@@ -113,3 +114,43 @@ def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monk
     cells = stability.grid_table(again)
     assert len(again.trials) == len(first.trials) or {t.state.name for t in again.trials} == {"COMPLETE", "FAIL"}
     assert cells["AP"].notna().sum() == (cells["state"] == "complete").sum() and cells[cells["state"] == "fail"]["AP"].isna().all()
+
+
+@pytest.mark.parametrize("family", ["detector", "faster_rcnn"])
+def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
+    "Of what the family's own count divides; parts of one and three photographs, with unlike numbers of boxes."
+    from deimv2_tfg.baselines import FASTER_RCNN
+    from deimv2_tfg.training import DEIMV2, TrainConfig, count_boxes, shares_of, training_step, weight_average
+    def toy(model, x, targets, epoch):
+        return {"toy": sum((model(photograph.mean((1, 2))) ** 2).sum() * max(1, len(t["labels"])) for photograph, t in zip(x, targets)) / size(targets)}
+    kind = DEIMV2 if family == "detector" else FASTER_RCNN
+    size = kind.size
+    assert size is (count_boxes if family == "detector" else len)
+    targets, x = [{"labels": torch.zeros(n), "image_id": n} for n in (1, 7, 2, 3)], torch.rand(4, 3, 8, 8)
+    model = torch.nn.Linear(3, 2)
+    def gradient(parts, size):
+        training_step(model, toy, parts, torch.optim.SGD(model.parameters(), 0.), weight_average(model, 10), accelerate.Accelerator(cpu=True), TrainConfig("", clip=0), 0, size)
+        return model.weight.grad.clone()
+    parts = [(x[:1], targets[:1]), (x[1:], targets[1:])]
+    torch.testing.assert_close(gradient(parts, size), gradient([(x, targets)], size))
+    assert shares_of(parts, size) == ([1 / 13, 12 / 13] if family == "detector" else [1 / 4, 3 / 4]) and shares_of(parts[:1], size) == [1.0]
+    assert not torch.allclose(gradient(parts, lambda t: 1), gradient([(x, targets)], size))
+
+
+def test_class_terms_of_a_detector_in_parts(smoke_data):
+    from deimv2_tfg.data import load_dataset
+    from deimv2_tfg.training import DEIMV2, TrainConfig, augmented, count_boxes, epoch_batches, training_step, weight_average
+    config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=6, clip=0)
+    x, targets = next(iter(epoch_batches(augmented(load_dataset(config.data_dir, "train"), config), config, 0)))
+    model, losses = DEIMV2.build(config, 6).train(), DEIMV2.losses(config, 6)
+    model.config.num_denoising = 0
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.eval()
+    assert len({len(t["labels"]) for t in targets}) > 1
+    def gradient(cuts):
+        parts = [(x[a:b], targets[a:b]) for a, b in zip(cuts, cuts[1:])]
+        step = training_step(model, lambda *a: {k: v for k, v in losses(*a).items() if "mal" in k}, parts, torch.optim.SGD(model.parameters(), 0.), weight_average(model, 10), accelerate.Accelerator(cpu=True), config, 0, count_boxes)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), step.losses
+    (whole, terms), (parted, same) = gradient([0, 6]), gradient([0, 1, 3, 6])
+    assert (whole - parted).norm() < 1e-4 * whole.norm()
+    for name, value in terms.items(): torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
