@@ -56,3 +56,15 @@ def test_what_it_wrote_is_a_start_for_the_detector(smoke_data, tmp_path):
 def test_a_loss_that_is_not_finite_ends_it(smoke_data, tmp_path, monkeypatch):
     monkeypatch.setattr(p.MaskedViT, "forward", lambda self, x, mask: x.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match="epoch 1"): p.pretrain(config(smoke_data, tmp_path))
+
+
+def test_copies_of_the_judged_test_are_left_out_whatever_their_name(smoke_data, tmp_path):
+    from PIL import Image
+    more, test = tmp_path / "more", sorted((smoke_data / "test" / "images").iterdir())
+    more.mkdir()
+    with Image.open(test[0]) as image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(more / "mirrored.png")
+    shutil.copy(test[1], more / "renamed.png"); shutil.copy(p.unlabelled(smoke_data)[0], more / "of_train.png")
+    assert [f.name for f in p.without_copies(p.unlabelled(more), test)] == ["of_train.png"]
+    run = p.pretrain(dataclasses.replace(config(smoke_data, tmp_path, epochs=1), sources=(str(smoke_data), str(more)), judged=str(smoke_data)))
+    told = read_json(run / "config.json")
+    assert told["photographs"] + told["left_out"] == 18 + 3 and told["left_out"] >= 2
