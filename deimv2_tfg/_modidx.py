@@ -766,6 +766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
             'deimv2_tfg.stability': { 'deimv2_tfg.stability._bench_photographs': ( 'divergence.html#_bench_photographs',
                                                                                    'deimv2_tfg/stability.py'),
                                       'deimv2_tfg.stability._bench_step': ('divergence.html#_bench_step', 'deimv2_tfg/stability.py'),
+                                      'deimv2_tfg.stability._level': ('divergence.html#_level', 'deimv2_tfg/stability.py'),
                                       'deimv2_tfg.stability.bench_lever': ('divergence.html#bench_lever', 'deimv2_tfg/stability.py'),
                                       'deimv2_tfg.stability.bench_train': ('divergence.html#bench_train', 'deimv2_tfg/stability.py'),
                                       'deimv2_tfg.stability.by_device': ('divergence.html#by_device', 'deimv2_tfg/stability.py'),

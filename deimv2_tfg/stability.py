@@ -102,21 +102,23 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/04a_divergence.ipynb #main-effects
 REFERENCE = {"precision": "no", "rate": "scaled", "clip": "0.1", "warmup": "3 %", "augmentation": "mild"}
 
+def _level(name): return "fp32" if name == "no" else name
+
 def main_effects(cells: pd.DataFrame, draws=2000) -> pd.DataFrame:
     "A row a level: what its cells came to, and the mean difference in AP to the cells that differ only in having the `REFERENCE` level instead, with a 95 % bootstrap interval over those pairs. A pair in which one run gave up has no difference."
-    rows, rng = [], np.random.default_rng(0)
+    rows, rng, order = [], np.random.default_rng(0), [*precisions("cuda"), *RATES, *CLIPS, *WARMUPS, *AUGMENTATIONS].index
     cells = cells[cells["run"].notna()] if "run" in cells else pd.DataFrame(columns=[*REFERENCE])
     for factor, reference in REFERENCE.items():
         others = [f for f in (*REFERENCE, "seed") if f != factor]
-        for level, part in cells.groupby(factor, sort=False):
-            row = {"factor": factor, "level": level, "cells": len(part), "diverged": part["diverged"].mean(), "skipped": part["skipped"].mean(), "norm_q50": part["grad norm q50"].mean(), "norm_max": part["grad norm max"].max(), "AP": part["AP"].mean()}
+        for level, part in sorted(cells.groupby(factor, sort=False), key=lambda group: order(group[0])):
+            row = {"factor": factor, "level": _level(level), "against": None if level == reference else _level(reference), "cells": len(part), "diverged": part["diverged"].mean(), "skipped": part["skipped"].mean(), "norm_q50": part["grad norm q50"].mean(), "norm_max": part["grad norm max"].max(), "AP": part["AP"].mean()}
             pairs = part.merge(cells[cells[factor] == reference], on=others)
             differences = (pairs["AP_x"] - pairs["AP_y"]).dropna().to_numpy()
             if level != reference and len(differences):
                 low, high = np.quantile(rng.choice(differences, (draws, len(differences))).mean(1), [.025, .975])
                 row |= {"pairs": len(differences), "AP_difference": differences.mean(), "low": low, "high": high}
             rows.append(row)
-    return pd.DataFrame(rows, columns=["factor", "level", "cells", "diverged", "skipped", "norm_q50", "norm_max", "AP", "pairs", "AP_difference", "low", "high"])
+    return pd.DataFrame(rows, columns=["factor", "level", "against", "cells", "diverged", "skipped", "norm_q50", "norm_max", "AP", "pairs", "AP_difference", "low", "high"])
 
 # %% ../nbs/04a_divergence.ipynb #write-board
 def write_board(cells: pd.DataFrame, folder) -> Path:
@@ -148,15 +150,16 @@ def plot_grid(cells: pd.DataFrame) -> plt.Figure:
 
 # %% ../nbs/04a_divergence.ipynb #plot-main-effects
 def plot_main_effects(effects: pd.DataFrame) -> plt.Figure:
-    "Difference in AP to the recipe's own level, with its interval, and the share of cells that diverged, by level."
-    rows = effects[[REFERENCE[f] != level for f, level in zip(effects["factor"], effects["level"])]].iloc[::-1]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, .9 + .32 * max(2, len(rows))), layout="constrained", sharey=True)
+    "Difference in AP to the recipe's own level, with its interval, and how many cells diverged, by level."
+    rows = effects[effects["against"].notna()].iloc[::-1]
+    fig, ax = plt.subplots(figsize=(6.6, .9 + .32 * max(2, len(rows))), layout="constrained")
     y = np.arange(len(rows))
-    left.axvline(0, color="0.6", linewidth=.8)
-    left.errorbar(rows["AP_difference"], y, xerr=[rows["AP_difference"] - rows["low"], rows["high"] - rows["AP_difference"]], fmt="o", markersize=4, capsize=2)
-    right.barh(y, rows["diverged"], height=.6)
-    left.set(yticks=y, yticklabels=[f"{f}: {level} (not {REFERENCE[f]})" for f, level in zip(rows["factor"], rows["level"])], xlabel="difference in AP on val")
-    right.set(xlim=(0, max(.05, 1.1 * rows["diverged"].max())), xlabel="share of cells that diverged")
+    ax.axvline(0, color="0.6", linewidth=.8)
+    ax.errorbar(rows["AP_difference"], y, xerr=[rows["AP_difference"] - rows["low"], rows["high"] - rows["AP_difference"]], fmt="o", markersize=4, capsize=2)
+    ax.set(yticks=y, yticklabels=[f"{row.factor}: {row.level} (not {row.against})" for row in rows.itertuples()], xlabel="difference in AP on val", ylim=(-.6, len(rows) - .4))
+    right = ax.secondary_yaxis("right")
+    right.set(yticks=y, yticklabels=[f"{row.diverged * row.cells:.0f} / {row.cells}" for row in rows.itertuples()], ylabel="diverged / cells")
+    right.tick_params(length=0)
     return fig
 
 # %% ../nbs/04a_divergence.ipynb #compile-static

@@ -29,7 +29,7 @@ from .evaluation import LABELS, class_metrics, coco_metrics, detections, detecto
 from .multimodal import plot_effects as plot_text_effects
 from .results import (compare, group_seeds, loss_families, per_class_table, plot_per_class, plot_precision_recall, plot_training, prediction_sheet, read_metrics, read_provenance, run_annotations,
                                 run_results, write_index)
-from .stability import plot_grid
+from .stability import plot_grid, plot_main_effects
 from .training import load_state
 
 # %% ../nbs/07c_thesis.ipynb #softmax-scores
@@ -138,7 +138,8 @@ WORDS = {"part": "parte", "parameters": "parámetros", "reference": "referencia"
          "AP low": "AP inferior", "AP high": "AP superior", "AP50 low": "AP50 inferior", "AP50 high": "AP50 superior", "AP sd": "AP desv. típica", "difference": "diferencia", "difference low": "diferencia inferior",
          "difference high": "diferencia superior", "pairs": "pares", "p seeds": "p semillas", "p seeds Holm": "p semillas Holm", "p images": "p imágenes", "p images Holm": "p imágenes Holm", "smallest difference": "diferencia mínima detectable",
          "state": "estado", "with text": "con texto", "adapter": "adaptador", "spatial tuning adapter": "adaptador espacial (STA)", "fusion": "fusión", "encoder": "codificador", "decoder": "decodificador", "seed": "semilla", "norm_q50": "norma mediana", "norm_max": "norma máxima", "AP_sd": "AP desv. típica", "learning rate": "tasa de aprendizaje", "AP on val": "AP en validación", "what was left": "lo que quedó",
-         "gradient norm before clipping": "norma del gradiente antes del recorte", "median, and largest (dotted)": "mediana, y máxima (punteada)", "scaled": "escalada", "clip": "recorte de gradiente", "augmentation": "aumento de datos", "warmup": "calentamiento", "rate": "tasa", "diverged": "divergencia", "cells": "celdas", "failed": "fallidas", "skipped": "omitidos", "median norm": "norma mediana",
+         "gradient norm before clipping": "norma del gradiente antes del recorte", "median, and largest (dotted)": "mediana, y máxima (punteada)", "scaled": "escalada", "clip": "recorte de gradiente", "augmentation": "aumento de datos", "warmup": "calentamiento", "rate": "tasa", "diverged": "divergencia", "cells": "celdas", "failed": "fallidas", "skipped": "omitidos", "factor": "factor", "level": "nivel", "against": "frente a", "precision": "precisión", "mild": "suave", "full": "completo", "not": "no", "AP_difference": "diferencia de AP",
+         "difference in AP on val": "diferencia de AP en validación", "diverged / cells": "divergencias / celdas", "median norm": "norma mediana",
          "split": "partición", "train": "entrenamiento", "val": "validación", "test": "prueba", "all": "todas", "none": "ninguno", "true": "verdadero", "permuted": "permutado", "orthogonal": "ortogonal", "words": "palabras al azar", "constant": "constante",
          "contrastive": "contrastivo", "residual": "residual", "cross_attention": "atención cruzada", "concat": "concatenación", "linear": "lineal", "cosine": "coseno", "phase 1": "fase 1", "not run": "no ejecutado", "not to be told": "no se puede decir",
          "no effect to be seen: between": "sin efecto apreciable: entre", "and": "y", "points": "puntos", "points of AP on test, mean of the seeds, 95 % interval over photographs and seeds": "puntos de AP en prueba, media de las semillas, intervalo del 95 % sobre fotografías y semillas",
@@ -256,9 +257,9 @@ def write_thesis(study: Study, run: str | Path, languages: tuple = ("es", "en"),
     return names
 
 # %% ../nbs/07c_thesis.ipynb #chapters
-CHAPTER_TABLES = ("parameters", "backbone_parameters", "classes", "sizes", "profiles_table", "recipes", "grid", "phase1", "baselines", "baseline_cost", "cost_deimv2", "fusion_grid", "text_effect", "prompts", "class_by_text", "per_class_ap",
+CHAPTER_TABLES = ("parameters", "backbone_parameters", "classes", "sizes", "profiles_table", "recipes", "grid", "grid_effects", "phase1", "baselines", "baseline_cost", "cost_deimv2", "fusion_grid", "text_effect", "prompts", "class_by_text", "per_class_ap",
                   "error_budget_table", "results")
-CHAPTER_FIGURES = {"class_distribution": ("classes", lambda t: plot_classes(t.set_index("class"))), "grid": ("grid_cells", plot_grid), "text_effect": ("text_effect", plot_text_effects)}
+CHAPTER_FIGURES = {"class_distribution": ("classes", lambda t: plot_classes(t.set_index("class"))), "grid": ("grid_cells", plot_grid), "grid_effects": ("grid_effects", plot_main_effects), "text_effect": ("text_effect", plot_text_effects)}
 
 
 def write_chapters(study: Study, languages: tuple = ("es", "en")) -> list[str]:

@@ -154,3 +154,22 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
     (whole, terms), (parted, same) = gradient([0, 6]), gradient([0, 1, 3, 6])
     assert (whole - parted).norm() < 1e-4 * whole.norm()
     for name, value in terms.items(): torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_main_effects_are_paired_and_leave_out_what_gave_up():
+    import itertools, math
+    import pandas as pd
+    rows = []
+    for rate, clip, seed in itertools.product(("scaled", "13 x"), ("0.1", "none"), (0, 1)):
+        AP = .4 + .1 * seed - .2 * (rate == "13 x") + .05 * (clip == "none")
+        gave_up = rate == "13 x" and clip == "none" and seed == 1
+        rows.append({"precision": "no", "rate": rate, "clip": clip, "warmup": "3 %", "augmentation": "mild", "seed": seed, "run": f"r{len(rows)}", "diverged": gave_up, "skipped": 3 * gave_up,
+                     "grad norm q50": 1., "grad norm max": 2., "AP": math.nan if gave_up else AP})
+    cells = pd.DataFrame(rows)
+    found = stability.main_effects(cells).set_index(["factor", "level"])
+    fast = found.loc[("rate", "13 x")]
+    assert fast["pairs"] == 3 and fast["AP_difference"] == pytest.approx(-.2) and fast["low"] == pytest.approx(-.2) and fast["against"] == "scaled" and fast["diverged"] == .25
+    assert found.loc[("clip", "none"), "AP_difference"] == pytest.approx(.05) and found.loc[("rate", "scaled"), ["against", "AP_difference"]].isna().all()
+    assert found.loc[("precision", "fp32"), "cells"] == 8 and stability.main_effects(cells.drop(columns="run")).empty
+    only = cells[cells["rate"] == "13 x"]
+    assert stability.main_effects(only).set_index(["factor", "level"]).loc[("rate", "13 x"), ["pairs", "AP_difference"]].isna().all(), "no pair, no difference"
