@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'CLIPS', 'WARMUPS', 'AUGMENTATIONS', 'FACTORS', 'REFERENCE', 'LEVERS', 'TRAINER', 'precisions', 'whole_grid',
-           'cell_config', 'run_cell', 'run_grid', 'read_cell', 'grid_table', 'over_seeds', 'main_effects',
+           'cell_config', 'run_cell', 'read_grid', 'run_grid', 'read_cell', 'grid_table', 'over_seeds', 'main_effects',
            'write_board', 'plot_grid', 'plot_main_effects', 'compile_static', 'l1_distance', 'bench_lever',
            'why_missing', 'bench_train', 'by_device']
 
@@ -61,11 +61,21 @@ def run_cell(base: TrainConfig, levels: dict) -> tuple[Path, str]:
         if not (find_run(config) / "stopped.json").exists(): raise  # a full disk, another writer: not a finding
         return find_run(config), str(e)
 
+def _storage(journal): return JournalStorage(JournalFileBackend(str(journal)))
+
+def read_grid(journal: Path) -> optuna.Study:
+    "The cells of a journal. Raises `FileNotFoundError` where there is no such file, and lists the runs that are missing."
+    if not Path(journal).is_file(): raise FileNotFoundError(f"{journal}: no such journal")
+    found = optuna.load_study(storage=_storage(journal), study_name="grid")
+    runs = [Path(t.user_attrs["run"]) for t in found.trials if "run" in t.user_attrs]
+    if missing := [r.name for r in runs if not r.is_dir()]: raise FileNotFoundError(f"{journal}: {len(missing)} of its {len(runs)} runs are not there: {', '.join(missing[:5])}")
+    return found
+
 def run_grid(base: TrainConfig, grid: dict, journal: Path, minutes=math.inf) -> optuna.Study:
     "Run the cells of `grid` that `journal` does not have yet, until all are done or the minutes are over."
     Path(journal).parent.mkdir(parents=True, exist_ok=True)
     sampler = optuna.samplers.GridSampler(grid, seed=0)
-    found = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(journal))), study_name="grid", sampler=sampler, direction="maximize", load_if_exists=True)
+    found = optuna.create_study(storage=_storage(journal), study_name="grid", sampler=sampler, direction="maximize", load_if_exists=True)
     def cell(trial):
         levels = {name: trial.suggest_categorical(name, values) for name, values in grid.items()}
         run, stopped = run_cell(base, levels)

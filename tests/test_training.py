@@ -112,6 +112,8 @@ def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monk
     monkeypatch.undo()
     again = stability.run_grid(base, grid, tmp_path / "grid.journal")
     cells = stability.grid_table(again)
+    assert len(stability.read_grid(tmp_path / "grid.journal").trials) == len(again.trials)
+    with pytest.raises(FileNotFoundError, match="no such journal"): stability.read_grid(tmp_path / "other.journal")
     assert len(again.trials) == len(first.trials) or {t.state.name for t in again.trials} == {"COMPLETE", "FAIL"}
     assert cells["AP"].notna().sum() == (cells["state"] == "complete").sum() and cells[cells["state"] == "fail"]["AP"].isna().all()
 
