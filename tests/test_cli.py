@@ -53,3 +53,18 @@ def test_a_fault_of_ours_shows_where_it_is(monkeypatch):
     def broken(data_dir): raise RuntimeError("a bug")
     monkeypatch.setattr("deimv2_tfg.doctor.doctor", broken)
     with pytest.raises(RuntimeError, match="a bug"): cli.main(["doctor", "x"])
+
+
+def test_readme_names_commands_and_options_that_exist(root):
+    import re
+    from deimv2_tfg import backbone
+    readme = (root / "README.md").read_text()
+    lines = re.findall(r"deimv2-tfg ([a-z-]+)([^\n`]*)", readme)
+    assert len(lines) > 10
+    for command, rest in lines:
+        assert command in cli.COMMANDS, command
+        commands = next(a for a in cli.command_parser([command])._actions if a.dest == "command")
+        known = {s for a in commands.choices[command]._actions for s in a.option_strings}
+        assert {o for o in re.findall(r"(?<=\s)(--\w+)", rest.split("#")[0])} <= known, (command, rest)
+    digests = set(re.findall(r"`([0-9a-f]{64})`", readme))
+    assert digests and all(backbone.PUBLISHED[d].startswith(re.search(rf"`(\S+)` \|[^\n]*{d}", readme)[1]) for d in digests)
