@@ -29,7 +29,7 @@ from .evaluation import evaluate
 from .formats import PICTURES
 from .photographs import clusters, look_at_all, same_pairs
 from .results import compare
-from .training import Log, TrainConfig, find_run, load_state, lr_factor, save_state, train
+from .training import Log, TrainConfig, load_state, lr_factor, save_state, train
 from .transforms import to_pixel_values
 
 # %% ../nbs/09a_pretraining.ipynb #photographs

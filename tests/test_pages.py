@@ -155,4 +155,6 @@ def test_readme_shows_the_table_that_is_on_file():
     for row in csv.DictReader((ROOT / "thesis_figures/industrial6_compact/text_effect.csv").open()):
         if row["true text against"] in ("permuted", "orthogonal"):
             assert f"{100 * float(row['effect']):+.2f} [{100 * float(row['low']):+.2f}, {100 * float(row['high']):+.2f}]" in next(l for l in readme.splitlines() if l.startswith(f"| {row['head'].replace('_', ' ')} |"))
+    bare, pretrained = csv.DictReader((ROOT / "thesis_figures/industrial6_compact/pretraining.csv").open())
+    assert f"AP {float(pretrained['AP']):.3f} against {float(bare['AP']):.3f}, {100 * float(pretrained['difference']):+.1f} points [{100 * float(pretrained['difference low']):+.1f}, {100 * float(pretrained['difference high']):+.1f}]".replace(" 0.", " .") in readme
     for link in re.findall(r"\]\(([^)#]+)\)", readme): assert (ROOT / link).exists(), link
