@@ -157,4 +157,9 @@ def test_readme_shows_the_table_that_is_on_file():
             assert f"{100 * float(row['effect']):+.2f} [{100 * float(row['low']):+.2f}, {100 * float(row['high']):+.2f}]" in next(l for l in readme.splitlines() if l.startswith(f"| {row['head'].replace('_', ' ')} |"))
     bare, pretrained = csv.DictReader((ROOT / "thesis_figures/industrial6_compact/pretraining.csv").open())
     assert f"AP {float(pretrained['AP']):.3f} against {float(bare['AP']):.3f}, {100 * float(pretrained['difference']):+.1f} points [{100 * float(pretrained['difference low']):+.1f}, {100 * float(pretrained['difference high']):+.1f}]".replace(" 0.", " .") in readme
+    effects = list(csv.DictReader((ROOT / "thesis_figures/industrial6_compact/grid_effects.csv").open()))
+    assert all(float(row["diverged"]) == float(row["skipped"]) == 0 for row in effects) and f"of {sum(int(row['cells']) for row in effects if row['factor'] == 'rate')} cells" in readme
+    for row in effects:
+        if row["against"] and row["level"] != "none" or row["factor"] in ("clip", "warmup") and row["against"]:
+            assert f"{100 * float(row['AP_difference']):+.1f} [{100 * float(row['low']):+.1f}, {100 * float(row['high']):+.1f}]" in readme, row
     for link in re.findall(r"\]\(([^)#]+)\)", readme): assert (ROOT / link).exists(), link
