@@ -65,7 +65,7 @@ def vit_features(vit: DINOv3ViTBackbone, pixel_values) -> list:
 # %% ../nbs/02_backbone.ipynb #backbone
 def plain_gradient(x):
     "`x` (B, C, H, W), whose gradient will arrive row by row in memory."
-    if x.requires_grad and len(x) == 1: x.register_hook(torch.Tensor.contiguous)
+    if x.requires_grad and not torch.compiler.is_compiling() and len(x) == 1: x.register_hook(torch.Tensor.contiguous)
     return x
 
 class Backbone(Deimv2DINOv3ConvEncoder):
