@@ -163,3 +163,18 @@ def test_readme_shows_the_table_that_is_on_file():
         if row["against"] and row["level"] != "none" or row["factor"] in ("clip", "warmup") and row["against"]:
             assert f"{100 * float(row['AP_difference']):+.1f} [{100 * float(row['low']):+.1f}, {100 * float(row['high']):+.1f}]" in readme, row
     for link in re.findall(r"\]\(([^)#]+)\)", readme): assert (ROOT / link).exists(), link
+
+
+def test_every_chapter_has_its_row_in_readme_and_index():
+    readme, index = (ROOT / "README.md").read_text(), "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / "index.ipynb").read_text())["cells"])
+    for page in CHAPTERS: assert f"](nbs/{page.name})" in readme and f"]({page.name})" in index, page.name
+
+
+@pytest.mark.parametrize("study", ["demo", "industrial6_compact"])
+def test_the_index_of_a_study_lists_all_that_is_there(study):
+    folder = ROOT / "thesis_figures" / study
+    lines = (folder / "index.md").read_text().splitlines()
+    for about in sorted(folder.glob("*.json")):
+        if "kind" not in (told := json.loads(about.read_text())): continue
+        line = next((l for l in lines if l.startswith(f"| {about.stem} |")), None)
+        assert line and (told["commit"] or "")[:7] in line, about.name
