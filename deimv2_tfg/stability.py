@@ -167,6 +167,7 @@ def plot_main_effects(effects: pd.DataFrame) -> plt.Figure:
     ax.axvline(0, color="0.6", linewidth=.8)
     ax.errorbar(rows["AP_difference"], y, xerr=[rows["AP_difference"] - rows["low"], rows["high"] - rows["AP_difference"]], fmt="o", markersize=4, capsize=2)
     ax.set(yticks=y, yticklabels=[f"{row.factor}: {row.level} (not {row.against})" for row in rows.itertuples()], xlabel="difference in AP on val", ylim=(-.6, len(rows) - .4))
+    ax.locator_params(axis="x", nbins=5)
     right = ax.secondary_yaxis("right")
     right.set(yticks=y, yticklabels=[f"{row.diverged * row.cells:.0f} / {row.cells}" for row in rows.itertuples()], ylabel="diverged / cells")
     right.tick_params(length=0)
