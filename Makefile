@@ -12,7 +12,7 @@ PARAMS  := $(if $(PROFILE),-p profile $(PROFILE)) $(if $(DATA),-p data_dir "$(ab
 NAME     = $(shell $(BIN)/python -c "from deimv2_tfg.core import open_study; print(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None).name)")
 CHAPTERS := $(basename $(notdir $(sort $(wildcard nbs/*.ipynb))))
 
-.PHONY: thesis test env pages export clean check-figures gpu-study
+.PHONY: thesis test lint format env pages export clean check-figures gpu-study
 
 thesis: env
 	@set -e; pages="runs/$(NAME)/pages"; mkdir -p "$$pages"; start=$$(date +%s); \
@@ -28,12 +28,24 @@ pages: env
 	$(BIN)/deimv2-tfg pages runs/$(NAME)/pages
 
 # One thread a process and two processes: torch's threads would wait for each other.
-test: env
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
+# Lines as ruff writes them: notebooks, package, tests (rules in ruff.toml).
+lint: env
+	$(BIN)/ruff format --check nbs tests deimv2_tfg
+	$(BIN)/ruff check nbs tests deimv2_tfg
+
+format: env
+	$(BIN)/ruff check --fix-only --select I nbs tests
+	$(BIN)/ruff format nbs tests
+
+# The package from its notebooks, formatted as they are.
 export: env
 	$(BIN)/nbdev_export
+	$(BIN)/ruff check --fix-only --quiet --select I deimv2_tfg
+	$(BIN)/ruff format --quiet deimv2_tfg
 
 env: $(VENV)/.installed
 

@@ -1,4 +1,5 @@
 """Reads everything from settings.ini, as nbdev does: one place for name, version and requirements."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -13,7 +14,9 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=(here / "README.md").read_text(encoding="utf-8")
+    if (here / "README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["deimv2_tfg", "deimv2_tfg.*"]),
@@ -21,7 +24,12 @@ setup(
     package_data={"deimv2_tfg": ["*.json", "*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "export", "video", "text")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "export", "video", "text")
+    },
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -17,4 +17,5 @@ def root():
 def smoke_data():
     "The built-in data set of the smoke profile."
     from deimv2_tfg.core import open_study, study_data
+
     return study_data(open_study("smoke"))

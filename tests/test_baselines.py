@@ -1,4 +1,5 @@
 """Baselines: the right boxes and labels in and out, empty photographs, an overfit handful, and the same trainer and judge as DEIMv2."""
+
 import dataclasses
 import json
 
@@ -6,7 +7,18 @@ import pytest
 import torch
 
 from deimv2_tfg import cli
-from deimv2_tfg.baselines import FASTER_RCNN, Baseline, baseline_config, build_baseline, load_baseline, native_size, overfit, save_baseline, torchvision_target, trained
+from deimv2_tfg.baselines import (
+    FASTER_RCNN,
+    Baseline,
+    baseline_config,
+    build_baseline,
+    load_baseline,
+    native_size,
+    overfit,
+    save_baseline,
+    torchvision_target,
+    trained,
+)
 from deimv2_tfg.core import open_study
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.evaluation import coco_metrics, evaluate
@@ -21,33 +33,59 @@ def model():
 
 
 def test_targets_are_corner_pixels_with_labels_from_one():
-    target = torchvision_target({"boxes": torch.tensor([[.5, .25, .5, .5], [.3, .3, .1, 0.]]), "labels": torch.tensor([2, 0])}, (40, 80))
+    target = torchvision_target(
+        {
+            "boxes": torch.tensor([[0.5, 0.25, 0.5, 0.5], [0.3, 0.3, 0.1, 0.0]]),
+            "labels": torch.tensor([2, 0]),
+        },
+        (40, 80),
+    )
     assert target["boxes"].tolist() == [[20, 0, 60, 20]] and target["labels"].tolist() == [3]
-    empty = torchvision_target({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, (40, 80))
+    empty = torchvision_target(
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, (40, 80)
+    )
     assert empty["boxes"].shape == (0, 4) and len(empty["labels"]) == 0
 
 
 def test_detections_are_in_pixels_of_the_original_with_labels_from_zero(model, monkeypatch):
-    inside = [{"boxes": torch.tensor([[0., 0., 64., 64.], [16., 32., 32., 64.]]), "scores": torch.tensor([.9, .1]), "labels": torch.tensor([1, 3])}]
+    inside = [
+        {
+            "boxes": torch.tensor([[0.0, 0.0, 64.0, 64.0], [16.0, 32.0, 32.0, 64.0]]),
+            "scores": torch.tensor([0.9, 0.1]),
+            "labels": torch.tensor([1, 3]),
+        }
+    ]
     monkeypatch.setattr(model, "forward", lambda pixel_values: inside)
-    found, = model.detections(torch.zeros(1, 3, 64, 64), torch.tensor([[100, 200]]))
-    assert found["boxes"].tolist() == [[0, 0, 200, 100], [50, 50, 100, 100]] and found["labels"].tolist() == [0, 2]
+    (found,) = model.detections(torch.zeros(1, 3, 64, 64), torch.tensor([[100, 200]]))
+    assert found["boxes"].tolist() == [[0, 0, 200, 100], [50, 50, 100, 100]] and found[
+        "labels"
+    ].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b0"])
 def test_photographs_without_a_box_train_as_well(backbone):
     model = Baseline(backbone, 3, 64).train()
-    nothing, something = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, {"boxes": torch.tensor([[.5, .5, .4, .4]]), "labels": torch.tensor([2])}
+    nothing, something = (
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+        {"boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]]), "labels": torch.tensor([2])},
+    )
     for targets in ([nothing, nothing], [nothing, something]):
         losses = model(torch.randn(2, 3, 64, 64), targets)
-        assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} and all(torch.isfinite(v) for v in losses.values())
+        assert set(losses) == {
+            "loss_classifier",
+            "loss_box_reg",
+            "loss_objectness",
+            "loss_rpn_box_reg",
+        } and all(torch.isfinite(v) for v in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_pixels_are_not_normalised_or_resized_again(model):
     seen = []
-    handle = model.detector.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = model.detector.backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
     pixel_values = torch.randn(2, 3, 96, 64)
     model(pixel_values)
     handle.remove()
@@ -55,45 +93,82 @@ def test_pixels_are_not_normalised_or_resized_again(model):
 
 
 def test_no_threshold_before_the_judge(model):
-    with torch.no_grad(): model.detector.roi_heads.box_predictor.cls_score.bias[0] += 6  # everything is background, almost
-    found, = model.detections(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
-    with torch.no_grad(): model.detector.roi_heads.box_predictor.cls_score.bias[0] -= 6
-    assert found["scores"].max() < .05 and len(found["scores"]) > 20 and found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+    with torch.no_grad():
+        model.detector.roi_heads.box_predictor.cls_score.bias[0] += (
+            6  # everything is background, almost
+        )
+    (found,) = model.detections(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
+    with torch.no_grad():
+        model.detector.roi_heads.box_predictor.cls_score.bias[0] -= 6
+    assert (
+        found["scores"].max() < 0.05
+        and len(found["scores"]) > 20
+        and found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+    )
 
 
 def test_a_handful_is_learnt_by_heart(smoke_data):
     metrics = overfit("resnet18", load_dataset(smoke_data, "train"), 64, images=3, steps=36)
-    assert metrics["AP50"] > .9
+    assert metrics["AP50"] > 0.9
 
 
 def test_kept_and_opened_again(model, tmp_path):
     save_baseline(model, tmp_path / "best", ["a", "b", "c"], image_size=64, epoch=3)
     again = load_baseline(tmp_path / "best")
     pixel_values, sizes = torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]])
-    assert torch.equal(again.detections(pixel_values, sizes)[0]["boxes"], model.detections(pixel_values, sizes)[0]["boxes"])
+    assert torch.equal(
+        again.detections(pixel_values, sizes)[0]["boxes"],
+        model.detections(pixel_values, sizes)[0]["boxes"],
+    )
     assert again.classes == ["a", "b", "c"] and again.meta == {"image_size": 64, "epoch": 3}
 
 
 def test_weights_from_a_file_load_whole_or_raise(tmp_path):
     from torchvision.models import resnet18
+
     torch.manual_seed(1)
     torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
-    config = dataclasses.replace(baseline_config(open_study("smoke"), "resnet18"), init=str(tmp_path / "resnet18.pth"))
+    config = dataclasses.replace(
+        baseline_config(open_study("smoke"), "resnet18"), init=str(tmp_path / "resnet18.pth")
+    )
     model = build_baseline(config, 3)
-    assert torch.equal(model.detector.backbone.body.conv1.weight, torch.load(tmp_path / "resnet18.pth")["conv1.weight"])
-    with pytest.raises(ValueError, match="efficientnet_b0"): build_baseline(dataclasses.replace(config, model="efficientnet_b0"), 3)
+    assert torch.equal(
+        model.detector.backbone.body.conv1.weight,
+        torch.load(tmp_path / "resnet18.pth")["conv1.weight"],
+    )
+    with pytest.raises(ValueError, match="efficientnet_b0"):
+        build_baseline(dataclasses.replace(config, model="efficientnet_b0"), 3)
 
 
 def test_the_same_trainer_and_the_same_judge(smoke_data, tmp_path, capsys):
     study = open_study("smoke")
-    config = dataclasses.replace(baseline_config(study, "resnet18"), data_dir=str(smoke_data), runs_dir=str(tmp_path), epochs=1)
+    config = dataclasses.replace(
+        baseline_config(study, "resnet18"),
+        data_dir=str(smoke_data),
+        runs_dir=str(tmp_path),
+        epochs=1,
+    )
     same = dataclasses.asdict(phase1_config(study))
-    assert {k for k, v in dataclasses.asdict(baseline_config(study, "resnet18")).items() if v != same[k]} == {"model", "lr", "clip", "backbone_lr"}
+    assert {
+        k for k, v in dataclasses.asdict(baseline_config(study, "resnet18")).items() if v != same[k]
+    } == {"model", "lr", "clip", "backbone_lr"}
     run = train(config, FASTER_RCNN)
-    assert run == find_run(config, FASTER_RCNN) and run.name.startswith("faster_rcnn-") and train(config, FASTER_RCNN) == run
-    assert finished_before(config, FASTER_RCNN) == run and finished_before(dataclasses.replace(config, num_workers=1), FASTER_RCNN) == run
-    older = run.rename(run.with_name("faster_rcnn-0123456789"))  # as if other code had trained it: found, by what it was asked for, and by its data
-    assert finished_before(config, FASTER_RCNN) == trained(config) == older and finished_before(dataclasses.replace(config, seed=1), FASTER_RCNN) is None
+    assert (
+        run == find_run(config, FASTER_RCNN)
+        and run.name.startswith("faster_rcnn-")
+        and train(config, FASTER_RCNN) == run
+    )
+    assert (
+        finished_before(config, FASTER_RCNN) == run
+        and finished_before(dataclasses.replace(config, num_workers=1), FASTER_RCNN) == run
+    )
+    older = run.rename(
+        run.with_name("faster_rcnn-0123456789")
+    )  # as if other code had trained it: found, by what it was asked for, and by its data
+    assert (
+        finished_before(config, FASTER_RCNN) == trained(config) == older
+        and finished_before(dataclasses.replace(config, seed=1), FASTER_RCNN) is None
+    )
     env = json.loads((older / "env.json").read_text())
     (older / "env.json").write_text(json.dumps(env | {"data_hash": "other"}))
     assert finished_before(config, FASTER_RCNN) is None
@@ -101,13 +176,31 @@ def test_the_same_trainer_and_the_same_judge(smoke_data, tmp_path, capsys):
     older.rename(run)
     metrics, dataset = evaluate(run, smoke_data, "test"), load_dataset(smoke_data, "test")
     results = json.loads((run / "predictions_test.json").read_text())
-    assert coco_metrics(dataset.coco, results) == pytest.approx(metrics, nan_ok=True) and {r["category_id"] for r in results} <= set(dataset.category_ids)
+    assert coco_metrics(dataset.coco, results) == pytest.approx(metrics, nan_ok=True) and {
+        r["category_id"] for r in results
+    } <= set(dataset.category_ids)
     table = compare([run], draws=20)
     assert table["model"][0].startswith("Faster R-CNN resnet18") and table["seeds"][0] == 1
-    assert cli.main(["predict", str(run), str(smoke_data / "test" / "images"), "--out", str(tmp_path / "out"), "--no-pictures"]) == 0
+    assert (
+        cli.main(
+            [
+                "predict",
+                str(run),
+                str(smoke_data / "test" / "images"),
+                "--out",
+                str(tmp_path / "out"),
+                "--no-pictures",
+            ]
+        )
+        == 0
+    )
     assert cli.main(["export", str(run)]) == 1 and "only DEIMv2" in capsys.readouterr().err
 
 
 def test_other_sizes_take_smaller_batches(smoke_data):
     study = open_study("smoke")
-    assert baseline_config(study, "resnet18", image_size=128).batch_size < baseline_config(study, "resnet18").batch_size and native_size(load_dataset(smoke_data, "train")) == 64
+    assert (
+        baseline_config(study, "resnet18", image_size=128).batch_size
+        < baseline_config(study, "resnet18").batch_size
+        and native_size(load_dataset(smoke_data, "train")) == 64
+    )

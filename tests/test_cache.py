@@ -1,4 +1,5 @@
 """Decoded photographs in memory, on disk or not kept: the same pixels, the same weights; a damaged file is never believed, and a budget is a budget."""
+
 import dataclasses
 import errno
 import multiprocessing
@@ -11,7 +12,15 @@ import torch
 from PIL import Image
 
 from deimv2_tfg import data
-from deimv2_tfg.data import CACHES, CacheError, PhotographsInMemory, PhotographsOnDisk, decode, load_dataset, photograph_cache
+from deimv2_tfg.data import (
+    CACHES,
+    CacheError,
+    PhotographsInMemory,
+    PhotographsOnDisk,
+    decode,
+    load_dataset,
+    photograph_cache,
+)
 from deimv2_tfg.training import TrainConfig, augmented, epoch_batches, find_run, load_state, train
 
 
@@ -27,15 +36,35 @@ def photograph(tmp_path):
 
 
 def test_the_same_pixels_from_all_three(smoke_data, tmp_path):
-    sets = [load_dataset(smoke_data, "train", cache=photograph_cache(kind, folder=tmp_path / "cache")) for kind in CACHES]
+    sets = [
+        load_dataset(smoke_data, "train", cache=photograph_cache(kind, folder=tmp_path / "cache"))
+        for kind in CACHES
+    ]
     for _ in range(2):
-        for i in range(len(sets[0])): assert len({(d.photograph(i).size, d.photograph(i).tobytes()) for d in sets}) == 1
+        for i in range(len(sets[0])):
+            assert len({(d.photograph(i).size, d.photograph(i).tobytes()) for d in sets}) == 1
     assert len(list((tmp_path / "cache").glob("*.rgb"))) == len(sets[0])
 
 
 def test_the_same_weights_and_the_same_run_from_all_three(smoke_data, tmp_path):
-    config = TrainConfig(str(smoke_data), model="tiny", image_size=64, epochs=1, batch_size=4, lr=1e-3, mosaic=.5, copy_blend=.5)
-    runs = [train(dataclasses.replace(config, runs_dir=str(tmp_path / kind), cache=kind, cache_dir=str(tmp_path / "cache"))) for kind in CACHES]
+    config = TrainConfig(
+        str(smoke_data),
+        model="tiny",
+        image_size=64,
+        epochs=1,
+        batch_size=4,
+        lr=1e-3,
+        mosaic=0.5,
+        copy_blend=0.5,
+    )
+    runs = [
+        train(
+            dataclasses.replace(
+                config, runs_dir=str(tmp_path / kind), cache=kind, cache_dir=str(tmp_path / "cache")
+            )
+        )
+        for kind in CACHES
+    ]
     assert {run.name for run in runs} == {find_run(config).name}
     weights = [load_state(run)["model"] for run in runs]
     assert all(torch.equal(weights[0][k], other[k]) for other in weights[1:] for k in other)
@@ -45,15 +74,19 @@ def test_the_same_weights_and_the_same_run_from_all_three(smoke_data, tmp_path):
 def test_a_damaged_file_is_told_of_and_made_again(on_disk, photograph):
     right, rng = decode(photograph).tobytes(), random.Random(0)
     assert on_disk(photograph).tobytes() == right
-    kept, = on_disk.folder.glob("*.rgb")
+    (kept,) = on_disk.folder.glob("*.rgb")
     whole = kept.read_bytes()
     for k in range(30):
         raw = bytearray(whole)
-        if k < 10: raw[rng.randrange(16) if k < 5 else rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-        elif k < 20: raw = raw[:rng.randrange(len(raw)) if k > 10 else 0]
-        else: raw += bytes(rng.randrange(1, 40))
+        if k < 10:
+            raw[rng.randrange(16) if k < 5 else rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        elif k < 20:
+            raw = raw[: rng.randrange(len(raw)) if k > 10 else 0]
+        else:
+            raw += bytes(rng.randrange(1, 40))
         kept.write_bytes(raw)
-        with pytest.warns(UserWarning, match="damaged"): assert on_disk(photograph).tobytes() == right
+        with pytest.warns(UserWarning, match="damaged"):
+            assert on_disk(photograph).tobytes() == right
         assert kept.read_bytes() == whole
 
 
@@ -67,35 +100,61 @@ def test_another_photograph_under_the_old_name_size_and_time(on_disk, photograph
 
 
 def test_a_budget_is_checked_before_anything_is_decoded(smoke_data, tmp_path, monkeypatch):
-    with pytest.raises(CacheError, match="Raise cache_gb"): load_dataset(smoke_data, "train", cache=photograph_cache("disk", 1e-5, tmp_path / "cache"))
+    with pytest.raises(CacheError, match="Raise cache_gb"):
+        load_dataset(smoke_data, "train", cache=photograph_cache("disk", 1e-5, tmp_path / "cache"))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**28 - 5000, 2**28 + 5000))
-    with pytest.raises(CacheError, match="of the disk, 256.00 MiB are free, of which 256.00 MiB stay so"): load_dataset(smoke_data, "train", cache=photograph_cache("disk", 1, tmp_path / "cache"))
+    monkeypatch.setattr(
+        data.shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**28 - 5000, 2**28 + 5000)
+    )
+    with pytest.raises(
+        CacheError, match="of the disk, 256.00 MiB are free, of which 256.00 MiB stay so"
+    ):
+        load_dataset(smoke_data, "train", cache=photograph_cache("disk", 1, tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*.rgb"))
-    with pytest.raises(CacheError, match="memory, disk, off"): photograph_cache("ram")
+    with pytest.raises(CacheError, match="memory, disk, off"):
+        photograph_cache("ram")
 
 
 def test_a_set_that_is_in_the_cache_needs_no_room(smoke_data, tmp_path, monkeypatch):
-    dataset = load_dataset(smoke_data, "train", cache=photograph_cache("disk", 1, tmp_path / "cache"))
-    for i in range(len(dataset)): dataset.photograph(i)
+    dataset = load_dataset(
+        smoke_data, "train", cache=photograph_cache("disk", 1, tmp_path / "cache")
+    )
+    for i in range(len(dataset)):
+        dataset.photograph(i)
     taken = dataset.cache.used()
     again = load_dataset(smoke_data, "train", cache=PhotographsOnDisk(tmp_path / "cache", taken))
-    assert again.cache.left() <= 0 and again.photograph(3).tobytes() == dataset.photograph(3).tobytes() and again.cache.used() == taken
+    assert (
+        again.cache.left() <= 0
+        and again.photograph(3).tobytes() == dataset.photograph(3).tobytes()
+        and again.cache.used() == taken
+    )
 
 
-def test_a_disk_that_fills_up_meanwhile_costs_time_and_no_photograph(on_disk, photograph, monkeypatch):
-    def full(*a): raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_disk_that_fills_up_meanwhile_costs_time_and_no_photograph(
+    on_disk, photograph, monkeypatch
+):
+    def full(*a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(data, "atomic_write", full)
-    with pytest.warns(UserWarning, match="full"): assert on_disk(photograph).tobytes() == decode(photograph).tobytes()
-    assert on_disk(photograph).tobytes() == decode(photograph).tobytes() and not list(on_disk.folder.glob("*.rgb"))  # not warned of twice
+    with pytest.warns(UserWarning, match="full"):
+        assert on_disk(photograph).tobytes() == decode(photograph).tobytes()
+    assert on_disk(photograph).tobytes() == decode(photograph).tobytes() and not list(
+        on_disk.folder.glob("*.rgb")
+    )  # not warned of twice
 
 
 def test_memory_keeps_what_its_budget_holds(smoke_data):
     dataset = load_dataset(smoke_data, "train")
     size = 3 * dataset.photograph(0).width * dataset.photograph(0).height
     dataset.cache = PhotographsInMemory(2 * size)
-    for i in range(4): dataset.photograph(i)
-    assert dataset.cache.used == 2 * size and dataset.photograph(0) is dataset.photograph(0) and dataset.photograph(3) is not dataset.photograph(3)
+    for i in range(4):
+        dataset.photograph(i)
+    assert (
+        dataset.cache.used == 2 * size
+        and dataset.photograph(0) is dataset.photograph(0)
+        and dataset.photograph(3) is not dataset.photograph(3)
+    )
 
 
 def open_all(root, folder, names):
@@ -106,16 +165,39 @@ def open_all(root, folder, names):
 def test_processes_share_a_folder(smoke_data, tmp_path):
     context = multiprocessing.get_context("fork")
     names = context.Queue()
-    children = [context.Process(target=open_all, args=(smoke_data, tmp_path / "cache", names)) for _ in range(3)]
-    for c in children: c.start()
+    children = [
+        context.Process(target=open_all, args=(smoke_data, tmp_path / "cache", names))
+        for _ in range(3)
+    ]
+    for c in children:
+        c.start()
     found = [names.get(timeout=60) for _ in children]
-    for c in children: c.join(60)
+    for c in children:
+        c.join(60)
     dataset = load_dataset(smoke_data, "train")
-    assert found == 3 * [[hash(dataset.photograph(i).tobytes()) for i in range(len(dataset))]] and {c.exitcode for c in children} == {0}
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")) == 12 * [".rgb"]
+    assert found == 3 * [[hash(dataset.photograph(i).tobytes()) for i in range(len(dataset))]] and {
+        c.exitcode for c in children
+    } == {0}
+    assert sorted(
+        p.suffix for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")
+    ) == 12 * [".rgb"]
 
 
 def test_workers_give_the_batches_of_one_process(smoke_data, tmp_path):
     config = TrainConfig(str(smoke_data), image_size=64, batch_size=4)
-    batches = lambda workers, kind: [x for x, _ in epoch_batches(augmented(load_dataset(smoke_data, "train", cache=photograph_cache(kind, folder=tmp_path / "cache")), config), dataclasses.replace(config, num_workers=workers), 0)]
-    assert all(torch.equal(a, b) for a, b in zip(batches(0, "off"), batches(2, "disk"), strict=True))
+    batches = lambda workers, kind: [
+        x
+        for x, _ in epoch_batches(
+            augmented(
+                load_dataset(
+                    smoke_data, "train", cache=photograph_cache(kind, folder=tmp_path / "cache")
+                ),
+                config,
+            ),
+            dataclasses.replace(config, num_workers=workers),
+            0,
+        )
+    ]
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches(0, "off"), batches(2, "disk"), strict=True)
+    )

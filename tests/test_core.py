@@ -1,36 +1,66 @@
 """Paths, hashes, runs and provenance."""
+
 import json
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from deimv2_tfg.core import atomic_write, code_hash, data_hash, open_study, reachable_code, save_figure, save_table, source_hash, to_jsonable
+from deimv2_tfg.core import (
+    atomic_write,
+    code_hash,
+    data_hash,
+    open_study,
+    reachable_code,
+    save_figure,
+    save_table,
+    source_hash,
+    to_jsonable,
+)
 
 
 def test_profiles_and_names(monkeypatch):
     assert open_study().profile.name == "smoke"
     monkeypatch.delenv("IN_TEST")
-    assert open_study().profile.name == "demo" and open_study(data_dir="x/set").name.startswith("set_")
-    with pytest.raises(ValueError, match="smoke, demo, compact, thesis"): open_study("tiny")
+    assert open_study().profile.name == "demo" and open_study(data_dir="x/set").name.startswith(
+        "set_"
+    )
+    with pytest.raises(ValueError, match="smoke, demo, compact, thesis"):
+        open_study("tiny")
 
 
 def test_a_figure_and_a_table_are_saved_with_their_provenance(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
-    study, frame = open_study("smoke"), pd.DataFrame({"class": ["a", "b"], "AP": [.5, float("nan")]})
+    study, frame = (
+        open_study("smoke"),
+        pd.DataFrame({"class": ["a", "b"], "AP": [0.5, float("nan")]}),
+    )
     fig, ax = plt.subplots()
     save_figure(fig, study, "bars", frame, "Two bars.", runs=["runs/x/detector-1"])
     save_table(frame, study, "aps", "A table.")
-    assert {p.name for p in study.figures.iterdir()} == {"bars.pdf", "bars.png", "bars.csv", "bars.json", "aps.csv", "aps.tex", "aps.json"}
+    assert {p.name for p in study.figures.iterdir()} == {
+        "bars.pdf",
+        "bars.png",
+        "bars.csv",
+        "bars.json",
+        "aps.csv",
+        "aps.tex",
+        "aps.json",
+    }
     about = json.loads((study.figures / "bars.json").read_text())
-    assert about["runs"] == ["detector-1"] and about["caption"] == "Two bars." and {"commit", "dirty", "versions", "seed"} <= about.keys()
+    assert (
+        about["runs"] == ["detector-1"]
+        and about["caption"] == "Two bars."
+        and {"commit", "dirty", "versions", "seed"} <= about.keys()
+    )
     tex = (study.figures / "aps.tex").read_text()
     assert "\\toprule" in tex and "--" in tex and "nan" not in tex.lower()
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = atomic_write(tmp_path / "a.json", "old")
-    with pytest.raises(TypeError): atomic_write(path, None)
+    with pytest.raises(TypeError):
+        atomic_write(path, None)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -45,10 +75,22 @@ def test_data_hash_sees_every_byte(tmp_path):
 
 
 def test_code_hash_follows_what_is_called():
-    assert source_hash("def f():\n  'doc'\n  return 1") == source_hash("def f(): return 1") != source_hash("def f(): return 2")
+    assert (
+        source_hash("def f():\n  'doc'\n  return 1")
+        == source_hash("def f(): return 1")
+        != source_hash("def f(): return 2")
+    )
     reached = reachable_code("training", "train", leave_out=("core",))
-    assert {"training.train_epoch", "criterion.Criterion", "detector.build_detector", "transforms.TrainTransform"} <= reached.keys()
-    assert not any(k.startswith("core.") for k in reached) and "detector.convert_weights" not in reached
+    assert {
+        "training.train_epoch",
+        "criterion.Criterion",
+        "detector.build_detector",
+        "transforms.TrainTransform",
+    } <= reached.keys()
+    assert (
+        not any(k.startswith("core.") for k in reached)
+        and "detector.convert_weights" not in reached
+    )
     assert code_hash("training", "train") != code_hash("evaluation", "evaluate")
 
 

@@ -1,4 +1,5 @@
 """The detector against the reference implementation's numbers, frozen vectors, and files that must not load."""
+
 import json
 import pickle
 import zlib
@@ -12,28 +13,54 @@ from transformers import AutoModelForObjectDetection
 
 from deimv2_tfg.backbone import VIT_RULES, WeightsError, read_weights, rename_weights
 from deimv2_tfg.criterion import Criterion
-from deimv2_tfg.detector import (DETECTOR_RULES, DetectorConfig, build_detector, convert_weights, count_parameters, init_weights, load_detector,
-                                 load_original_weights, postprocess, save_detector)
+from deimv2_tfg.detector import (
+    DETECTOR_RULES,
+    DetectorConfig,
+    build_detector,
+    convert_weights,
+    count_parameters,
+    init_weights,
+    load_detector,
+    load_original_weights,
+    postprocess,
+    save_detector,
+)
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 VECTORS = Path(__file__).parent / "vectors" / "detector_tiny.json"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the reference numbers are not in {REFERENCE}")
-TARGETS = [{"labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]])},
-           {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}]
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"the reference numbers are not in {REFERENCE}"
+)
+TARGETS = [
+    {
+        "labels": torch.tensor([1, 2]),
+        "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]]),
+    },
+    {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
+]
 
 
-def noise(key, shape): return np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+def noise(key, shape):
+    return np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
 
 
 def reference_state(name):
-    stored, spec = np.load(REFERENCE / f"{name}.npz"), json.loads((REFERENCE / f"{name}.json").read_text())
+    stored, spec = (
+        np.load(REFERENCE / f"{name}.npz"),
+        json.loads((REFERENCE / f"{name}.json").read_text()),
+    )
     state = {}
     for p in spec["params"]:
         n = noise(p["key"], p["shape"]) if "mean" in p else None
-        if p["fill"] == "stored": value = np.array(stored["stored/" + p["key"]])
-        elif p["fill"] == "anchors": value = np.zeros(p["shape"])
-        else: value = p["mean"] + p["std"] * (np.abs(n) if p["fill"] == "abs_normal" else n)
-        state[p["key"]] = torch.from_numpy(value if p["fill"] == "stored" else value.astype(np.float32))
+        if p["fill"] == "stored":
+            value = np.array(stored["stored/" + p["key"]])
+        elif p["fill"] == "anchors":
+            value = np.zeros(p["shape"])
+        else:
+            value = p["mean"] + p["std"] * (np.abs(n) if p["fill"] == "abs_normal" else n)
+        state[p["key"]] = torch.from_numpy(
+            value if p["fill"] == "stored" else value.astype(np.float32)
+        )
     return spec, stored, state
 
 
@@ -44,40 +71,74 @@ def set_distance(a, b):
 
 
 @needs_reference
-@pytest.mark.parametrize("name,config", [("deimv2_m", DetectorConfig.m()), ("deimv2_seed_config", DetectorConfig.thesis_m())])
+@pytest.mark.parametrize(
+    "name,config",
+    [("deimv2_m", DetectorConfig.m()), ("deimv2_seed_config", DetectorConfig.thesis_m())],
+)
 def test_parity(name, config):
     spec, expected, state = reference_state(name)
     model = build_detector(config).eval()
-    report = load_original_weights(model, {"model": {"junk": torch.zeros(1)}, "ema": {"module": state, "updates": 3}, "last_epoch": 7})
-    assert report.taken == "ema.module" and report.loaded == len(model.state_dict()) and set(report.ignored) == {"decoder.anchors", "decoder.valid_mask"}
+    report = load_original_weights(
+        model,
+        {
+            "model": {"junk": torch.zeros(1)},
+            "ema": {"module": state, "updates": 3},
+            "last_epoch": 7,
+        },
+    )
+    assert (
+        report.taken == "ema.module"
+        and report.loaded == len(model.state_dict())
+        and set(report.ignored) == {"decoder.anchors", "decoder.valid_mask"}
+    )
     assert count_parameters(model) == spec["num_params"]
-    image = np.random.RandomState(spec["image_seed"]).standard_normal((1, 3, spec["image_size"], spec["image_size"])).astype(np.float32)
+    image = (
+        np.random.RandomState(spec["image_seed"])
+        .standard_normal((1, 3, spec["image_size"], spec["image_size"]))
+        .astype(np.float32)
+    )
     maps = []
-    hook = model.model.conv_encoder.register_forward_hook(lambda module, args, output: maps.extend(output))
-    with torch.no_grad(): output = model(torch.from_numpy(image))
+    hook = model.model.conv_encoder.register_forward_hook(
+        lambda module, args, output: maps.extend(output)
+    )
+    with torch.no_grad():
+        output = model(torch.from_numpy(image))
     hook.remove()
     assert np.abs(maps[2].numpy() - expected["backbone_c4"]).max() < 1e-4
-    assert np.abs(np.array([m.mean().item() for m in maps]) - expected["backbone_mean"]).max() < 1e-4
+    assert (
+        np.abs(np.array([m.mean().item() for m in maps]) - expected["backbone_mean"]).max() < 1e-4
+    )
     ours = np.concatenate([output.logits[0].numpy(), output.pred_boxes[0].numpy()], 1)
-    assert set_distance(ours, np.concatenate([expected["pred_logits"][0], expected["pred_boxes"][0]], 1)) < 1e-4
+    assert (
+        set_distance(
+            ours, np.concatenate([expected["pred_logits"][0], expected["pred_boxes"][0]], 1)
+        )
+        < 1e-4
+    )
 
 
 def fill(model):
     "Weights by a rule from their names, of sizes at which every part matters."
     for key, value in model.state_dict().items():
-        if key.endswith(("num_batches_tracked", "inv_freq", "num_points_scale", "up", "reg_scale")): continue
+        if key.endswith(("num_batches_tracked", "inv_freq", "num_points_scale", "up", "reg_scale")):
+            continue
         n = noise(key, tuple(value.shape))
-        if value.ndim > 1: n = n / np.sqrt(np.prod(value.shape[1:]))
-        elif key.endswith("running_var"): n = 0.75 + 0.5 * np.abs(n)
-        elif "norm" in key and key.endswith("weight"): n = 1 + 0.1 * n
-        else: n = 0.1 * n
+        if value.ndim > 1:
+            n = n / np.sqrt(np.prod(value.shape[1:]))
+        elif key.endswith("running_var"):
+            n = 0.75 + 0.5 * np.abs(n)
+        elif "norm" in key and key.endswith("weight"):
+            n = 1 + 0.1 * n
+        else:
+            n = 0.1 * n
         value.copy_(torch.from_numpy(n))
     return model
 
 
 def frozen_output():
     model = fill(build_detector(DetectorConfig.tiny(num_classes=3))).eval()
-    with torch.no_grad(): return model(torch.from_numpy(noise("input", (1, 3, 64, 96)).astype(np.float32)))
+    with torch.no_grad():
+        return model(torch.from_numpy(noise("input", (1, 3, 64, 96)).astype(np.float32)))
 
 
 def test_frozen_vectors():
@@ -87,7 +148,9 @@ def test_frozen_vectors():
     assert set_distance(ours, np.array(frozen["logits_boxes"])) < 1e-4
 
 
-@pytest.mark.parametrize("name,count", [("m", 18_243_716), ("thesis_m", 17_856_356), ("s", 9_694_220)])
+@pytest.mark.parametrize(
+    "name,count", [("m", 18_243_716), ("thesis_m", 17_856_356), ("s", 9_694_220)]
+)
 def test_parameters(name, count):
     assert count_parameters(build_detector(getattr(DetectorConfig, name)())) == count
 
@@ -95,21 +158,34 @@ def test_parameters(name, count):
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (32, 32), (160, 128)])
 def test_any_size(size):
     model = build_detector(DetectorConfig.tiny()).eval()
-    with torch.no_grad(): output = model(torch.randn(2, 3, *size))
+    with torch.no_grad():
+        output = model(torch.randn(2, 3, *size))
     queries = min(30, sum(size[0] * size[1] // s**2 for s in (8, 16, 32)))
     assert output.logits.shape == (2, queries, 6) and output.pred_boxes.shape == (2, queries, 4)
     assert output.pred_boxes.isfinite().all()
-    with pytest.raises(ValueError, match="multiples of 32"): model(torch.randn(1, 3, size[0] + 8, size[1]))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        model(torch.randn(1, 3, size[0] + 8, size[1]))
 
 
 def test_training_outputs_and_gradients():
     torch.manual_seed(0)
     model = build_detector(DetectorConfig.tiny())
     output = model(torch.randn(2, 3, 64, 64), TARGETS)
-    assert output["dn_num_split"] == [16, 30] and output["dn_num_group"] == 4 and len(output["dn_positive_idx"][1]) == 0
-    assert output["layer_corners"].shape == (2, 2, 30, 132) and output["dn_layer_logits"].shape == (2, 2, 16, 6)
+    assert (
+        output["dn_num_split"] == [16, 30]
+        and output["dn_num_group"] == 4
+        and len(output["dn_positive_idx"][1]) == 0
+    )
+    assert output["layer_corners"].shape == (2, 2, 30, 132) and output["dn_layer_logits"].shape == (
+        2,
+        2,
+        16,
+        6,
+    )
     assert "dn_pre_logits" not in model(torch.randn(1, 3, 64, 64), TARGETS[1:])
-    sum(v.sum() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad).backward()
+    sum(
+        v.sum() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad
+    ).backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
@@ -118,11 +194,14 @@ def test_gradient_of_one_photograph_is_that_of_the_same_one_twice():
     torch.manual_seed(0)
     model, x = build_detector(DetectorConfig.tiny()), torch.randn(1, 3, 64, 64)
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d): module.eval()
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+
     def gradient(x):
         model.zero_grad()
         (model(x).logits * torch.arange(30 * 6).view(30, 6).sin()).sum().div(len(x)).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
     one, two = gradient(x), gradient(x.repeat(2, 1, 1, 1))
     assert (one - two).norm() < 1e-4 * two.norm()
 
@@ -131,9 +210,11 @@ def test_denoising_queries_are_not_seen():
     "The matching queries' outputs do not depend on the denoising ones."
     model = build_detector(DetectorConfig.tiny())
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d): module.eval()
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad(): assert torch.allclose(model(x, TARGETS).logits, model(x).logits, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(x, TARGETS).logits, model(x).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name,size,least", [("tiny", 64, 20), ("small", 160, 30), ("m", 640, 30)])
@@ -142,7 +223,8 @@ def test_first_loss(name, size, least):
     torch.manual_seed(0)
     model = build_detector(getattr(DetectorConfig, name)())
     targets = TARGETS[:1] if size == 640 else TARGETS
-    with torch.no_grad(): losses = Criterion(6)(model(torch.randn(len(targets), 3, size, size), targets), targets)
+    with torch.no_grad():
+        losses = Criterion(6)(model(torch.randn(len(targets), 3, size, size), targets), targets)
     assert least < float(sum(losses.values())) < 60
 
 
@@ -151,9 +233,11 @@ def original_state(model):
     own, state = model.state_dict(), {}
     for p in json.loads((REFERENCE / "deimv2_m.json").read_text())["params"]:
         new = list(rename_weights({p["key"]: torch.zeros(6)}, DETECTOR_RULES)[0])
-        if not new or any(k not in own for k in new): continue
+        if not new or any(k not in own for k in new):
+            continue
         state[p["key"]] = torch.cat([own[k] for k in new]) if len(new) > 1 else own[new[0]]
-        if p["key"].endswith("periods"): state[p["key"]] = 1 / state[p["key"]]
+        if p["key"].endswith("periods"):
+            state[p["key"]] = 1 / state[p["key"]]
     return state
 
 
@@ -162,11 +246,16 @@ def test_other_number_of_classes(tmp_path):
     torch.manual_seed(0)
     published = build_detector(DetectorConfig.tiny(num_classes=9))
     state = original_state(published)
-    assert sum(v.numel() for v in rename_weights(state, DETECTOR_RULES)[0].values()) == sum(v.numel() for v in published.state_dict().values())
+    assert sum(v.numel() for v in rename_weights(state, DETECTOR_RULES)[0].values()) == sum(
+        v.numel() for v in published.state_dict().values()
+    )
     torch.save({"model": state}, tmp_path / "coco.pth")
     model = build_detector(DetectorConfig.tiny(num_classes=6))
-    with pytest.raises(WeightsError, match="reinit_head=True") as e: load_original_weights(model, tmp_path / "coco.pth")
-    assert "decoder.dec_score_head.1.weight" in str(e.value) and "decoder.denoising_class_embed.weight" in str(e.value)
+    with pytest.raises(WeightsError, match="reinit_head=True") as e:
+        load_original_weights(model, tmp_path / "coco.pth")
+    assert "decoder.dec_score_head.1.weight" in str(
+        e.value
+    ) and "decoder.denoising_class_embed.weight" in str(e.value)
     report = load_original_weights(model, tmp_path / "coco.pth", reinit_head=True)
     assert len(report.reinitialised) == 2 + 2 * 2 + 1 and report.taken == "model"
     assert torch.allclose(model.model.enc_score_head.bias.sigmoid(), torch.tensor(0.01))
@@ -178,25 +267,46 @@ def test_errors_list_everything():
     model = build_detector(DetectorConfig.tiny())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(WeightsError) as e:
-        load_original_weights(model, {"decoder.enc_score_head.weight": torch.zeros(6, 48), "decoder.decoder.up": torch.tensor([0.5]),
-                                      "decoder.query_pos_head.layers.0.weight": torch.zeros(7, 4), "decoder.pre_bbox_head.layers.0.bias": torch.full((48,), torch.nan), "stranger": torch.zeros(1)})
+        load_original_weights(
+            model,
+            {
+                "decoder.enc_score_head.weight": torch.zeros(6, 48),
+                "decoder.decoder.up": torch.tensor([0.5]),
+                "decoder.query_pos_head.layers.0.weight": torch.zeros(7, 4),
+                "decoder.pre_bbox_head.layers.0.bias": torch.full((48,), torch.nan),
+                "stranger": torch.zeros(1),
+            },
+        )
     text = str(e.value)
-    assert f"missing ({len(before) - 4})" in text and all(k in text for k in before if "bbox_embed" in k)
-    assert "unexpected (1):\n  stranger" in text and "wrong shape (1)" in text and "7x4, should be 48x4" in text and "not finite (1)" in text
+    assert f"missing ({len(before) - 4})" in text and all(
+        k in text for k in before if "bbox_embed" in k
+    )
+    assert (
+        "unexpected (1):\n  stranger" in text
+        and "wrong shape (1)" in text
+        and "7x4, should be 48x4" in text
+        and "not finite (1)" in text
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 class Attack:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return (Path.touch, (self.path,))
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_attack_is_refused_and_not_run(tmp_path, how):
     mark, file = tmp_path / "was_run", tmp_path / "checkpoint.pth"
-    if how == "pickle": file.write_bytes(pickle.dumps({"model": Attack(mark)}, protocol=2))
-    else: torch.save({"model": Attack(mark)}, file)
-    with pytest.raises(WeightsError, match="refused, nothing in it was run"): load_original_weights(build_detector(DetectorConfig.tiny()), file)
+    if how == "pickle":
+        file.write_bytes(pickle.dumps({"model": Attack(mark)}, protocol=2))
+    else:
+        torch.save({"model": Attack(mark)}, file)
+    with pytest.raises(WeightsError, match="refused, nothing in it was run"):
+        load_original_weights(build_detector(DetectorConfig.tiny()), file)
     assert not mark.exists()
 
 
@@ -208,8 +318,16 @@ def test_damaged_files_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     save_file({"w": torch.zeros(3)}, tmp_path / "good.safetensors")
     (tmp_path / "short.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:20])
-    for name in ("short.pth", "text.pth", "empty.pth", "list.pth", "short.safetensors", "absent.pth"):
-        with pytest.raises(WeightsError, match=name): read_weights(tmp_path / name)
+    for name in (
+        "short.pth",
+        "text.pth",
+        "empty.pth",
+        "list.pth",
+        "short.safetensors",
+        "absent.pth",
+    ):
+        with pytest.raises(WeightsError, match=name):
+            read_weights(tmp_path / name)
     assert read_weights(tmp_path / "good.safetensors")[0]["w"].shape == (3,)
 
 
@@ -218,18 +336,30 @@ def test_bare_vit(tmp_path):
     torch.manual_seed(0)
     source, model = build_detector(DetectorConfig.tiny()), build_detector(DetectorConfig.tiny())
     own, state = source.model.conv_encoder.backbone.state_dict(), {}
-    keys = ["cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias", "rope_embed.periods"] + [f"blocks.{i}.{part}.{kind}"
-        for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2") for kind in ("weight", "bias")]
+    keys = [
+        "cls_token",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        "rope_embed.periods",
+    ] + [
+        f"blocks.{i}.{part}.{kind}"
+        for i in range(3)
+        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2")
+        for kind in ("weight", "bias")
+    ]
     for key in keys:
         new = list(rename_weights({key: torch.zeros(3)}, VIT_RULES)[0])
         state[key] = 1 / own[new[0]] if "periods" in key else torch.cat([own[k] for k in new])
     torch.save(state, tmp_path / "vit.pt")
     head = model.model.enc_score_head.weight.clone()
     assert load_original_weights(model, tmp_path / "vit.pt").loaded == len(own)
-    assert all(torch.allclose(v, own[k]) for k, v in model.model.conv_encoder.backbone.state_dict().items())
+    assert all(
+        torch.allclose(v, own[k]) for k, v in model.model.conv_encoder.backbone.state_dict().items()
+    )
     assert torch.equal(head, model.model.enc_score_head.weight)
     del state["blocks.2.norm2.bias"]
-    with pytest.raises(WeightsError, match=r"missing \(1\):\n  model.layer.2.norm2.bias"): load_original_weights(model, state)
+    with pytest.raises(WeightsError, match=r"missing \(1\):\n  model.layer.2.norm2.bias"):
+        load_original_weights(model, state)
 
 
 def test_save_and_load(tmp_path):
@@ -237,8 +367,15 @@ def test_save_and_load(tmp_path):
     save_detector(model, tmp_path / "best", classes=["a", "b", "c"], epoch=4)
     again, x = load_detector(tmp_path / "best"), torch.randn(1, 3, 64, 64)
     library = AutoModelForObjectDetection.from_pretrained(tmp_path / "best")
-    with torch.no_grad(): assert torch.equal(model(x).logits, again(x).logits) and torch.equal(model(x).logits, library(x).logits)
-    assert again.classes == ["a", "b", "c"] and again.meta == {"epoch": 4} and again.detector_config == model.detector_config
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, again(x).logits) and torch.equal(
+            model(x).logits, library(x).logits
+        )
+    assert (
+        again.classes == ["a", "b", "c"]
+        and again.meta == {"epoch": 4}
+        and again.detector_config == model.detector_config
+    )
     assert library.config.id2label == {0: "a", 1: "b", 2: "c"} and not again.training
     assert len({p.data_ptr() for p in again.parameters()}) == len(list(again.parameters()))
 
@@ -248,33 +385,75 @@ def test_convert(tmp_path):
     model = build_detector(DetectorConfig.s(num_classes=2)).eval()
     torch.save({"ema": {"module": original_state(model)}}, tmp_path / "s.pth")
     report = convert_weights(tmp_path / "s.pth", tmp_path / "out", model="s")
-    assert report.taken == "ema.module" and load_detector(tmp_path / "out").detector_config == model.detector_config
+    assert (
+        report.taken == "ema.module"
+        and load_detector(tmp_path / "out").detector_config == model.detector_config
+    )
 
 
 def test_starting_points_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("deimv2_tfg.detector.cached_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        "deimv2_tfg.detector.cached_file",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
+    )
     tiny, m = build_detector(DetectorConfig.tiny()), DetectorConfig.m()
     from deimv2_tfg.detector import find_weights
-    for init, config, words in (("dinov3", m, "vittplus_distill.pt"), ("coco", m, "cannot be reached"), ("coco", tiny.detector_config, "nothing was published"),
-                                ("someone/weights", m, "cannot be reached"), ("mistyped.pth", m, "no such file")):
-        with pytest.raises(WeightsError, match=words): find_weights(init, config)
+
+    for init, config, words in (
+        ("dinov3", m, "vittplus_distill.pt"),
+        ("coco", m, "cannot be reached"),
+        ("coco", tiny.detector_config, "nothing was published"),
+        ("someone/weights", m, "cannot be reached"),
+        ("mistyped.pth", m, "no such file"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            find_weights(init, config)
     (tmp_path / "vittplus_distill.pt").write_bytes(b"")
     assert find_weights("dinov3", m) == tmp_path / "vittplus_distill.pt"
     save_detector(tiny, tmp_path / "run")
-    assert len(init_weights(build_detector(DetectorConfig.tiny(num_classes=2)), tmp_path / "run").reinitialised) == 7
+    assert (
+        len(
+            init_weights(
+                build_detector(DetectorConfig.tiny(num_classes=2)), tmp_path / "run"
+            ).reinitialised
+        )
+        == 7
+    )
 
 
 def test_postprocess():
     "Sigmoid, best of query x class, pixels of the original; one query may give two labels."
     logits = torch.full((1, 2, 3), -9.0)
     logits[0, 1, 2], logits[0, 1, 0], logits[0, 0, 1] = 3.0, 2.0, 1.0
-    found, = postprocess(type("Output", (), {"logits": logits, "pred_boxes": torch.tensor([[[0.5, 0.5, 1, 1], [0.5, 0.25, 0.2, 0.5]]])}), [(100, 200)], top_k=3)
-    assert found["labels"].tolist() == [2, 0, 1] and torch.allclose(found["scores"], torch.tensor([3.0, 2.0, 1.0]).sigmoid())
-    assert torch.allclose(found["boxes"][0], torch.tensor([80.0, 0.0, 120.0, 50.0])) and found["boxes"][2].tolist() == [0, 0, 200, 100]
+    (found,) = postprocess(
+        type(
+            "Output",
+            (),
+            {
+                "logits": logits,
+                "pred_boxes": torch.tensor([[[0.5, 0.5, 1, 1], [0.5, 0.25, 0.2, 0.5]]]),
+            },
+        ),
+        [(100, 200)],
+        top_k=3,
+    )
+    assert found["labels"].tolist() == [2, 0, 1] and torch.allclose(
+        found["scores"], torch.tensor([3.0, 2.0, 1.0]).sigmoid()
+    )
+    assert torch.allclose(found["boxes"][0], torch.tensor([80.0, 0.0, 120.0, 50.0])) and found[
+        "boxes"
+    ][2].tolist() == [0, 0, 200, 100]
 
 
 def test_bfloat16_outside_float32_boxes():
     model = build_detector(DetectorConfig.tiny())
-    with torch.autocast("cpu", torch.bfloat16): output = model(torch.randn(2, 3, 64, 64), TARGETS)
-    assert output.layer_boxes.dtype == output.layer_logits.dtype == output.layer_corners.dtype == output.enc_boxes.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(2, 3, 64, 64), TARGETS)
+    assert (
+        output.layer_boxes.dtype
+        == output.layer_logits.dtype
+        == output.layer_corners.dtype
+        == output.enc_boxes.dtype
+        == torch.float32
+    )

@@ -1,4 +1,5 @@
 """The COCO protocol against a second implementation, and its corner cases."""
+
 import copy
 import json
 import math
@@ -15,11 +16,23 @@ from deimv2_tfg import evaluation
 from deimv2_tfg.cli import main
 from deimv2_tfg.core import project_root
 from deimv2_tfg.data import DatasetError
-from deimv2_tfg.evaluation import class_metrics, coco_metrics, evaluate, match_tables, precision_recall, predict, to_coco_results
+from deimv2_tfg.evaluation import (
+    class_metrics,
+    coco_metrics,
+    evaluate,
+    match_tables,
+    precision_recall,
+    predict,
+    to_coco_results,
+)
 from deimv2_tfg.splits import bind_data
 
-THRESHOLDS = [.5 + .05 * i for i in range(10)]
-CATEGORIES = [{"id": 3, "name": "b"}, {"id": 11, "name": "c"}, {"id": 1, "name": "a"}]  # gaps, and not in id order
+THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
+CATEGORIES = [
+    {"id": 3, "name": "b"},
+    {"id": 11, "name": "c"},
+    {"id": 1, "name": "a"},
+]  # gaps, and not in id order
 
 
 def random_case(seed, images=12, score_step=None):
@@ -30,14 +43,41 @@ def random_case(seed, images=12, score_step=None):
         for category in (1, 3, 11):
             for _ in range(rng.integers(0, 4)):
                 box = [*rng.uniform(0, 150, 2), *rng.uniform(8, 120, 2)]
-                annotations.append({"id": len(annotations), "image_id": image, "category_id": category, "bbox": box})
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": image,
+                        "category_id": category,
+                        "bbox": box,
+                    }
+                )
                 for _ in range(rng.integers(0, 4)):
-                    moved = np.array(box) + rng.normal(size=4) * .12 * np.array(box[2:] * 2)
-                    results.append({"image_id": image, "category_id": category, "bbox": [*moved[:2], *np.maximum(moved[2:], 1)], "score": rng.uniform()})
+                    moved = np.array(box) + rng.normal(size=4) * 0.12 * np.array(box[2:] * 2)
+                    results.append(
+                        {
+                            "image_id": image,
+                            "category_id": category,
+                            "bbox": [*moved[:2], *np.maximum(moved[2:], 1)],
+                            "score": rng.uniform(),
+                        }
+                    )
             for _ in range(rng.integers(0, 4)):
-                results.append({"image_id": image, "category_id": category, "bbox": [*rng.uniform(0, 150, 2), *rng.uniform(8, 120, 2)], "score": rng.uniform()})
-    coco = {"images": [{"id": i, "file_name": f"{i}.png", "width": 300, "height": 280} for i in range(1, images + 1)], "categories": CATEGORIES,
-            "annotations": annotations}
+                results.append(
+                    {
+                        "image_id": image,
+                        "category_id": category,
+                        "bbox": [*rng.uniform(0, 150, 2), *rng.uniform(8, 120, 2)],
+                        "score": rng.uniform(),
+                    }
+                )
+    coco = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 300, "height": 280}
+            for i in range(1, images + 1)
+        ],
+        "categories": CATEGORIES,
+        "annotations": annotations,
+    }
     return json.loads(json.dumps([coco, results], default=float))
 
 
@@ -52,10 +92,17 @@ def independent(coco, results, category, threshold):
     """AP and recall of one class: greedy matching by score, 101-point interpolation; plain loops."""
     total, flags = 0, []
     for image in [i["id"] for i in coco["images"]]:
-        truth = [a["bbox"] for a in coco["annotations"] if a["image_id"] == image and a["category_id"] == category]
+        truth = [
+            a["bbox"]
+            for a in coco["annotations"]
+            if a["image_id"] == image and a["category_id"] == category
+        ]
         total += len(truth)
         free = set(range(len(truth)))
-        found = sorted((r for r in results if r["image_id"] == image and r["category_id"] == category), key=lambda r: -r["score"])
+        found = sorted(
+            (r for r in results if r["image_id"] == image and r["category_id"] == category),
+            key=lambda r: -r["score"],
+        )
         for r in found[:100]:
             overlaps = {g: iou(r["bbox"], truth[g]) for g in free}
             best = max(overlaps, key=overlaps.get, default=None)
@@ -70,7 +117,7 @@ def independent(coco, results, category, threshold):
     for k, (_, hit) in enumerate(flags, start=1):
         tp += hit
         points.append((tp / total, tp / k))
-    grid = [max((p for r, p in points if r >= j / 100 - 1e-12), default=0.) for j in range(101)]
+    grid = [max((p for r, p in points if r >= j / 100 - 1e-12), default=0.0) for j in range(101)]
     return sum(grid) / 101, tp / total
 
 
@@ -78,14 +125,20 @@ def independent(coco, results, category, threshold):
 def test_ap_against_a_second_implementation(seed):
     coco, results = random_case(seed)
     metrics = coco_metrics(coco, results)
-    by_class = {c["name"]: [independent(coco, results, c["id"], t) for t in THRESHOLDS] for c in CATEGORIES}
+    by_class = {
+        c["name"]: [independent(coco, results, c["id"], t) for t in THRESHOLDS] for c in CATEGORIES
+    }
     for name, values in by_class.items():
         assert metrics[f"AP/{name}"] == pytest.approx(np.mean([ap for ap, _ in values]), abs=1e-6)
         assert metrics[f"AP50/{name}"] == pytest.approx(values[0][0], abs=1e-6)
-    assert metrics["AP"] == pytest.approx(np.mean([[ap for ap, _ in v] for v in by_class.values()]), abs=1e-6)
+    assert metrics["AP"] == pytest.approx(
+        np.mean([[ap for ap, _ in v] for v in by_class.values()]), abs=1e-6
+    )
     assert metrics["AP75"] == pytest.approx(np.mean([v[5][0] for v in by_class.values()]), abs=1e-6)
-    assert metrics["AR100"] == pytest.approx(np.mean([[r for _, r in v] for v in by_class.values()]), abs=1e-6)
-    assert .05 < metrics["AP"] < .95 and metrics["AR1"] < metrics["AR10"] <= metrics["AR100"]
+    assert metrics["AR100"] == pytest.approx(
+        np.mean([[r for _, r in v] for v in by_class.values()]), abs=1e-6
+    )
+    assert 0.05 < metrics["AP"] < 0.95 and metrics["AR1"] < metrics["AR10"] <= metrics["AR100"]
 
 
 def test_classes_come_in_id_order_and_can_be_chosen():
@@ -93,7 +146,10 @@ def test_classes_come_in_id_order_and_can_be_chosen():
     metrics = coco_metrics(coco, results)
     assert [k for k in metrics if k.startswith("AP/")] == ["AP/a", "AP/b", "AP/c"]
     chosen = coco_metrics(coco, results, classes=["c", "a"])
-    assert chosen["AP"] == pytest.approx((metrics["AP/a"] + metrics["AP/c"]) / 2) and "AP/b" not in chosen
+    assert (
+        chosen["AP"] == pytest.approx((metrics["AP/a"] + metrics["AP/c"]) / 2)
+        and "AP/b" not in chosen
+    )
     with pytest.raises(ValueError, match="no such class"):
         coco_metrics(coco, results, classes=["z"])
 
@@ -104,12 +160,24 @@ def test_inputs_stay_as_they_were_and_a_path_does_as_well(tmp_path):
     metrics = coco_metrics(coco, results)
     assert (coco, results) == before
     (tmp_path / "test.json").write_text(json.dumps(coco))
-    assert coco_metrics(tmp_path / "test.json", results) == coco_metrics(str(tmp_path / "test.json"), results) == metrics
+    assert (
+        coco_metrics(tmp_path / "test.json", results)
+        == coco_metrics(str(tmp_path / "test.json"), results)
+        == metrics
+    )
 
 
 def test_perfect_results_score_one():
     coco, _ = random_case(2)
-    perfect = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": .5} for a in coco["annotations"]]
+    perfect = [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": a["bbox"],
+            "score": 0.5,
+        }
+        for a in coco["annotations"]
+    ]
     metrics = coco_metrics(coco, perfect)
     assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1)
 
@@ -122,9 +190,17 @@ def test_empty_results_score_zero():
 
 def test_what_cannot_be_computed_is_nan(capsys):
     coco, results = random_case(4)
-    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != 3 and a["bbox"][2] * a["bbox"][3] >= 96**2]
+    coco["annotations"] = [
+        a
+        for a in coco["annotations"]
+        if a["category_id"] != 3 and a["bbox"][2] * a["bbox"][3] >= 96**2
+    ]
     metrics = coco_metrics(coco, results)
-    assert math.isnan(metrics["AP/b"]) and math.isnan(metrics["AP50/b"]) and math.isnan(metrics["AP_small"])
+    assert (
+        math.isnan(metrics["AP/b"])
+        and math.isnan(metrics["AP50/b"])
+        and math.isnan(metrics["AP_small"])
+    )
     assert metrics["AP"] == pytest.approx((metrics["AP/a"] + metrics["AP/c"]) / 2)
     nothing = coco_metrics(coco | {"annotations": []}, results)
     assert all(math.isnan(v) for v in nothing.values())
@@ -144,13 +220,17 @@ def test_mixed_up_ids_and_broken_numbers_are_refused():
 def test_curve_and_matches_are_those_of_ap():
     coco, results = random_case(6)
     metrics, curve = coco_metrics(coco, results), precision_recall(coco, results)
-    assert curve.groupby("class")["precision"].mean().to_dict() == pytest.approx({c: metrics[f"AP50/{c}"] for c in "abc"})
+    assert curve.groupby("class")["precision"].mean().to_dict() == pytest.approx(
+        {c: metrics[f"AP50/{c}"] for c in "abc"}
+    )
     assert (curve.groupby("class").size() == 101).all()
     for table in match_tables(coco, results):
         category = next(c["id"] for c in CATEGORIES if c["name"] == table.name)
         assert table.objects.sum() == sum(a["category_id"] == category for a in coco["annotations"])
         assert table.matched.shape == (10, len(table.scores)) and (np.diff(table.scores) <= 0).all()
-        assert table.matched[0].sum() / table.objects.sum() == pytest.approx(independent(coco, results, category, .5)[1])
+        assert table.matched[0].sum() / table.objects.sum() == pytest.approx(
+            independent(coco, results, category, 0.5)[1]
+        )
 
 
 class Fixed(torch.nn.Module):
@@ -161,11 +241,13 @@ class Fixed(torch.nn.Module):
         self.classes, self.weight = list(classes), torch.nn.Parameter(torch.zeros(1))
         generator = torch.Generator().manual_seed(0)
         self.logits = -6 + torch.randn(40, 3, generator=generator)
-        self.boxes = torch.rand(40, 4, generator=generator) * .4 + .1
+        self.boxes = torch.rand(40, 4, generator=generator) * 0.4 + 0.1
 
     def forward(self, pixel_values, targets=None):
         n = len(pixel_values)
-        return SimpleNamespace(logits=self.logits.expand(n, -1, -1), pred_boxes=self.boxes.expand(n, -1, -1))
+        return SimpleNamespace(
+            logits=self.logits.expand(n, -1, -1), pred_boxes=self.boxes.expand(n, -1, -1)
+        )
 
 
 @pytest.fixture
@@ -175,7 +257,9 @@ def root(tmp_path):
         (tmp_path / split / "images").mkdir(parents=True)
         for image in coco["images"]:
             image["width"], image["height"] = 200 + 50 * image["id"], 280
-            Image.new("RGB", (image["width"], image["height"])).save(tmp_path / split / "images" / image["file_name"])
+            Image.new("RGB", (image["width"], image["height"])).save(
+                tmp_path / split / "images" / image["file_name"]
+            )
         (tmp_path / split / f"{split}.json").write_text(json.dumps(coco))
     return tmp_path
 
@@ -187,19 +271,29 @@ def test_predict_keeps_every_pair_and_maps_back(root):
     model, dataset = Fixed().train(), evaluation.load_dataset(root, "test", transform=augment)
     results = predict(model, dataset, 64, batch_size=2)
     assert model.training and dataset.transform is augment
-    assert len(results) == 3 * 120 and max(r["score"] for r in results) < .1  # 40 queries x 3 classes, no threshold
-    assert {r["category_id"] for r in results} == {1, 3, 11} and {r["image_id"] for r in results} == {1, 2, 3}
+    assert (
+        len(results) == 3 * 120 and max(r["score"] for r in results) < 0.1
+    )  # 40 queries x 3 classes, no threshold
+    assert {r["category_id"] for r in results} == {1, 3, 11} and {
+        r["image_id"] for r in results
+    } == {1, 2, 3}
     query, label = divmod(int(model.logits.flatten().argmax()), 3)
     cx, cy, w, h = model.boxes[query].tolist()
     for image in dataset.images:
         best = max((r for r in results if r["image_id"] == image["id"]), key=lambda r: r["score"])
         width, height = image["width"], image["height"]
         assert best["category_id"] == [1, 3, 11][label]
-        assert best["bbox"] == pytest.approx([(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height], abs=.02)
+        assert best["bbox"] == pytest.approx(
+            [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height], abs=0.02
+        )
 
 
 def test_to_coco_results_of_nothing_and_of_unequal_lists():
-    nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    nothing = {
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "boxes": torch.zeros(0, 4),
+    }
     assert to_coco_results([nothing], [4], [1, 3, 11]) == []
     with pytest.raises(ValueError):
         to_coco_results([nothing], [4, 5], [1, 3, 11])
@@ -229,7 +323,9 @@ def test_evaluate_writes_beside_the_run(root, tmp_path, monkeypatch):
 
 
 def test_evaluate_names_both_lists_of_classes(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed(classes=("a", "x", "c")))
+    monkeypatch.setattr(
+        evaluation, "open_detector", lambda directory: Fixed(classes=("a", "x", "c"))
+    )
     run = make_run(tmp_path / "runs" / "two", image_size=64)
     with pytest.raises(ValueError, match=r"\['a', 'x', 'c'\].*\['a', 'b', 'c'\]"):
         evaluate(run, root)
@@ -240,9 +336,20 @@ def test_evaluate_names_both_lists_of_classes(root, tmp_path, monkeypatch):
 def second_judge(coco, results):
     "The same protocol by faster-coco-eval, an implementation of its own in C++: AP, AP50, AP75, by size, AR."
     from faster_coco_eval import COCO, COCOeval_faster
-    boxes = [a | {"id": k, "area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": a.get("iscrowd", 0)} for k, a in enumerate(coco["annotations"], 1)]
+
+    boxes = [
+        a
+        | {
+            "id": k,
+            "area": a.get("area", a["bbox"][2] * a["bbox"][3]),
+            "iscrowd": a.get("iscrowd", 0),
+        }
+        for k, a in enumerate(coco["annotations"], 1)
+    ]
     truth = COCO({"info": {}} | coco | {"annotations": boxes})
-    judge = COCOeval_faster(truth, truth.loadRes(copy.deepcopy(results)), "bbox", print_function=lambda *a: None)
+    judge = COCOeval_faster(
+        truth, truth.loadRes(copy.deepcopy(results)), "bbox", print_function=lambda *a: None
+    )
     judge.evaluate(), judge.accumulate(), judge.summarize()
     names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100"]
     return dict(zip(names, judge.stats.tolist()))
@@ -251,7 +358,9 @@ def second_judge(coco, results):
 def assert_same(coco, results):
     ours, theirs = coco_metrics(coco, results), second_judge(coco, results)
     for name, value in theirs.items():
-        assert ours[name] == pytest.approx(math.nan if value == -1 else value, abs=1e-9, nan_ok=True), name
+        assert ours[name] == pytest.approx(
+            math.nan if value == -1 else value, abs=1e-9, nan_ok=True
+        ), name
     return ours
 
 
@@ -259,16 +368,22 @@ def assert_same(coco, results):
 def test_random_results_by_faster_coco_eval(seed):
     coco, results = random_case(seed, images=30)
     if seed == 3:
-        for a in coco["annotations"][::7]: a["iscrowd"] = 1
-    assert .05 < assert_same(coco, results)["AP"] < .95
+        for a in coco["annotations"][::7]:
+            a["iscrowd"] = 1
+    assert 0.05 < assert_same(coco, results)["AP"] < 0.95
 
 
 def test_predictions_of_a_network_by_faster_coco_eval(smoke_data):
     from deimv2_tfg.core import open_study
     from deimv2_tfg.data import load_dataset
     from deimv2_tfg.detector import DetectorConfig, build_detector
+
     dataset = load_dataset(smoke_data, "val")
-    results = predict(build_detector(DetectorConfig.tiny(num_classes=dataset.num_classes)), dataset, open_study("smoke").profile.image_size)
+    results = predict(
+        build_detector(DetectorConfig.tiny(num_classes=dataset.num_classes)),
+        dataset,
+        open_study("smoke").profile.image_size,
+    )
     assert len(results) > 100
     assert_same(dataset.coco, results)
 
@@ -277,36 +392,62 @@ def stored_predictions():
     "Predictions of finished or running trainings beside data sets of real photographs, where both are there."
     for data in (Path(__file__).resolve().parents[2] / "shared" / "data").glob("*/val/val.json"):
         root = data.parents[1]
-        yield from ((data, p) for p in (project_root() / "runs").glob(f"{root.name}_*/*/predictions_val.json"))
+        yield from (
+            (data, p)
+            for p in (project_root() / "runs").glob(f"{root.name}_*/*/predictions_val.json")
+        )
 
 
 def test_real_predictions_by_faster_coco_eval():
     found = list(stored_predictions())
-    if not found: pytest.skip("no ../shared/data with runs/<data>_*/*/predictions_val.json: nothing real to compare on")
-    for data, predictions in found[:3]: assert_same(json.loads(data.read_text()), json.loads(predictions.read_text()))
+    if not found:
+        pytest.skip(
+            "no ../shared/data with runs/<data>_*/*/predictions_val.json: nothing real to compare on"
+        )
+    for data, predictions in found[:3]:
+        assert_same(json.loads(data.read_text()), json.loads(predictions.read_text()))
 
 
 def test_class_metrics_are_the_flat_ones_with_counts():
     coco, results = random_case(6)
     table, metrics = class_metrics(coco, results).set_index("class"), coco_metrics(coco, results)
-    for name in ("AP", "AP50", "AP75", "AP_small", "AP_large", "AR1", "AR100"): assert table[name]["mean"] == pytest.approx(metrics[name], nan_ok=True)
+    for name in ("AP", "AP50", "AP75", "AP_small", "AP_large", "AR1", "AR100"):
+        assert table[name]["mean"] == pytest.approx(metrics[name], nan_ok=True)
     for c in CATEGORIES:
         assert table["AP"][c["name"]] == metrics[f"AP/{c['name']}"]
-        assert table["objects"][c["name"]] == sum(a["category_id"] == c["id"] for a in coco["annotations"])
-    assert table["objects"]["mean"] == len(coco["annotations"]) and table["images"]["mean"] == len(coco["images"])
+        assert table["objects"][c["name"]] == sum(
+            a["category_id"] == c["id"] for a in coco["annotations"]
+        )
+    assert table["objects"]["mean"] == len(coco["annotations"]) and table["images"]["mean"] == len(
+        coco["images"]
+    )
 
 
 def test_evaluate_refuses_changed_data_unless_told(smoke_data, tmp_path, monkeypatch):
-    data, run = Path(shutil.copytree(smoke_data, tmp_path / "set")), make_run(tmp_path / "run", image_size=64)
-    classes = [c["name"] for c in sorted(json.loads((data / "val" / "val.json").read_text())["categories"], key=lambda c: c["id"])]
-    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed(classes=tuple(classes)))
+    data, run = (
+        Path(shutil.copytree(smoke_data, tmp_path / "set")),
+        make_run(tmp_path / "run", image_size=64),
+    )
+    classes = [
+        c["name"]
+        for c in sorted(
+            json.loads((data / "val" / "val.json").read_text())["categories"], key=lambda c: c["id"]
+        )
+    ]
+    monkeypatch.setattr(
+        evaluation, "open_detector", lambda directory: Fixed(classes=tuple(classes))
+    )
     bind_data(run, data)
     first = evaluate(run, data, "val")
     coco = json.loads((data / "test" / "test.json").read_text())
     coco["annotations"].pop()
     (data / "test" / "test.json").write_text(json.dumps(coco))
-    with pytest.raises(DatasetError, match="changed: test/test.json"): evaluate(run, data, "val")
-    assert main(["evaluate", str(run), str(data), "--split", "val"]) == 1 and not (run / "data_changes.jsonl").exists()
+    with pytest.raises(DatasetError, match="changed: test/test.json"):
+        evaluate(run, data, "val")
+    assert (
+        main(["evaluate", str(run), str(data), "--split", "val"]) == 1
+        and not (run / "data_changes.jsonl").exists()
+    )
     assert evaluate(run, data, "val", allow_changed=True) == pytest.approx(first, nan_ok=True)
     assert json.loads((run / "data_changes.jsonl").read_text())["differences"] == 1
     assert main(["evaluate", str(run), str(data), "--split", "val", "--allow_changed"]) == 0

@@ -1,4 +1,5 @@
 """Where training starts: from random weights, from a detector of another data set, from a bare ViT; each told in the run."""
+
 import dataclasses
 import json
 
@@ -13,14 +14,27 @@ from deimv2_tfg.training import TrainConfig, find_run, parameter_groups, train
 
 @pytest.fixture
 def config(smoke_data, tmp_path):
-    return TrainConfig(str(smoke_data), str(tmp_path / "runs"), model="tiny", image_size=64, epochs=1, batch_size=4, lr=0.0, ema=0.0)
+    return TrainConfig(
+        str(smoke_data),
+        str(tmp_path / "runs"),
+        model="tiny",
+        image_size=64,
+        epochs=1,
+        batch_size=4,
+        lr=0.0,
+        ema=0.0,
+    )
 
 
 @pytest.fixture
 def elsewhere(tmp_path):
     "A detector of two classes, as another project might have left it."
     torch.manual_seed(7)
-    return save_detector(build_detector(DetectorConfig.tiny(num_classes=2)), tmp_path / "elsewhere", classes=["a", "b"])
+    return save_detector(
+        build_detector(DetectorConfig.tiny(num_classes=2)),
+        tmp_path / "elsewhere",
+        classes=["a", "b"],
+    )
 
 
 def test_a_run_goes_on_from_the_weights_it_was_given(config, elsewhere):
@@ -28,15 +42,28 @@ def test_a_run_goes_on_from_the_weights_it_was_given(config, elsewhere):
     start = json.loads((run / "env.json").read_text())["start"]
     assert start["taken"] == "model.safetensors" and len(start["reinitialised"]) == 7
     given, kept = load_detector(elsewhere).state_dict(), load_detector(run / "best").state_dict()
-    weights = [k for k in given if k not in start["reinitialised"] and "running" not in k and "num_batches" not in k]
+    weights = [
+        k
+        for k in given
+        if k not in start["reinitialised"] and "running" not in k and "num_batches" not in k
+    ]
     assert len(weights) > 100 and all(torch.equal(given[k], kept[k]) for k in weights)
-    assert json.loads((train(config) / "env.json").read_text())["start"]["taken"] == "random weights"
+    assert (
+        json.loads((train(config) / "env.json").read_text())["start"]["taken"] == "random weights"
+    )
 
 
 def test_what_was_trained_before_moves_slowly_unless_told(config):
     model = build_detector(DetectorConfig.tiny())
-    rates = lambda **kw: {g["lr"] for g in parameter_groups(model, dataclasses.replace(config, lr=1.0, lr_rule="none", **kw))}
-    assert rates() == {1.0} and rates(init="dinov3") == {1.0, 0.05} and rates(init="coco", backbone_lr=1.0) == {1.0}
+    rates = lambda **kw: {
+        g["lr"]
+        for g in parameter_groups(model, dataclasses.replace(config, lr=1.0, lr_rule="none", **kw))
+    }
+    assert (
+        rates() == {1.0}
+        and rates(init="dinov3") == {1.0, 0.05}
+        and rates(init="coco", backbone_lr=1.0) == {1.0}
+    )
 
 
 def test_other_first_weights_are_another_run(config, elsewhere, tmp_path):
@@ -53,19 +80,26 @@ def test_other_first_weights_are_another_run(config, elsewhere, tmp_path):
 
 def test_weights_that_are_not_there_stop_with_what_to_do(config, monkeypatch, tmp_path):
     monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
-    with pytest.raises(WeightsError, match="nothing was published for the configuration 'tiny'"): train(dataclasses.replace(config, init="coco"))
+    with pytest.raises(WeightsError, match="nothing was published for the configuration 'tiny'"):
+        train(dataclasses.replace(config, init="coco"))
     assert not list((tmp_path / "runs").rglob("env.json"))
 
 
 def test_the_command_line_knows_numbers_that_may_be_absent(config, monkeypatch):
     seen = []
     monkeypatch.setattr("deimv2_tfg.training.train", seen.append)
-    assert main(["train", "photographs", "--backbone_lr", "0.1", "--init", "coco", "--epochs", "3"]) == 0
+    assert (
+        main(["train", "photographs", "--backbone_lr", "0.1", "--init", "coco", "--epochs", "3"])
+        == 0
+    )
     assert main(["train", "photographs"]) == 0
-    assert seen[0] == TrainConfig("photographs", backbone_lr=0.1, init="coco", epochs=3) and seen[1] == TrainConfig("photographs")
+    assert seen[0] == TrainConfig("photographs", backbone_lr=0.1, init="coco", epochs=3) and seen[
+        1
+    ] == TrainConfig("photographs")
 
 
 def test_inference_mode_leaves_nothing_that_training_trips_over():
     model, x = build_detector(DetectorConfig.tiny()), torch.randn(1, 3, 96, 32)
-    with torch.inference_mode(): model.eval()(x)
+    with torch.inference_mode():
+        model.eval()(x)
     model.train()(x).logits.sum().backward()

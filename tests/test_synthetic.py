@@ -1,4 +1,5 @@
 """The built-in data set: the same for a seed, exact counts, tight boxes, and nobody's files overwritten."""
+
 import hashlib
 import json
 
@@ -8,17 +9,31 @@ from PIL import Image
 
 from deimv2_tfg import synthetic
 from deimv2_tfg.core import PROFILES
-from deimv2_tfg.synthetic import CLASSES, SPLITS, THESIS_COUNTS, make_dataset, plan_split, planned_image
+from deimv2_tfg.synthetic import (
+    CLASSES,
+    SPLITS,
+    THESIS_COUNTS,
+    make_dataset,
+    plan_split,
+    planned_image,
+)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", profile="smoke", counts=(8, 6, 6), workers=2)
+    return make_dataset(
+        tmp_path_factory.mktemp("data") / "set", profile="smoke", counts=(8, 6, 6), workers=2
+    )
 
 
 def pixels(root):
     files = sorted(root.rglob("*.jpg"))
-    return {f.relative_to(root).as_posix(): hashlib.sha256(np.asarray(Image.open(f)).tobytes()).hexdigest() for f in files}
+    return {
+        f.relative_to(root).as_posix(): hashlib.sha256(
+            np.asarray(Image.open(f)).tobytes()
+        ).hexdigest()
+        for f in files
+    }
 
 
 def annotations(root):
@@ -26,7 +41,9 @@ def annotations(root):
 
 
 def test_same_seed_same_pixels_for_any_number_of_workers(root, tmp_path):
-    again = make_dataset(tmp_path / "again", profile="smoke", counts={"train": 8, "val": 6, "test": 6}, workers=1)
+    again = make_dataset(
+        tmp_path / "again", profile="smoke", counts={"train": 8, "val": 6, "test": 6}, workers=1
+    )
     assert pixels(again) == pixels(root) and annotations(again) == annotations(root)
     other = make_dataset(tmp_path / "other", profile="smoke", counts=(8, 6, 6), seed=1)
     assert not set(pixels(other).values()) & set(pixels(root).values())
@@ -39,7 +56,9 @@ def test_full_size_has_the_counts_of_the_thesis(seed):
     for split, counts in THESIS_COUNTS.items():
         plan = plan_split(split, counts.images, seed)
         assert (len(plan), sum(map(len, plan))) == (counts.images, counts.boxes)
-        assert tuple(sum(label in boxes for boxes in plan) for label in range(6)) == counts.images_with
+        assert (
+            tuple(sum(label in boxes for boxes in plan) for label in range(6)) == counts.images_with
+        )
         assert all(boxes == (0,) for boxes in plan if 0 in boxes)
 
 
@@ -48,14 +67,18 @@ def test_full_size_has_the_counts_of_the_thesis(seed):
 def test_every_class_in_every_plan(split, n):
     plan = plan_split(split, n)
     assert len(plan) == n and all(plan)
-    if n >= 6: assert {label for boxes in plan for label in boxes} == set(range(6))
+    if n >= 6:
+        assert {label for boxes in plan for label in boxes} == set(range(6))
 
 
 def test_coco_files(root):
     for split, coco in annotations(root).items():
         assert [(c["id"], c["name"]) for c in coco["categories"]] == list(enumerate(CLASSES))
         sizes = {i["id"]: (i["width"], i["height"]) for i in coco["images"]}
-        for image in coco["images"]: assert Image.open(root / split / "images" / image["file_name"]).size == sizes[image["id"]]
+        for image in coco["images"]:
+            assert (
+                Image.open(root / split / "images" / image["file_name"]).size == sizes[image["id"]]
+            )
         assert len(list((root / split / "images").iterdir())) == len(sizes)
         for a in coco["annotations"]:
             (x, y, w, h), (width, height) = a["bbox"], sizes[a["image_id"]]
@@ -66,9 +89,14 @@ def test_coco_files(root):
 @pytest.mark.parametrize("label", range(1, 6))
 def test_boxes_hold_what_was_drawn(label, monkeypatch):
     """The picture with a defect and the same picture without it differ inside the box, up to each of its sides, and hardly outside."""
+
     def draw(seed):
         rng = np.random.default_rng(seed)
-        canvas, part, light = synthetic.painted(rng, (150, 160)), synthetic.draw_part(rng, (150, 160)), synthetic.draw_light(rng)
+        canvas, part, light = (
+            synthetic.painted(rng, (150, 160)),
+            synthetic.draw_part(rng, (150, 160)),
+            synthetic.draw_light(rng),
+        )
         clean = synthetic.shade(canvas, light)
         x, y, w, h = synthetic.add_defect(rng, canvas, light, part, label)
         return np.abs(synthetic.shade(canvas, light) - clean).max(2) * (part < 0), (x, y, w, h)
@@ -76,10 +104,15 @@ def test_boxes_hold_what_was_drawn(label, monkeypatch):
     for seed in range(6):
         change, (x, y, w, h) = draw(seed)
         inside = np.zeros_like(change, bool)
-        inside[y:y + h, x:x + w] = True
+        inside[y : y + h, x : x + w] = True
         assert change[inside].sum() > 0.9 * change.sum()
         near = max(3, round(0.12 * max(w, h)))
-        for side in (np.s_[y:y + near, x:x + w], np.s_[y + h - near:y + h, x:x + w], np.s_[y:y + h, x:x + near], np.s_[y:y + h, x + w - near:x + w]):
+        for side in (
+            np.s_[y : y + near, x : x + w],
+            np.s_[y + h - near : y + h, x : x + w],
+            np.s_[y : y + h, x : x + near],
+            np.s_[y : y + h, x + w - near : x + w],
+        ):
             assert change[side].max() > 0.08
 
 
@@ -99,9 +132,11 @@ def test_a_whole_set_is_reused(root):
 def test_something_else_in_the_way_is_refused(root, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="no manifest.json"): make_dataset(tmp_path / "photos", profile="smoke")
+    with pytest.raises(FileExistsError, match="no manifest.json"):
+        make_dataset(tmp_path / "photos", profile="smoke")
     assert (tmp_path / "photos" / "mine.jpg").read_bytes() == b"mine"
-    with pytest.raises(FileExistsError, match="another built-in data set"): make_dataset(root, profile="smoke", counts=(8, 6, 6), seed=1)
+    with pytest.raises(FileExistsError, match="another built-in data set"):
+        make_dataset(root, profile="smoke", counts=(8, 6, 6), seed=1)
     (tmp_path / "empty").mkdir()
     assert make_dataset(tmp_path / "empty", profile="smoke", counts=(1, 1, 1)) == tmp_path / "empty"
 
@@ -109,55 +144,108 @@ def test_something_else_in_the_way_is_refused(root, tmp_path):
 def test_a_set_that_lost_files_is_refused(tmp_path):
     root = make_dataset(tmp_path / "set", profile="smoke", counts=(2, 1, 1))
     next((root / "train" / "images").iterdir()).unlink()
-    with pytest.raises(FileExistsError, match="lost files"): make_dataset(root, profile="smoke", counts=(2, 1, 1))
+    with pytest.raises(FileExistsError, match="lost files"):
+        make_dataset(root, profile="smoke", counts=(2, 1, 1))
 
 
 def test_an_interrupted_set_leaves_nothing(tmp_path, monkeypatch):
     whole = synthetic.planned_image
 
     def interrupted(plan, seed, split, index, size):
-        if split == "val": raise KeyboardInterrupt
+        if split == "val":
+            raise KeyboardInterrupt
         return whole(plan, seed, split, index, size)
 
     monkeypatch.setattr(synthetic, "planned_image", interrupted)
-    with pytest.raises(KeyboardInterrupt): make_dataset(tmp_path / "set", profile="smoke", counts=(2, 1, 1))
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(tmp_path / "set", profile="smoke", counts=(2, 1, 1))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [dict(profile="tesis"), dict(counts=(1, 2)), dict(counts=(1, 2, 0)), dict(counts={"train": 3}), dict(counts=(1.5, 2, 3))])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(profile="tesis"),
+        dict(counts=(1, 2)),
+        dict(counts=(1, 2, 0)),
+        dict(counts={"train": 3}),
+        dict(counts=(1.5, 2, 3)),
+    ],
+)
 def test_wrong_arguments(wrong, tmp_path):
-    with pytest.raises(ValueError): make_dataset(tmp_path / "set", **({"profile": "smoke"} | wrong))
+    with pytest.raises(ValueError):
+        make_dataset(tmp_path / "set", **({"profile": "smoke"} | wrong))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_ordinary_set_is_what_it_was(root):
     "Boxes, sizes and mean grey of seed 0, written down when the generator was number 1; pixels may differ in the last digit between versions of numpy."
     coco = annotations(root)["val"]
-    assert [a["bbox"] for a in coco["annotations"]] == FROZEN_BOXES and [(i["width"], i["height"]) for i in coco["images"]] == FROZEN_SIZES
-    means = [np.asarray(Image.open(root / "val/images" / i["file_name"]).convert("L")).mean() for i in coco["images"]]
+    assert [a["bbox"] for a in coco["annotations"]] == FROZEN_BOXES and [
+        (i["width"], i["height"]) for i in coco["images"]
+    ] == FROZEN_SIZES
+    means = [
+        np.asarray(Image.open(root / "val/images" / i["file_name"]).convert("L")).mean()
+        for i in coco["images"]
+    ]
     assert means == pytest.approx(FROZEN_MEANS, abs=0.3)
 
 
-FROZEN_BOXES = [[18, 28, 9, 9], [21, 13, 8, 8], [45, 31, 9, 9], [19, 19, 13, 13], [34, 23, 18, 20], [10, 6, 53, 49], [30, 11, 14, 21], [17, 12, 20, 8], [11, 27, 23, 22]]
+FROZEN_BOXES = [
+    [18, 28, 9, 9],
+    [21, 13, 8, 8],
+    [45, 31, 9, 9],
+    [19, 19, 13, 13],
+    [34, 23, 18, 20],
+    [10, 6, 53, 49],
+    [30, 11, 14, 21],
+    [17, 12, 20, 8],
+    [11, 27, 23, 22],
+]
 FROZEN_SIZES = [(70, 59), (69, 59), (70, 59), (70, 59), (60, 68), (62, 66)]
 FROZEN_MEANS = [122.99, 126.03, 164.18, 152.57, 108.02, 149.54]
 
 
 def test_difficulty_changes_what_it_says(tmp_path):
-    draw = lambda **settings: [synthetic.draw_image((label,), (120, 120), np.random.default_rng(label), synthetic.Difficulty(**settings)) for label in range(1, 6)]
+    draw = lambda **settings: [
+        synthetic.draw_image(
+            (label,), (120, 120), np.random.default_rng(label), synthetic.Difficulty(**settings)
+        )
+        for label in range(1, 6)
+    ]
     ordinary, faint, small, cluttered = draw(), draw(contrast=0.3), draw(size=0.5), draw(clutter=6)
     area = lambda drawn: sum(b[0][2] * b[0][3] for _, b in drawn)
-    assert [b for _, b in faint] == [b for _, b in ordinary]                  # the mask says where the defect is, however faint
+    assert [b for _, b in faint] == [
+        b for _, b in ordinary
+    ]  # the mask says where the defect is, however faint
     assert area(small) < 0.5 * area(ordinary)
-    def distinct(drawn): return np.mean([synthetic._defect_contrast(np.asarray(Image.fromarray(p).convert("L"), float), b[0]) for p, b in drawn])
+
+    def distinct(drawn):
+        return np.mean(
+            [
+                synthetic._defect_contrast(np.asarray(Image.fromarray(p).convert("L"), float), b[0])
+                for p, b in drawn
+            ]
+        )
+
     assert distinct(faint) < 0.7 * distinct(ordinary)
-    assert all(len(b) == 1 for _, b in cluttered) and not np.array_equal(cluttered[0][0], ordinary[0][0])
+    assert all(len(b) == 1 for _, b in cluttered) and not np.array_equal(
+        cluttered[0][0], ordinary[0][0]
+    )
     for bad in (dict(contrast=0), dict(size=3), dict(clutter=-1)):
-        with pytest.raises(ValueError): synthetic.Difficulty(**bad)
+        with pytest.raises(ValueError):
+            synthetic.Difficulty(**bad)
 
 
 def test_a_harder_set_is_another_set(tmp_path):
-    hard = make_dataset(tmp_path / "hard", profile="smoke", counts=(2, 1, 1), contrast=0.5, clutter=2)
-    assert json.loads((hard / "manifest.json").read_text())["difficulty"] == {"contrast": 0.5, "size": 1.0, "clutter": 2}
+    hard = make_dataset(
+        tmp_path / "hard", profile="smoke", counts=(2, 1, 1), contrast=0.5, clutter=2
+    )
+    assert json.loads((hard / "manifest.json").read_text())["difficulty"] == {
+        "contrast": 0.5,
+        "size": 1.0,
+        "clutter": 2,
+    }
     assert make_dataset(hard, profile="smoke", counts=(2, 1, 1), contrast=0.5, clutter=2) == hard
-    with pytest.raises(FileExistsError, match="another built-in"): make_dataset(hard, profile="smoke", counts=(2, 1, 1))
+    with pytest.raises(FileExistsError, match="another built-in"):
+        make_dataset(hard, profile="smoke", counts=(2, 1, 1))

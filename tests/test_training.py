@@ -1,4 +1,5 @@
 """The trainer: a run is found again, goes on after a cut as if nothing had happened, and never takes a bad step."""
+
 import dataclasses
 import json
 
@@ -10,20 +11,55 @@ from deimv2_tfg import stability, training
 from deimv2_tfg.data import DatasetError
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
-from deimv2_tfg.training import RECIPES, TrainConfig, check_recipe, find_run, fractions_of, load_state, lr_factor, parameter_groups, train
+from deimv2_tfg.training import (
+    RECIPES,
+    TrainConfig,
+    check_recipe,
+    find_run,
+    fractions_of,
+    load_state,
+    lr_factor,
+    parameter_groups,
+    train,
+)
 
 
 @pytest.fixture
 def config(smoke_data, tmp_path):
-    return TrainConfig(str(smoke_data), str(tmp_path), model="tiny", image_size=64, epochs=2, batch_size=4, lr=1e-3)
+    return TrainConfig(
+        str(smoke_data), str(tmp_path), model="tiny", image_size=64, epochs=2, batch_size=4, lr=1e-3
+    )
 
 
 def test_a_run_holds_what_is_promised_and_is_found_again(config):
     run = train(config)
-    assert {"config.json", "env.json", "data.json", "metrics.jsonl", "tensorboard", "predictions_val.json", "best", "last", "result.json"} <= {p.name for p in run.iterdir()}
+    assert {
+        "config.json",
+        "env.json",
+        "data.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "predictions_val.json",
+        "best",
+        "last",
+        "result.json",
+    } <= {p.name for p in run.iterdir()}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(l["split"], l["epoch"]) for l in lines] == [("train", 1), ("val", 1), ("train", 2), ("val", 2)]
-    assert {"commit", "dirty", "versions", "device", "seed", "data_hash", "code_hash"} <= json.loads((run / "env.json").read_text()).keys()
+    assert [(l["split"], l["epoch"]) for l in lines] == [
+        ("train", 1),
+        ("val", 1),
+        ("train", 2),
+        ("val", 2),
+    ]
+    assert {
+        "commit",
+        "dirty",
+        "versions",
+        "device",
+        "seed",
+        "data_hash",
+        "code_hash",
+    } <= json.loads((run / "env.json").read_text()).keys()
     before = (run / "result.json").read_bytes()
     assert train(config) == run and (run / "result.json").read_bytes() == before
     assert 0 <= evaluate(run, config.data_dir, "test")["AP50"] <= 1
@@ -40,15 +76,22 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(config, tmp_path, monke
     ordinary = training.train_epoch
 
     def power_failure(trainer, stop):
-        if trainer.epoch == 1: raise KeyboardInterrupt
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
         return ordinary(trainer, stop)
+
     monkeypatch.setattr(training, "train_epoch", power_failure)
-    with pytest.raises(KeyboardInterrupt): train(cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut)
     monkeypatch.setattr(training, "train_epoch", ordinary)
     torch.manual_seed(12345)
     resumed = load_state(train(cut))
-    assert all(torch.equal(a, b) for a, b in zip(whole["model"].values(), resumed["model"].values()))
-    assert all(torch.equal(a, b) for a, b in zip(whole["average"].values(), resumed["average"].values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole["model"].values(), resumed["model"].values())
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole["average"].values(), resumed["average"].values())
+    )
 
 
 def test_a_bad_data_dir_stops_before_anything_is_written(config, tmp_path):
@@ -59,13 +102,17 @@ def test_a_bad_data_dir_stops_before_anything_is_written(config, tmp_path):
 
 def test_the_rate_rises_stays_and_falls(config):
     factors = [lr_factor(config, f / 100) for f in range(1, 101)]
-    assert factors[0] < 1 and factors[10] == factors[49] == 1 and abs(factors[-1] - config.lr_end) < 1e-9
+    assert (
+        factors[0] < 1
+        and factors[10] == factors[49] == 1
+        and abs(factors[-1] - config.lr_end) < 1e-9
+    )
     assert factors[50:] == sorted(factors[50:], reverse=True)
 
 
 def test_few_groups_and_no_decay_on_vectors(config):
     model = build_detector(DetectorConfig.tiny(num_classes=6))
-    groups = parameter_groups(model, dataclasses.replace(config, backbone_lr=.05))
+    groups = parameter_groups(model, dataclasses.replace(config, backbone_lr=0.05))
     assert len(groups) <= 4 and len({g["lr"] for g in groups}) == 2
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
     assert all((p.ndim > 1) == (g["weight_decay"] > 0) for g in groups for p in g["params"])
@@ -73,7 +120,10 @@ def test_few_groups_and_no_decay_on_vectors(config):
 
 def test_a_batch_in_parts_takes_as_many_steps(config):
     run = train(dataclasses.replace(config, micro_batch=2, epochs=1))
-    assert json.loads((run / "result.json").read_text())["steps"] == 3 and load_state(run)["counters"]["micro"] == 2
+    assert (
+        json.loads((run / "result.json").read_text())["steps"] == 3
+        and load_state(run)["counters"]["micro"] == 2
+    )
 
 
 def test_training_ends_when_nothing_gets_better(config):
@@ -83,9 +133,24 @@ def test_training_ends_when_nothing_gets_better(config):
 
 
 def test_all_augmentation_at_once_with_recomputed_activations(config):
-    run = train(dataclasses.replace(config, mosaic=.5, mixup=.5, copy_blend=.5, quarter_turns=.5, multi_scale=.5, checkpointing=True, micro_batch=-1))
+    run = train(
+        dataclasses.replace(
+            config,
+            mosaic=0.5,
+            mixup=0.5,
+            copy_blend=0.5,
+            quarter_turns=0.5,
+            multi_scale=0.5,
+            checkpointing=True,
+            micro_batch=-1,
+        )
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(l["train/skipped"] == 0 and l["train/grad_norm/max"] >= l["train/grad_norm/q50"] > 0 for l in lines if l["split"] == "train")
+    assert all(
+        l["train/skipped"] == 0 and l["train/grad_norm/max"] >= l["train/grad_norm/q50"] > 0
+        for l in lines
+        if l["split"] == "train"
+    )
     assert 0 <= evaluate(run, config.data_dir, "test")["AP50"] <= 1
 
 
@@ -93,19 +158,36 @@ def test_a_recipe_of_iterations_is_warned_of(config):
     recipe = RECIPES["reference, COCO"]
     warm, average = check_recipe(fractions_of(recipe, 715, init="coco"), 715)
     assert "90.9 of 102 epochs" in warm and "446%" in average
-    assert check_recipe(fractions_of(recipe, 118_287, init="coco"), 118_287) == [] == check_recipe(config, 715)
-    hot, = check_recipe(fractions_of(RECIPES["thesis, second run"], 715, init="coco"), 715)
+    assert (
+        check_recipe(fractions_of(recipe, 118_287, init="coco"), 118_287)
+        == []
+        == check_recipe(config, 715)
+    )
+    (hot,) = check_recipe(fractions_of(RECIPES["thesis, second run"], 715, init="coco"), 715)
     assert "13 times" in hot
-    with pytest.raises(ValueError, match="batch_size, epochs"): fractions_of(RECIPES["thesis, first run"], 715)
+    with pytest.raises(ValueError, match="batch_size, epochs"):
+        fractions_of(RECIPES["thesis, first run"], 715)
 
 
 def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monkeypatch):
-    base, grid = dataclasses.replace(config, epochs=1), {"precision": ["no"], "rate": ["scaled", "4 x"], "clip": ["0.1"], "warmup": ["none"], "augmentation": ["none"], "seed": [0]}
+    base, grid = (
+        dataclasses.replace(config, epochs=1),
+        {
+            "precision": ["no"],
+            "rate": ["scaled", "4 x"],
+            "clip": ["0.1"],
+            "warmup": ["none"],
+            "augmentation": ["none"],
+            "seed": [0],
+        },
+    )
     ordinary = stability.run_cell
 
     def breaks(base, levels):
-        if levels["rate"] == "4 x": raise RuntimeError("the machine went away")
+        if levels["rate"] == "4 x":
+            raise RuntimeError("the machine went away")
         return ordinary(base, levels)
+
     monkeypatch.setattr(stability, "run_cell", breaks)
     first = stability.run_grid(base, grid, tmp_path / "grid.journal")
     assert sorted(t.state.name for t in first.trials) == ["COMPLETE", "FAIL"]
@@ -113,65 +195,164 @@ def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monk
     again = stability.run_grid(base, grid, tmp_path / "grid.journal")
     cells = stability.grid_table(again)
     assert len(stability.read_grid(tmp_path / "grid.journal").trials) == len(again.trials)
-    with pytest.raises(FileNotFoundError, match="no such journal"): stability.read_grid(tmp_path / "other.journal")
-    assert len(again.trials) == len(first.trials) or {t.state.name for t in again.trials} == {"COMPLETE", "FAIL"}
-    assert cells["AP"].notna().sum() == (cells["state"] == "complete").sum() and cells[cells["state"] == "fail"]["AP"].isna().all()
+    with pytest.raises(FileNotFoundError, match="no such journal"):
+        stability.read_grid(tmp_path / "other.journal")
+    assert len(again.trials) == len(first.trials) or {t.state.name for t in again.trials} == {
+        "COMPLETE",
+        "FAIL",
+    }
+    assert (
+        cells["AP"].notna().sum() == (cells["state"] == "complete").sum()
+        and cells[cells["state"] == "fail"]["AP"].isna().all()
+    )
 
 
 @pytest.mark.parametrize("family", ["detector", "faster_rcnn"])
 def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
     "Of what the family's own count divides; parts of one and three photographs, with unlike numbers of boxes."
     from deimv2_tfg.baselines import FASTER_RCNN
-    from deimv2_tfg.training import DEIMV2, TrainConfig, count_boxes, shares_of, training_step, weight_average
+    from deimv2_tfg.training import (
+        DEIMV2,
+        TrainConfig,
+        count_boxes,
+        shares_of,
+        training_step,
+        weight_average,
+    )
+
     def toy(model, x, targets, epoch):
-        return {"toy": sum((model(photograph.mean((1, 2))) ** 2).sum() * max(1, len(t["labels"])) for photograph, t in zip(x, targets)) / size(targets)}
+        return {
+            "toy": sum(
+                (model(photograph.mean((1, 2))) ** 2).sum() * max(1, len(t["labels"]))
+                for photograph, t in zip(x, targets)
+            )
+            / size(targets)
+        }
+
     kind = DEIMV2 if family == "detector" else FASTER_RCNN
     size = kind.size
     assert size is (count_boxes if family == "detector" else len)
-    targets, x = [{"labels": torch.zeros(n), "image_id": n} for n in (1, 7, 2, 3)], torch.rand(4, 3, 8, 8)
+    targets, x = (
+        [{"labels": torch.zeros(n), "image_id": n} for n in (1, 7, 2, 3)],
+        torch.rand(4, 3, 8, 8),
+    )
     model = torch.nn.Linear(3, 2)
+
     def gradient(parts, size):
-        training_step(model, toy, parts, torch.optim.SGD(model.parameters(), 0.), weight_average(model, 10), accelerate.Accelerator(cpu=True), TrainConfig("", clip=0), 0, size)
+        training_step(
+            model,
+            toy,
+            parts,
+            torch.optim.SGD(model.parameters(), 0.0),
+            weight_average(model, 10),
+            accelerate.Accelerator(cpu=True),
+            TrainConfig("", clip=0),
+            0,
+            size,
+        )
         return model.weight.grad.clone()
+
     parts = [(x[:1], targets[:1]), (x[1:], targets[1:])]
     torch.testing.assert_close(gradient(parts, size), gradient([(x, targets)], size))
-    assert shares_of(parts, size) == ([1 / 13, 12 / 13] if family == "detector" else [1 / 4, 3 / 4]) and shares_of(parts[:1], size) == [1.0]
+    assert shares_of(parts, size) == (
+        [1 / 13, 12 / 13] if family == "detector" else [1 / 4, 3 / 4]
+    ) and shares_of(parts[:1], size) == [1.0]
     assert not torch.allclose(gradient(parts, lambda t: 1), gradient([(x, targets)], size))
 
 
 def test_class_terms_of_a_detector_in_parts(smoke_data):
     from deimv2_tfg.data import load_dataset
-    from deimv2_tfg.training import DEIMV2, TrainConfig, augmented, count_boxes, epoch_batches, training_step, weight_average
+    from deimv2_tfg.training import (
+        DEIMV2,
+        TrainConfig,
+        augmented,
+        count_boxes,
+        epoch_batches,
+        training_step,
+        weight_average,
+    )
+
     config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=6, clip=0)
-    x, targets = next(iter(epoch_batches(augmented(load_dataset(config.data_dir, "train"), config), config, 0)))
+    x, targets = next(
+        iter(epoch_batches(augmented(load_dataset(config.data_dir, "train"), config), config, 0))
+    )
     model, losses = DEIMV2.build(config, 6).train(), DEIMV2.losses(config, 6)
     model.config.num_denoising = 0
     for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d): m.eval()
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval()
     assert len({len(t["labels"]) for t in targets}) > 1
+
     def gradient(cuts):
         parts = [(x[a:b], targets[a:b]) for a, b in zip(cuts, cuts[1:])]
-        step = training_step(model, lambda *a: {k: v for k, v in losses(*a).items() if "mal" in k}, parts, torch.optim.SGD(model.parameters(), 0.), weight_average(model, 10), accelerate.Accelerator(cpu=True), config, 0, count_boxes)
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), step.losses
+        step = training_step(
+            model,
+            lambda *a: {k: v for k, v in losses(*a).items() if "mal" in k},
+            parts,
+            torch.optim.SGD(model.parameters(), 0.0),
+            weight_average(model, 10),
+            accelerate.Accelerator(cpu=True),
+            config,
+            0,
+            count_boxes,
+        )
+        return torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        ), step.losses
+
     (whole, terms), (parted, same) = gradient([0, 6]), gradient([0, 1, 3, 6])
     assert (whole - parted).norm() < 1e-4 * whole.norm()
-    for name, value in terms.items(): torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
+    for name, value in terms.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_main_effects_are_paired_and_leave_out_what_gave_up():
     import itertools, math
     import pandas as pd
+
     rows = []
     for rate, clip, seed in itertools.product(("scaled", "13 x"), ("0.1", "none"), (0, 1)):
-        AP = .4 + .1 * seed - .2 * (rate == "13 x") + .05 * (clip == "none")
+        AP = 0.4 + 0.1 * seed - 0.2 * (rate == "13 x") + 0.05 * (clip == "none")
         gave_up = rate == "13 x" and clip == "none" and seed == 1
-        rows.append({"precision": "no", "rate": rate, "clip": clip, "warmup": "3 %", "augmentation": "mild", "seed": seed, "run": f"r{len(rows)}", "diverged": gave_up, "skipped": 3 * gave_up,
-                     "grad norm q50": 1., "grad norm max": 2., "AP": math.nan if gave_up else AP})
+        rows.append(
+            {
+                "precision": "no",
+                "rate": rate,
+                "clip": clip,
+                "warmup": "3 %",
+                "augmentation": "mild",
+                "seed": seed,
+                "run": f"r{len(rows)}",
+                "diverged": gave_up,
+                "skipped": 3 * gave_up,
+                "grad norm q50": 1.0,
+                "grad norm max": 2.0,
+                "AP": math.nan if gave_up else AP,
+            }
+        )
     cells = pd.DataFrame(rows)
     found = stability.main_effects(cells).set_index(["factor", "level"])
     fast = found.loc[("rate", "13 x")]
-    assert fast["pairs"] == 3 and fast["AP_difference"] == pytest.approx(-.2) and fast["low"] == pytest.approx(-.2) and fast["against"] == "scaled" and fast["diverged"] == .25
-    assert found.loc[("clip", "none"), "AP_difference"] == pytest.approx(.05) and found.loc[("rate", "scaled"), ["against", "AP_difference"]].isna().all()
-    assert found.loc[("precision", "fp32"), "cells"] == 8 and stability.main_effects(cells.drop(columns="run")).empty
+    assert (
+        fast["pairs"] == 3
+        and fast["AP_difference"] == pytest.approx(-0.2)
+        and fast["low"] == pytest.approx(-0.2)
+        and fast["against"] == "scaled"
+        and fast["diverged"] == 0.25
+    )
+    assert (
+        found.loc[("clip", "none"), "AP_difference"] == pytest.approx(0.05)
+        and found.loc[("rate", "scaled"), ["against", "AP_difference"]].isna().all()
+    )
+    assert (
+        found.loc[("precision", "fp32"), "cells"] == 8
+        and stability.main_effects(cells.drop(columns="run")).empty
+    )
     only = cells[cells["rate"] == "13 x"]
-    assert stability.main_effects(only).set_index(["factor", "level"]).loc[("rate", "13 x"), ["pairs", "AP_difference"]].isna().all(), "no pair, no difference"
+    assert (
+        stability.main_effects(only)
+        .set_index(["factor", "level"])
+        .loc[("rate", "13 x"), ["pairs", "AP_difference"]]
+        .isna()
+        .all()
+    ), "no pair, no difference"
