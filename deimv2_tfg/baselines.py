@@ -38,9 +38,10 @@ from torchvision.models.efficientnet import EfficientNet_B0_Weights
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import ResNet18_Weights
 
-from .core import Study, one_at_a_time, read_json, study_data, write_json
+from .core import Study, one_at_a_time, read_json, write_json
 from .data import cxcywh_to_xyxy
 from .evaluation import coco_metrics, predict, to_coco_results
+from .synthetic import study_data
 from .training import Family, TrainConfig, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 

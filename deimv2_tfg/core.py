@@ -6,7 +6,6 @@
 __all__ = [
     "PROFILES",
     "PACKAGE",
-    "BUILT_IN_DATA",
     "PACKAGES",
     "Profile",
     "default_profile",
@@ -14,7 +13,6 @@ __all__ = [
     "Study",
     "open_study",
     "one_at_a_time",
-    "study_data",
     "to_jsonable",
     "atomic_write",
     "write_json",
@@ -145,22 +143,6 @@ def one_at_a_time(path) -> FileLock:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.parent / f".{path.name}.lock")
-
-
-# %% ../nbs/00_core.ipynb #study-data
-BUILT_IN_DATA = "deimv2_tfg.synthetic:make_dataset"
-
-
-def study_data(study: Study) -> Path:
-    "Root of the study's data set: its own `data_dir`, or the built-in one, made when it is not there yet."
-    if study.data_dir is not None:
-        return study.data_dir
-    module, function = BUILT_IN_DATA.split(":")
-    root = project_root() / "runs" / "data" / f"synthetic-{study.profile.name}-{study.seed}"
-    with one_at_a_time(root):
-        return getattr(importlib.import_module(module), function)(
-            root, profile=study.profile.name, seed=study.seed
-        )
 
 
 # %% ../nbs/00_core.ipynb #to-jsonable

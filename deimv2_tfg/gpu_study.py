@@ -129,7 +129,6 @@ from deimv2_tfg.core import (
     read_json,
     save_figure,
     save_table,
-    study_data,
     to_jsonable,
     write_json,
 )
@@ -176,6 +175,7 @@ from .formats import import_dataset
 from .fusion import bench_heads
 from .input_size import PEAK, StepCost, step_cost
 from .results import compare, run_annotations, run_results, write_index
+from .synthetic import study_data
 from .text import default_encoder
 from .thesis import write_thesis
 from .transforms import collate

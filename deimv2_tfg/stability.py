@@ -69,9 +69,10 @@ from deimv2_tfg.training import (
     weight_average,
 )
 
-from .core import open_study, read_json, seed_everything, study_data
+from .core import open_study, read_json, seed_everything
 from .criterion import transformers_arguments, transformers_terms
 from .data import CacheError, load_dataset, photograph_cache
+from .synthetic import study_data
 
 # %% ../nbs/04a_divergence.ipynb #grid
 RATES = {"scaled": 1.0, "4 x": 4.0, "13 x": 13.0}  # 13: the thesis's second run

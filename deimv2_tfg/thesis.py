@@ -50,7 +50,6 @@ from deimv2_tfg.core import (
     read_json,
     save_figure,
     save_table,
-    study_data,
     write_json,
 )
 from deimv2_tfg.decisions import (
@@ -98,6 +97,7 @@ from .data import load_dataset, plot_classes
 from .errors import effect, error_budget, object_table, plot_budget, plot_effects
 from .multimodal import plot_effects as plot_text_effects
 from .stability import plot_grid, plot_main_effects
+from .synthetic import study_data
 from .training import load_state
 
 

@@ -114,7 +114,6 @@ from deimv2_tfg.core import (
     read_json,
     run_directory,
     seed_everything,
-    study_data,
     write_json,
 )
 from deimv2_tfg.criterion import (
@@ -140,6 +139,7 @@ from .data import DetectionDataset, load_dataset, photograph_cache, require_data
 from .detector import DetectorConfig, build_detector, init_weights, save_detector
 from .evaluation import coco_metrics, predict, write_results
 from .splits import bind_data
+from .synthetic import study_data
 
 
 # %% ../nbs/04_training_stability.ipynb #trainconfig

@@ -16,6 +16,7 @@ def root():
 @pytest.fixture(scope="session")
 def smoke_data():
     "The built-in data set of the smoke profile."
-    from deimv2_tfg.core import open_study, study_data
+    from deimv2_tfg.core import open_study
+    from deimv2_tfg.synthetic import study_data
 
     return study_data(open_study("smoke"))

@@ -16,9 +16,9 @@ PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in PAGES if p.name[0].isdigit()]
 ORDER = [
     "core",
+    "synthetic",
     "photographs",
     "data",
-    "synthetic",
     "formats",
     "transforms",
     "doctor",
@@ -67,7 +67,7 @@ ids = lambda paths: [p.stem for p in paths]
 
 
 def test_every_chapter_of_the_table_is_there():
-    names = "00_core 01_data 01a_synthetic 01b_formats 01c_transforms 02_backbone 03_detector 03a_criterion 03b_evaluation 04_training_stability 05_multimodal 06_baselines 07_results".split()
+    names = "00_core 01_data 00e_synthetic 01b_formats 01c_transforms 02_backbone 03_detector 03a_criterion 03b_evaluation 04_training_stability 05_multimodal 06_baselines 07_results".split()
     assert set(names) | {"index"} <= set(ids(PAGES))
 
 
