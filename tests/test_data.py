@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deimv2_tfg import data
+from deimv2_tfg import data, doctor
 from deimv2_tfg.data import (
     SPLITS,
     DatasetError,
@@ -138,7 +138,7 @@ def test_colours_of_sizes_follow_the_labels(photographs):
 
 
 def test_the_look_before_a_training_opens_no_photograph(photographs, monkeypatch):
-    monkeypatch.setattr(data, "look_at_all", None)
+    monkeypatch.setattr(doctor, "look_at_all", None)
     assert load_dataset(photographs, "val").num_classes == 2
 
 
