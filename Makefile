@@ -12,7 +12,7 @@ PARAMS  := $(if $(PROFILE),-p profile $(PROFILE)) $(if $(DATA),-p data_dir "$(ab
 NAME     = $(shell $(BIN)/python -c "from deimv2_tfg.core import open_study; print(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None).name)")
 CHAPTERS := $(basename $(notdir $(sort $(wildcard nbs/*.ipynb))))
 
-.PHONY: thesis test lint format env pages export clean check-figures gpu-study
+.PHONY: thesis test lint format env pages export clean check-figures
 
 thesis: env
 	@set -e; pages="runs/$(NAME)/pages"; mkdir -p "$$pages"; start=$$(date +%s); \
@@ -56,16 +56,6 @@ $(VENV)/.installed: settings.ini setup.py
 
 clean:
 	rm -rf runs/smoke runs/data thesis_figures/smoke
-
-# Results of record on a GPU, resumed by the same command: make gpu-study DATA=path STUDY=name [BUDGET=hours] [NEU=path/to/neu-det] [SEEDS=6] [PLAN=1]
-BUDGET ?= 0
-SEEDS  ?= 6
-NEU    ?=
-PLAN   ?=
-gpu-study: env
-	@$(if $(DATA)$(findstring command,$(origin PROFILE)),,$(error DATA=path/to/photographs is missing (PROFILE=smoke tries the machinery on built-in ones)))
-	$(BIN)/deimv2-tfg gpu-study $(if $(DATA),--data_dir "$(abspath $(DATA))") $(if $(STUDY),--study "$(STUDY)") $(if $(PROFILE),--profile $(PROFILE)) --seed $(SEED) --seeds $(SEEDS) \
-	  --budget_hours $(BUDGET) $(if $(NEU),--neu_det "$(abspath $(NEU))") $(if $(PLAN),--plan_only)
 
 # Figures whose run, data or code is not what it was: make check-figures [DATA=... PROFILE=... STUDY=...]
 check-figures: env

@@ -42,7 +42,6 @@ ORDER = [
     "thesis",
     "browse",
     "cli",
-    "gpu_study",
     "pretraining",
 ]
 
