@@ -183,7 +183,6 @@ COMMANDS = {
     "synth": Command("synthetic.make_dataset"),
     "convert": Command("detector.convert_weights"),
     "bench": Command("bench"),
-    "gpu-study": Command("gpu_study.gpu_study"),
     "pages": Command("pages"),
 }
 
