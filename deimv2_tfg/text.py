@@ -15,7 +15,6 @@ __all__ = [
     "descriptions_of",
     "load_descriptions",
     "class_text",
-    "descriptions_table",
     "text_missing",
     "class_texts",
     "text_language",
@@ -34,7 +33,6 @@ __all__ = [
     "default_texts",
     "make_shipped_cache",
     "similarity_table",
-    "similarity_tables",
     "first_word",
     "plot_similarities",
 ]
@@ -113,18 +111,6 @@ def class_text(described: dict, name: str, language="en", field="description") -
     if isinstance(value, list):
         value = ", ".join(map(str, value)).strip(" ,")
     return str(value).strip()
-
-
-# %% ../nbs/04b_text.ipynb #descriptions-table
-def descriptions_table(described: dict, classes: list) -> pd.DataFrame:
-    """What is said of each class: one row per class, one column per field and language."""
-    rows = []
-    for name in classes:
-        row = {"class": name}
-        for language, field in itertools.product(LANGUAGES, FIELDS):
-            row[f"{field} ({language})"] = class_text(described, name, language, field)
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 # %% ../nbs/04b_text.ipynb #wrong-texts
@@ -564,17 +550,6 @@ def similarity_table(classes, embedded: TextEmbeddings) -> pd.DataFrame:
     """Cosine between the texts of every two classes."""
     cosine = (embedded.pooled @ embedded.pooled.T).numpy()
     return pd.DataFrame(cosine, index=list(classes), columns=list(classes))
-
-
-def similarity_tables(classes, described: dict, encoder: str) -> dict:
-    """`{"field, language": similarity_table}` of those texts that every class has."""
-    tables = {}
-    for field, language in (("name", "en"), ("description", "en"), ("description", "es")):
-        if text_missing(classes, described, [language], [field]):
-            continue
-        texts = class_texts(classes, described, language, field)
-        tables[f"{field}, {language}"] = similarity_table(classes, encode_texts(texts, encoder))
-    return tables
 
 
 # %% ../nbs/04b_text.ipynb #short-class
