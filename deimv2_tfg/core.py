@@ -112,6 +112,7 @@ class Study:
     profile: Profile
     data_dir: Path | None = None
     seed: int = 0
+    chapter: str = ""  # the page's stem: its folder in thesis_figures/<name>/
 
     @property
     def runs(self) -> Path:
@@ -123,7 +124,7 @@ class Study:
 
 
 # %% ../nbs/00_core.ipynb #open-study
-def open_study(profile=None, data_dir=None, study=None, seed=0) -> Study:
+def open_study(profile=None, data_dir=None, study=None, seed=0, chapter="") -> Study:
     "The `Study` that a chapter's parameters describe. Raises `ValueError` for a profile that does not exist."
     name = profile or default_profile(data_dir)
     if name not in PROFILES:
@@ -134,6 +135,7 @@ def open_study(profile=None, data_dir=None, study=None, seed=0) -> Study:
         PROFILES[name],
         data_dir,
         int(seed),
+        chapter,
     )
 
 
