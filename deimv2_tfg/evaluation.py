@@ -15,7 +15,6 @@ __all__ = [
     "coco_metrics",
     "class_metrics",
     "precision_recall",
-    "ClassMatches",
     "class_matches",
     "match_tables",
     "to_coco_results",
@@ -40,7 +39,6 @@ import copy
 import importlib
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -57,6 +55,7 @@ from .core import atomic_write, read_json, write_json
 from .data import load_dataset
 from .detector import load_detector, postprocess
 from .splits import bind_data
+from .statistics import ClassMatches
 from .transforms import collate, eval_transform
 
 
@@ -258,19 +257,6 @@ def precision_recall(
             )
         )
     return pd.concat(parts, ignore_index=True)
-
-
-# %% ../nbs/03b_evaluation.ipynb #classmatches
-@dataclass(frozen=True)
-class ClassMatches:
-    """Matches of one class at all IoU thresholds, detections in falling order of score (n), images (I), thresholds (T)."""
-
-    name: str
-    scores: np.ndarray  # (n,)
-    image: np.ndarray  # (n,) index into the images in id order
-    matched: np.ndarray  # (T, n) bool: took an object
-    ignored: np.ndarray  # (T, n) bool: counts neither way (it lies on a crowd region)
-    objects: np.ndarray  # (I,) objects of the class in each image
 
 
 # %% ../nbs/03b_evaluation.ipynb #classmatches-2

@@ -18,6 +18,7 @@ ORDER = [
     "core",
     "synthetic",
     "photographs",
+    "statistics",
     "data",
     "formats",
     "transforms",
@@ -200,7 +201,12 @@ def test_the_package_is_only_what_was_exported():
 
 
 def test_requirements_name_every_package_that_is_imported():
-    known = {"PIL": "pillow", "mpl_toolkits": "matplotlib", "yaml": "pyyaml"}
+    known = {
+        "PIL": "pillow",
+        "mpl_toolkits": "matplotlib",
+        "yaml": "pyyaml",
+        "sklearn": "scikit-learn",
+    }
     required = set(
         re.findall(
             r"([A-Za-z0-9_-]+)(?=[<>=])",
