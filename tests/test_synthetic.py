@@ -1,4 +1,4 @@
-"""The built-in data set: the same for a seed, exact counts, tight boxes, and nobody's files overwritten."""
+"""The built-in set: the same for a seed, exact counts, tight boxes, no file of anybody overwritten."""
 
 import hashlib
 import json

@@ -1,16 +1,17 @@
-"""Augmentation: boxes stay on what they name, none is degenerate, and the same random numbers give the same picture."""
+"""Boxes stay on what they name, none is degenerate, the same random numbers give one picture."""
 
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_convert
 
-from deimv2_tfg.data import cxcywh_to_xyxy
 from deimv2_tfg.transforms import (
     MixingDataset,
     TrainTransform,
     at_fraction,
     at_size,
     copy_blend,
+    in_fractions,
     input_sizes,
     mixup,
     mosaic,
@@ -30,7 +31,9 @@ def blob(i=0, size=(120, 90)):
     "A black photograph with one bright rectangle and its box."
     torch.manual_seed(i)
     w, h = size
-    x, y, bw, bh = 10 + 7 * i % 40, 8 + 5 * i % 30, 24, 18
+    x = 10 + 7 * i % 40
+    y = 8 + 5 * i % 30
+    bw, bh = 24, 18
     picture = Image.new("RGB", size)
     picture.paste((255, 255, 255), (x, y, x + bw, y + bh))
     return picture, {
@@ -45,7 +48,9 @@ def bright_in_boxes(pixel_values, target):
     "Share of a network input's bright pixels that its boxes hold (with a pixel of margin)."
     bright = pixel_values.mean(0) > 1
     inside = torch.zeros_like(bright)
-    for x0, y0, x1, y1 in cxcywh_to_xyxy(target["boxes"], bright.shape).round().int().tolist():
+    h, w = bright.shape
+    corners = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([w, h, w, h])
+    for x0, y0, x1, y1 in corners.round().int().tolist():
         inside[max(0, y0 - 2) : y1 + 2, max(0, x0 - 2) : x1 + 2] = True
     return (bright & inside).sum().item() / max(1, bright.sum().item())
 
@@ -55,10 +60,10 @@ def test_boxes_stay_on_what_they_name(kind):
     change = TrainTransform(96, **OFF | KINDS[kind])
     for i in range(12):
         x, target = change(*blob(i))
-        assert len(target["boxes"]) == len(target["labels"]) and (
-            len(target["boxes"]) == 0 or target["boxes"][:, 2:].min() * 96 > 1
-        )
-        assert bright_in_boxes(x, target) > 0.95 or len(target["boxes"]) == 0
+        assert len(target["boxes"]) == len(target["labels"])
+        if len(target["boxes"]):
+            assert target["boxes"][:, 2:].min() * 96 > 1
+            assert bright_in_boxes(x, target) > 0.95
 
 
 def test_mosaic_keeps_boxes_whose_centre_is_in_the_window():
@@ -68,30 +73,26 @@ def test_mosaic_keeps_boxes_whose_centre_is_in_the_window():
         torch.manual_seed(k)
         sheet, target = mosaic(samples, 96)
         x, moved = TrainTransform(192, **OFF)(sheet, target)
-        assert (
-            target["mixed_with"] == [4 * k + 1, 4 * k + 2, 4 * k + 3]
-            and target["image_id"] == 4 * k
-        )
-        assert moved["boxes"].numel() == 0 or (
-            0 <= moved["boxes"].min() and moved["boxes"].max() <= 1
-        )
+        assert target["mixed_with"] == [4 * k + 1, 4 * k + 2, 4 * k + 3]
+        assert target["image_id"] == 4 * k
         if len(moved["boxes"]):
+            assert 0 <= moved["boxes"].min() and moved["boxes"].max() <= 1
             shares.append(bright_in_boxes(x, moved))
-    assert (
-        len(shares) >= 8 and sum(shares) / len(shares) > 0.8
-    )  # the rest belongs to objects of which the window left less than half
+    assert len(shares) >= 8
+    # the rest belongs to objects of which the window left less than half
+    assert sum(shares) / len(shares) > 0.8
 
 
 def test_mixup_has_the_boxes_of_both():
     change = TrainTransform(64, **OFF)
-    (a, ta), (b, tb) = change(*blob(1)), change(*blob(2))
+    a, ta = change(*blob(1))
+    b, tb = change(*blob(2))
     x, target = mixup(a, ta, b, tb)
-    assert (
-        torch.equal(target["boxes"], torch.cat([ta["boxes"], tb["boxes"]]))
-        and target["labels"].tolist() == [1, 2]
-        and target["mixed_with"] == [2]
-    )
-    assert (torch.minimum(a, b) - 1e-5 <= x).all() and (x <= torch.maximum(a, b) + 1e-5).all()
+    assert torch.equal(target["boxes"], torch.cat([ta["boxes"], tb["boxes"]]))
+    assert target["labels"].tolist() == [1, 2]
+    assert target["mixed_with"] == [2]
+    assert (torch.minimum(a, b) - 1e-5 <= x).all()
+    assert (x <= torch.maximum(a, b) + 1e-5).all()
 
 
 def test_copies_cover_nothing_that_is_annotated():
@@ -99,10 +100,8 @@ def test_copies_cover_nothing_that_is_annotated():
         picture, target = blob(0)
         torch.manual_seed(seed)
         pasted, more = copy_blend(picture, target, *blob(seed + 1))
-        assert (
-            torch.allclose(more["boxes"][:1], target["boxes"], atol=1e-6)
-            and len(more["boxes"]) <= 2
-        )
+        assert torch.allclose(in_fractions(more)["boxes"][:1], target["boxes"], atol=1e-6)
+        assert len(more["boxes"]) <= 2
         x, moved = TrainTransform(96, **OFF)(pasted, more)
         assert bright_in_boxes(x, moved) > 0.95
 
@@ -111,23 +110,19 @@ def test_an_object_as_large_as_its_photograph_is_not_copied():
     picture, target = blob(0)
     whole = target | {"boxes": torch.tensor([[0.5, 0.5, 0.9, 0.9]]), "image_id": 9}
     assert len(copy_blend(picture, target, picture, whole)[1]["boxes"]) == 1
-    assert (
-        len(copy_blend(picture, whole, picture, target)[1]["boxes"]) == 1
-    )  # it would lie on the part's own box
+    # it would lie on the part's own box
+    assert len(copy_blend(picture, whole, picture, target)[1]["boxes"]) == 1
 
 
 def test_images_without_boxes_can_be_mixed():
-    bare = (
-        blob(3)[0],
-        blob(3)[1] | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
-    )
+    picture, target = blob(3)
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    bare = (picture, target | none)
     mixing = MixingDataset([bare, bare], TrainTransform(64), 64, mosaic=1, mixup=1, copy_blend=1)
     x, target = mixing[0]
-    assert (
-        x.shape == (3, 64, 64)
-        and target["boxes"].shape == (0, 4)
-        and target["labels"].dtype == torch.int64
-    )
+    assert x.shape == (3, 64, 64)
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].dtype == torch.int64
 
 
 def test_the_schedule_ends_mixing_first_and_the_rest_before_the_end():
@@ -161,3 +156,15 @@ def test_the_same_random_numbers_give_the_same_picture():
 def test_sizes_are_multiples_of_the_stride():
     assert input_sizes(160, 0.25) == [128, 160, 192] and input_sizes(160, 0) == [160]
     assert at_size(torch.zeros(2, 3, 64, 64), 96).shape == (2, 3, 96, 96)
+
+
+def test_mosaic_and_copies_keep_a_box_to_the_pixel():
+    samples = [blob(i, (96, 96)) for i in range(4)]
+    torch.manual_seed(1)
+    _, target = mosaic(samples, 96, smallest=1.0)  # the whole sheet: nothing moves but the corner
+    expected = []
+    for k, (_, plain) in enumerate(samples):
+        corners = box_convert(plain["boxes"], "cxcywh", "xyxy") * 96
+        expected.append(corners + torch.tensor([k % 2, k // 2, k % 2, k // 2]) * 96)
+    assert torch.allclose(target["boxes"], torch.cat(expected), atol=1e-4)
+    assert target["boxes"].canvas_size == (192, 192)
