@@ -1,35 +1,42 @@
-# make thesis   from a fresh clone to thesis_figures/demo (environment included)
+# make thesis   from a fresh clone to thesis_figures/demo (environment included); the same command goes on
+# make plan     what `make thesis` would run now
 # make test     everything that CI checks
-# Photographs of one's own: make thesis DATA=path/to/photographs [PROFILE=compact] [STUDY=name] [SEED=0]
+# Photographs of one's own: make thesis DATA=path/to/photographs [PROFILE=compact] [STUDY=name] [SEED=0] [CORES=2]
+# A study is a file of studies/: make thesis PROFILE=gpu DATA=...
 PYTHON  ?= python3
 VENV    ?= .venv
-PROFILE ?= $(if $(DATA),,demo)
+DATA    ?=
 STUDY   ?=
 SEED    ?= 0
-DATA    ?=
-BIN     := $(VENV)/bin
-PARAMS  := $(if $(PROFILE),-p profile $(PROFILE)) $(if $(DATA),-p data_dir "$(abspath $(DATA))") $(if $(STUDY),-p study $(STUDY)) -p seed $(SEED)
-NAME     = $(shell $(BIN)/python -c "from deimv2_tfg.core import open_study; print(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None).name)")
-CHAPTERS := $(basename $(notdir $(sort $(wildcard nbs/*.ipynb))))
+CORES   ?= 2
+GPU     := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+PROFILE ?= $(if $(DATA),$(if $(filter 0,$(GPU)),compact,thesis),demo)
+BIN     := $(abspath $(VENV))/bin
+GIVEN   := seed=$(SEED) gpu=$(if $(filter 0,$(GPU)),0,1) $(if $(STUDY),study='"$(STUDY)"') $(if $(DATA),data_dir='"$(abspath $(DATA))"')
+STEPS   := env PATH="$(BIN):$$PATH" $(BIN)/snakemake --configfile studies/$(PROFILE).yaml --config $(GIVEN) \
+  --cores $(CORES) --resources gpu=1 --keep-going --rerun-incomplete --nolock
+OPENED   = open_study('$(PROFILE)' if '$(PROFILE)' != 'gpu' else 'thesis', '$(DATA)' or None, '$(STUDY)' or None)
 
-.PHONY: thesis test lint format env pages export clean check-figures
+.PHONY: thesis plan test lint format env pages export clean check-figures
 
+# One such command at a time: flock, not snakemake's own lock, which outlives a process that is killed.
 thesis: env
-	@set -e; pages="runs/$(NAME)/pages"; mkdir -p "$$pages"; start=$$(date +%s); \
-	for chapter in $(CHAPTERS); do \
-	  began=$$(date +%s); \
-	  $(BIN)/papermill --no-progress-bar --log-level WARNING -k python3 "nbs/$$chapter.ipynb" "$$pages/$$chapter.ipynb" $(PARAMS); \
-	  echo "$$chapter: $$(( $$(date +%s) - began )) s"; \
-	done; \
-	echo "all chapters: $$(( $$(date +%s) - start )) s; executed notebooks in $$pages, figures and tables in thesis_figures/$(NAME)"
+	@mkdir -p runs; flock --nonblock --close --conflict-exit-code 75 runs/.workflow.lock \
+	  $(STEPS) --quiet host reason; code=$$?; \
+	  [ $$code -ne 75 ] || echo "another make thesis is at work here: wait for it or end it"; exit $$code
+
+plan: env
+	@$(STEPS) --dry-run --quiet host reason
 
 # The notebooks are stored with the outputs of the demo: after `make thesis`, this copies them into nbs/.
 pages: env
-	$(BIN)/deimv2-tfg pages runs/$(NAME)/pages
+	$(BIN)/python -c "from deimv2_tfg.cli import store_pages; store_pages('runs/demo/pages')"
+	$(BIN)/nbdev_clean
 
-# One thread a process and two processes: torch's threads would wait for each other.
+# Every page runs once, in tests/test_chapters.py, by the workflow and from another folder; nbdev_test
+# adds only its own way to start a page, so one page shows it. One thread per process.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	cd nbs && OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path 00_core.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # Lines as ruff writes them: notebooks, package, tests (rules in ruff.toml).
@@ -60,4 +67,4 @@ clean:
 # Figures whose run, data or code is not what it was: make check-figures [DATA=... PROFILE=... STUDY=...]
 check-figures: env
 	$(BIN)/python -c "import sys; from deimv2_tfg.core import open_study; from deimv2_tfg.thesis import stale_figures; \
-	  stale = stale_figures(open_study('$(PROFILE)' or None, '$(DATA)' or None, '$(STUDY)' or None)); print(stale.to_string() if len(stale) else 'none'); sys.exit(len(stale) > 0)"
+	  stale = stale_figures($(OPENED)); print(stale.to_string() if len(stale) else 'none'); sys.exit(len(stale) > 0)"
