@@ -4,47 +4,21 @@
 
 # %% auto #0
 __all__ = [
-    "PUBLISHED",
-    "VIT_RULES",
     "vit_config",
     "correct_vit",
     "vit_features",
     "plain_gradient",
     "Backbone",
     "build_backbone",
-    "WeightsError",
-    "LoadReport",
-    "choose_state",
-    "read_weights",
-    "rename_weights",
-    "place_weights",
-    "load_vit",
-    "rotary_profile",
-    "plot_rotary",
-    "pca_colours",
-    "plot_features",
-    "vit_attention",
-    "plot_attention",
 ]
 
 # %% ../nbs/02_backbone.ipynb #9a4157c4
-import hashlib
-import re
-from dataclasses import dataclass
-from pathlib import Path
-
-import matplotlib.pyplot as plt
-import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.patches import Rectangle
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import DINOv3ViTBackbone, DINOv3ViTConfig
 from transformers.models.deimv2.configuration_deimv2 import Deimv2Config
 from transformers.models.deimv2.modeling_deimv2 import Deimv2DINOv3ConvEncoder
-from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
 
 # %% ../nbs/02_backbone.ipynb #vit-config
@@ -68,18 +42,18 @@ def vit_config(width=256, depth=12, heads=4, features=(3, 7, 11)) -> DINOv3ViTCo
 
 # %% ../nbs/02_backbone.ipynb #correct-vit
 def correct_vit(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
-    """Take out of transformers' ViT, in place, what DEIMv2's has not: final norm, layer scales, mask and register tokens.
+    """Take out of transformers' ViT, in place, what DEIMv2's does not have.
 
-    The rotary frequencies become part of the state: published files bring their own, which may be rounded.
+    That is the final norm, the layer scales, and mask and register tokens as parameters.
     """
     vit.norm = nn.Identity()
     for block in vit.model.layer:
-        block.layer_scale1 = block.layer_scale2 = nn.Identity()
-    del vit.embeddings.mask_token, vit.embeddings.register_tokens
+        block.layer_scale1 = nn.Identity()
+        block.layer_scale2 = nn.Identity()
     for name, count in (("mask_token", 1), ("register_tokens", 0)):
-        vit.embeddings.register_buffer(
-            name, torch.zeros(1, count, vit.config.hidden_size), persistent=False
-        )
+        delattr(vit.embeddings, name)
+        empty = torch.zeros(1, count, vit.config.hidden_size)
+        vit.embeddings.register_buffer(name, empty, persistent=False)
     frequencies = vit.rope_embeddings.inv_freq.detach().clone()
     del vit.rope_embeddings.inv_freq
     vit.rope_embeddings.register_buffer("inv_freq", frequencies)
@@ -87,361 +61,60 @@ def correct_vit(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
 
 
 # %% ../nbs/02_backbone.ipynb #vit-features
-def vit_features(vit: DINOv3ViTBackbone, pixel_values) -> list:
-    "Feature maps `(B, D, H/16, W/16)` of the configured blocks; `pixel_values` is `(B, 3, H, W)`."
-    size = [s // vit.config.patch_size for s in pixel_values.shape[-2:]]
-    tokens, positions = vit.embeddings(pixel_values), vit.rope_embeddings(pixel_values)
-    wanted, maps = [i - 1 for i in vit.config.out_indices], []
-    for i, block in enumerate(vit.model.layer[: max(wanted) + 1]):
+def vit_features(vit: DINOv3ViTBackbone, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    """Feature maps (B, D, H/16, W/16) of the configured blocks; `pixel_values` is (B, 3, H, W)."""
+    size = [side // vit.config.patch_size for side in pixel_values.shape[-2:]]
+    tokens = vit.embeddings(pixel_values)
+    positions = vit.rope_embeddings(pixel_values)
+    maps = []
+    for i, block in enumerate(vit.model.layer[: max(vit.config.out_indices)], start=1):
         tokens = block(tokens, position_embeddings=positions)
-        if i in wanted:
-            maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, size))
+        if i in vit.config.out_indices:
+            patches = tokens[:, 1:].transpose(1, 2)
+            maps.append(patches.unflatten(2, size))
     return maps
 
 
-# %% ../nbs/02_backbone.ipynb #backbone
-def plain_gradient(x):
-    "`x` (B, C, H, W), whose gradient will arrive row by row in memory."
-    if x.requires_grad and not torch.compiler.is_compiling() and len(x) == 1:
+# %% ../nbs/02_backbone.ipynb #plain-gradient
+def plain_gradient(x: torch.Tensor) -> torch.Tensor:
+    """`x` (B, C, H, W), whose gradient will arrive row by row in memory."""
+    if len(x) == 1 and x.requires_grad and not torch.compiler.is_compiling():
         x.register_hook(torch.Tensor.contiguous)
     return x
 
 
+# %% ../nbs/02_backbone.ipynb #backbone
 class Backbone(Deimv2DINOv3ConvEncoder):
-    """ViT and spatial tuning adapter: `(B, 3, H, W)` to three maps `(B, C, H/s, W/s)`, s = 8, 16, 32.
-
-    `H` and `W` are multiples of 32. Parameters have transformers' names.
-    """
+    """ViT and spatial tuning adapter; parameters have transformers' names."""
 
     def __init__(self, config: Deimv2Config):
         super().__init__(config)
         correct_vit(self.backbone)
 
-    def forward(self, pixel_values):
-        size, details = pixel_values.shape[-2:], self.spatial_tuning_adapter(pixel_values)
-        out = []
-        for stride, meaning, detail, mix in zip(
-            (8, 16, 32), vit_features(self.backbone, pixel_values), details, self.fusion_proj
-        ):
-            meaning = F.interpolate(
-                meaning, size=[s // stride for s in size], mode="bilinear", align_corners=False
-            )
-            out.append(plain_gradient(mix(torch.cat([meaning.to(detail.dtype), detail], 1))))
-        return out
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Three maps (B, C, H/s, W/s), s = 8, 16, 32, of images (B, 3, H, W).
+
+        `pixel_values` are normalised as the variant says; H and W are multiples of 32.
+        """
+        meanings = vit_features(self.backbone, pixel_values)
+        details = self.spatial_tuning_adapter(pixel_values)
+        maps = []
+        for meaning, detail, mix in zip(meanings, details, self.fusion_proj, strict=True):
+            resized = F.interpolate(meaning, size=detail.shape[-2:], mode="bilinear")
+            joined = torch.cat([resized.to(detail.dtype), detail], 1)
+            maps.append(plain_gradient(mix(joined)))
+        return maps
 
 
 # %% ../nbs/02_backbone.ipynb #build-backbone
 def build_backbone(
     width=256, depth=12, heads=4, features=(3, 7, 11), sta_width=16, out_width=256
 ) -> Backbone:
-    "A backbone alone, with random weights; the defaults are DEIMv2-M's."
-    return Backbone(
-        Deimv2Config(
-            backbone_config=vit_config(width, depth, heads, features),
-            spatial_tuning_adapter_inplanes=sta_width,
-            encoder_hidden_dim=out_width,
-            freeze_backbone_batch_norms=False,
-        )
+    """A backbone alone, with random weights; the defaults are DEIMv2-M's."""
+    config = Deimv2Config(
+        backbone_config=vit_config(width, depth, heads, features),
+        spatial_tuning_adapter_inplanes=sta_width,
+        encoder_hidden_dim=out_width,
+        freeze_backbone_batch_norms=False,
     )
-
-
-# %% ../nbs/02_backbone.ipynb #weightserror
-class WeightsError(ValueError):
-    "Weights that were not loaded; the message holds every reason."
-
-
-PUBLISHED = {
-    "470b65d9a7704973ae105057f7ec7a4c85f853bc379a7bfbcc49ecc80a17e25b": "vittplus_distill.pt (distilled ViT of DEIMv2-M)",
-    "2053b865f4e2673fba3f95f7e7e54ad5ee18143885e3ad27eaabb5b3b9919738": "vitt_distill.pt (distilled ViT of DEIMv2-S)",
-}
-
-
-# %% ../nbs/02_backbone.ipynb #loadreport
-@dataclass(frozen=True)
-class LoadReport:
-    "What was loaded: which file, which part of it (`taken`), how many tensors, what was drawn anew, what depends on the input size and was left."
-
-    file: str | None = None
-    sha256: str | None = None
-    published: str | None = None
-    taken: str = "state dict"
-    loaded: int = 0
-    reinitialised: tuple = ()
-    ignored: tuple = ()
-
-
-# %% ../nbs/02_backbone.ipynb #choose-state
-def choose_state(stored) -> tuple:
-    "The state dict in what a file held, and the name of the part taken: `ema.module`, `ema`, `model`, `state_dict` or the whole."
-    if not isinstance(stored, dict):
-        raise WeightsError(f"holds a {type(stored).__name__}, not a dictionary of tensors")
-    ema = stored.get("ema")
-    for name, part in (
-        ("ema.module", ema.get("module") if isinstance(ema, dict) else None),
-        ("ema", ema),
-        ("model", stored.get("model")),
-        ("state_dict", stored.get("state_dict")),
-        ("state dict", stored),
-    ):
-        if (
-            isinstance(part, dict)
-            and part
-            and all(isinstance(v, torch.Tensor) for v in part.values())
-        ):
-            return {k.removeprefix("module."): v for k, v in part.items()}, name
-    raise WeightsError(
-        f"holds no dictionary of tensors; its entries are {sorted(map(str, stored))[:20]}"
-    )
-
-
-# %% ../nbs/02_backbone.ipynb #open-weights
-def _open_weights(path):
-    try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: there is no such file") from None
-    except Exception as e:
-        reason = " ".join(str(e).split("\n\n")[0].split())[:400]
-        raise WeightsError(
-            f"{path}: refused, nothing in it was run. It is damaged, no weights file, or asks for more than tensors "
-            f"({type(e).__name__}: {reason})"
-        ) from None
-
-
-# %% ../nbs/02_backbone.ipynb #read-weights
-def read_weights(source) -> tuple:
-    """State dict in the original names, and a `LoadReport`, from a `.pth`, `.pt` or `.safetensors` file or from a dictionary.
-
-    Raises `WeightsError` with the reason for a file that is missing, damaged, text, or would run code.
-    """
-    if isinstance(source, dict):
-        state, taken = choose_state(source)
-        return state, LoadReport(taken=taken)
-    path = Path(source)
-    stored = _open_weights(path)
-    try:
-        state, taken = choose_state(stored)
-    except WeightsError as e:
-        raise WeightsError(f"{path}: {e}") from None
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return state, LoadReport(
-        file=path.name, sha256=sha256, published=PUBLISHED.get(sha256), taken=taken
-    )
-
-
-# %% ../nbs/02_backbone.ipynb #f6a05f64
-VIT_RULES = [
-    (r"patch_embed\.proj\.(\w+)", [r"embeddings.patch_embeddings.\1"]),
-    (r"cls_token", ["embeddings.cls_token"]),
-    (r"rope_embed\.periods", ["rope_embeddings.inv_freq"]),
-    (
-        r"blocks\.(\d+)\.attn\.qkv\.(\w+)",
-        [r"model.layer.\1.attention.%s_proj.\2" % p for p in "qkv"],
-    ),
-    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", [r"model.layer.\1.attention.o_proj.\2"]),
-    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", [r"model.layer.\1.mlp.up_proj.\2"]),
-    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", [r"model.layer.\1.mlp.down_proj.\2"]),
-    (r"blocks\.(\d+)\.(norm[12]\.\w+)", [r"model.layer.\1.\2"]),
-]
-
-
-# %% ../nbs/02_backbone.ipynb #rename-weights
-def rename_weights(state, rules) -> tuple:
-    "The library's names for original ones: `({new name: tensor}, {new name: original name}, [names that no rule knows])`."
-    renamed, origin, unknown = {}, {}, []
-    for name, value in state.items():
-        rule = next(
-            ((m, names) for pattern, names in rules if (m := re.fullmatch(pattern, name))), None
-        )
-        if rule is None:
-            unknown.append(name)
-            continue
-        match, names = rule
-        if name.endswith("rope_embed.periods"):
-            value = 1 / value.float()
-        parts = value.chunk(len(names)) if len(names) > 1 and value.ndim else [value] * len(names)
-        for new, part in zip((match.expand(n) for n in names), parts):
-            renamed[new], origin[new] = part, name
-    return renamed, origin, unknown
-
-
-# %% ../nbs/02_backbone.ipynb #misfits
-def _misfits(own, renamed, origin, unknown):
-    shape, first = lambda t: "x".join(map(str, t.shape)) or "scalar", lambda k: origin.get(k, k)
-    return {
-        "missing": [k for k in own if k not in renamed],
-        "unexpected": [*unknown, *(first(k) for k in renamed if k not in own)],
-        "wrong shape": [
-            f"{first(k)} -> {k}: {shape(v)}, should be {shape(own[k])}"
-            for k, v in renamed.items()
-            if k in own and v.shape != own[k].shape
-        ],
-        "not finite": [first(k) for k, v in renamed.items() if not v.isfinite().all()],
-    }
-
-
-# %% ../nbs/02_backbone.ipynb #place-weights
-def place_weights(module, renamed, origin, unknown=(), name="the network") -> int:
-    """Copy tensors into `module`; returns their number.
-
-    Raises `WeightsError`, before anything is copied, with every tensor that is missing, unexpected, of the wrong shape or not finite.
-    """
-    own = module.state_dict()
-    problems = {
-        what: found for what, found in _misfits(own, renamed, origin, unknown).items() if found
-    }
-    if problems:
-        lists = (
-            f"{what} ({len(found)}):\n  " + "\n  ".join(found) for what, found in problems.items()
-        )
-        raise WeightsError(
-            f"the weights do not fit {name}; nothing was loaded\n" + "\n".join(lists)
-        )
-    module.load_state_dict({k: v.to(own[k].dtype) for k, v in renamed.items()})
-    return len(renamed)
-
-
-# %% ../nbs/02_backbone.ipynb #load-vit
-def load_vit(vit: DINOv3ViTBackbone, source) -> LoadReport:
-    "Load a bare ViT file (`patch_embed.proj`, `blocks.N`, ...) into a corrected ViT; everything fits or `WeightsError` is raised."
-    state, report = read_weights(source)
-    count = place_weights(vit, *rename_weights(state, VIT_RULES), name="the ViT")
-    return LoadReport(**vars(report) | {"loaded": count})
-
-
-# %% ../nbs/02_backbone.ipynb #rotary-profile
-def rotary_profile(vit: DINOv3ViTBackbone, sides=(160, 320, 640)) -> pd.DataFrame:
-    "How a constant key at another place of the same row answers the middle patch's query: columns side (pixels), distance (of the width), response."
-    rows = []
-    for side in sides:
-        n, head = side // vit.config.patch_size, vit.rope_embeddings.head_dim
-        cos, sin = vit.rope_embeddings(torch.zeros(1, 3, side, side))
-        q, _ = apply_rotary_pos_emb(*[torch.ones(1, 1, n * n, head)] * 2, cos, sin)
-        row = q[0, 0].unflatten(0, (n, n))[n // 2]
-        response = row @ row[n // 2] / head
-        rows += [(side, (i - n // 2) / n, r) for i, r in enumerate(response.tolist())]
-    return pd.DataFrame(rows, columns=["side", "distance", "response"])
-
-
-# %% ../nbs/02_backbone.ipynb #plot-rotary
-def plot_rotary(profile: pd.DataFrame):
-    "A figure of `rotary_profile`: one curve, sampled more or less finely."
-    fig, ax = plt.subplots(figsize=(5, 2.4))
-    for (side, rows), color, marker, size in zip(
-        profile.groupby("side"), sns.color_palette("colorblind"), "os.", (6, 4, 3)
-    ):
-        ax.plot(
-            rows["distance"],
-            rows["response"],
-            marker=marker,
-            markersize=size,
-            linewidth=0.8,
-            color=color,
-            label=f"{side} px: {len(rows)} patches a row",
-        )
-    ax.set(xlabel="distance from the middle patch (of the picture's width)", ylabel="response")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
-
-
-# %% ../nbs/02_backbone.ipynb #pca-colours
-def pca_colours(maps) -> list:
-    "Maps `(D, h, w)` as pictures `(h, w, 3)` in [0, 1]: their three main directions, the same for all, clipped at the 2nd and 98th percentile."
-    tokens = torch.cat([m.flatten(1) for m in maps], 1).T
-    mean = tokens.mean(0)
-    axes = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:3]
-    projected = [((m.flatten(1).T - mean) @ axes.T).unflatten(0, m.shape[1:]) for m in maps]
-    low, high = torch.cat([p.flatten(0, 1) for p in projected]).quantile(
-        torch.tensor([0.02, 0.98]), dim=0
-    )
-    return [((p - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) for p in projected]
-
-
-# %% ../nbs/02_backbone.ipynb #plot-features
-@torch.no_grad()
-def plot_features(backbone: Backbone, pictures):
-    """A figure: a row a size; the picture, the last used ViT block's output, the adapter's map at stride 8, the fused maps at strides 8, 16, 32.
-
-    `pictures` are pairs of a photograph as (H, W, 3) in [0, 1] and its `pixel_values` (1, 3, H, W).
-    """
-    columns = [
-        [vit_features(backbone.backbone, x)[-1][0] for _, x in pictures],
-        [backbone.spatial_tuning_adapter(x)[0][0] for _, x in pictures],
-    ]
-    columns += [list(maps) for maps in zip(*([m[0] for m in backbone(x)] for _, x in pictures))]
-    shares = [x.shape[-2] / x.shape[-1] for _, x in pictures]
-    fig, axes = plt.subplots(
-        len(pictures), 6, figsize=(9, 0.3 + 1.5 * sum(shares)), squeeze=False, height_ratios=shares
-    )
-    titles = [
-        "photograph",
-        "ViT, stride 16",
-        "adapter, stride 8",
-        "fused, stride 8",
-        "fused, stride 16",
-        "fused, stride 32",
-    ]
-    for column, (title, maps) in enumerate(
-        zip(titles, [[p for p, _ in pictures], *map(pca_colours, columns)])
-    ):
-        for ax, picture in zip(axes[:, column], maps):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-        axes[0, column].set_title(title, fontsize=8)
-    for ax, (_, x) in zip(axes[:, 0], pictures):
-        ax.set_ylabel(f"{x.shape[-1]} x {x.shape[-2]} px", fontsize=8)
-    fig.tight_layout()
-    return fig
-
-
-# %% ../nbs/02_backbone.ipynb #vit-attention
-@torch.no_grad()
-def vit_attention(vit: DINOv3ViTBackbone, pixel_values, block) -> torch.Tensor:
-    "Attention of one block (counted from 0): `(B, heads, 1 + N, 1 + N)`, rows sum to 1; token 0 is the class token, the N patches follow row by row."
-    tokens, positions = vit.embeddings(pixel_values), vit.rope_embeddings(pixel_values)
-    for layer in vit.model.layer[:block]:
-        tokens = layer(tokens, position_embeddings=positions)
-    layer = vit.model.layer[block]
-    attention, normed = layer.attention, layer.norm1(tokens)
-    q, k = (
-        p(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for p in (attention.q_proj, attention.k_proj)
-    )
-    q, k = apply_rotary_pos_emb(q, k, *positions)
-    return (q @ k.transpose(2, 3) * attention.scaling).softmax(-1)
-
-
-# %% ../nbs/02_backbone.ipynb #plot-attention
-def plot_attention(vit: DINOv3ViTBackbone, photograph, pixel_values, patches, block):
-    "A figure: for each of `patches` (row, column) where it looks in this block, averaged over heads, beside the photograph with the patches marked."
-    h, w = (s // vit.config.patch_size for s in pixel_values.shape[-2:])
-    attention = vit_attention(vit, pixel_values, block)[0].mean(0)
-    fig, axes = plt.subplots(1, len(patches) + 1, figsize=(2.1 * (len(patches) + 1), 2.3))
-    axes[0].imshow(photograph, extent=(0, w, h, 0))
-    for k, (ax, (row, column)) in enumerate(zip(axes[1:], patches), 1):
-        seen = attention[1 + row * w + column, 1:].reshape(h, w) * h * w
-        drawn = ax.imshow(seen, cmap="cividis", extent=(0, w, h, 0))
-        fig.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03).ax.tick_params(labelsize=6)
-        ax.set_title(f"patch {k}", fontsize=8)
-        for a in (axes[0], ax):
-            a.add_patch(
-                Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5)
-            )
-        axes[0].text(
-            column + 1.2,
-            row,
-            str(k),
-            color="white",
-            fontsize=7,
-            va="center",
-            bbox={"facecolor": "black", "edgecolor": "none", "pad": 0.8},
-        )
-    for ax in axes:
-        ax.set(xticks=[], yticks=[])
-    axes[0].set_title("photograph", fontsize=8)
-    fig.tight_layout()
-    return fig
+    return Backbone(config)

@@ -94,7 +94,7 @@ def test_a_fault_of_ours_shows_where_it_is(monkeypatch):
 
 def test_readme_names_commands_and_options_that_exist(root):
     import re
-    from deimv2_tfg import backbone
+    from deimv2_tfg import weights
 
     readme = (root / "README.md").read_text()
     lines = re.findall(r"deimv2-tfg ([a-z-]+)([^\n`]*)", readme)
@@ -109,6 +109,6 @@ def test_readme_names_commands_and_options_that_exist(root):
         )
     digests = set(re.findall(r"`([0-9a-f]{64})`", readme))
     assert digests and all(
-        backbone.PUBLISHED[d].startswith(re.search(rf"`(\S+)` \|[^\n]*{d}", readme)[1])
+        weights.PUBLISHED[d].startswith(re.search(rf"`(\S+)` \|[^\n]*{d}", readme)[1])
         for d in digests
     )

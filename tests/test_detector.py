@@ -11,19 +11,25 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForObjectDetection
 
-from deimv2_tfg.backbone import VIT_RULES, WeightsError, read_weights, rename_weights
 from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.detector import (
-    DETECTOR_RULES,
     DetectorConfig,
     build_detector,
     convert_weights,
     count_parameters,
-    init_weights,
     load_detector,
     load_original_weights,
     postprocess,
     save_detector,
+)
+from deimv2_tfg.weights import (
+    DETECTOR_RULES,
+    VIT_RULES,
+    WeightsError,
+    find_weights,
+    init_weights,
+    read_weights,
+    rename_weights,
 )
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
@@ -394,11 +400,10 @@ def test_convert(tmp_path):
 def test_starting_points_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(
-        "deimv2_tfg.detector.cached_file",
+        "deimv2_tfg.weights.cached_file",
         lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
     )
     tiny, m = build_detector(DetectorConfig.tiny()), DetectorConfig.m()
-    from deimv2_tfg.detector import find_weights
 
     for init, config, words in (
         ("dinov3", m, "vittplus_distill.pt"),

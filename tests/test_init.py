@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from deimv2_tfg.backbone import WeightsError
+from deimv2_tfg.weights import WeightsError
 from deimv2_tfg.cli import main
 from deimv2_tfg.detector import DetectorConfig, build_detector, load_detector, save_detector
 from deimv2_tfg.training import TrainConfig, find_run, parameter_groups, train
