@@ -151,7 +151,7 @@ class DetectorConfig:
 
 # %% ../nbs/03_detector.ipynb #tfgdeimv2config
 class TfgDeimv2Config(Deimv2Config):
-    """The library's configuration, named so that its uncorrected class never loads our weights."""
+    """The library's configuration, renamed: its uncorrected class shall not load our weights."""
 
     model_type = "deimv2_tfg"
 

@@ -134,12 +134,12 @@ from deimv2_tfg.transforms import (
     input_sizes,
 )
 
-from .backbone import LoadReport
 from .data import DetectionDataset, load_dataset, photograph_cache, require_dataset
 from .detector import DetectorConfig, build_detector, init_weights, save_detector
 from .evaluation import coco_metrics, predict, write_results
 from .splits import bind_data
 from .synthetic import study_data
+from .weights import LoadReport
 
 
 # %% ../nbs/04_training_stability.ipynb #trainconfig

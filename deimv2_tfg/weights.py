@@ -114,7 +114,7 @@ def _open_weights(path):
 
 # %% ../nbs/02a_weights.ipynb #read-weights
 def read_weights(source) -> tuple[dict, LoadReport]:
-    """State dict in the original names, from a `.pth`, `.pt` or `.safetensors` file or a dictionary.
+    """State dict in the original names, from a `.pth`, `.pt`, `.safetensors` file or a dictionary.
 
     Raises `WeightsError` with the reason for a file that is missing, damaged, or would run code.
     """
@@ -368,7 +368,7 @@ def _fill(model, found, report, reinit_head) -> LoadReport:
     except WeightsError as error:
         hint = ""
         if other_classes(model, kept):
-            hint = "\nThe class heads are for another number of classes: reinit_head=True draws them anew."
+            hint = "\nThe class heads are for other classes: reinit_head=True draws them anew."
         source = f"{report.file or 'state dict'} ({report.taken})"
         raise WeightsError(f"{source}: {error}{hint}") from None
     if heads:
