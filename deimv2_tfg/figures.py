@@ -9,18 +9,23 @@ __all__ = [
     "LANGUAGES",
     "CLASS_TITLES",
     "MISSING",
+    "NUMBERS",
     "EFFECTS",
     "LEFT_OUT",
     "LONG",
     "WIDE",
     "NOT_MAKERS",
+    "WHEN",
     "SUMMARY",
+    "STATES",
+    "SECTIONS",
     "class_style",
     "catalogue",
     "gettext",
     "class_title",
     "short_titles",
     "format_number",
+    "caption_in",
     "finish",
     "place_labels",
     "draw_boxes",
@@ -33,12 +38,18 @@ __all__ = [
     "note_runs",
     "save_figure",
     "save_table",
+    "of_package",
+    "check_figures",
+    "section_of",
+    "write_index",
 ]
 
 # %% ../nbs/00d_figures.ipynb #imports
 import ast
+import dataclasses
 import functools
 import json
+import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -153,6 +164,25 @@ def format_number(value, digits: int = 3, language: str = "en", signed: bool = F
     if signed:
         pattern = f"+{pattern};-{pattern}"
     return format_decimal(value, format=pattern, locale=language)
+
+
+# %% ../nbs/00d_figures.ipynb #caption-in
+NUMBERS = re.compile(r"(?<![\w.])[+-]?(?:\d+(?:[.,]\d+)*|\.\d+)(?![\w])")
+
+
+def _number_in(text: str, language: str) -> str:
+    """A number as an English sentence has it (".5", "92,928") in a language."""
+    if language == "en":
+        return text
+    text = text.translate(str.maketrans(".,", ",."))
+    return text.replace(",", "0,", 1) if re.match(r"[+-]?,", text) else text
+
+
+def caption_in(caption: str, language: str = "en") -> str:
+    """A caption in a language: looked up as a whole, its numbers lifted out and put back."""
+    numbers = [_number_in(n, language) for n in NUMBERS.findall(caption)]
+    sentence = gettext(NUMBERS.sub("{}", caption), language)
+    return sentence.format(*numbers) if numbers else sentence
 
 
 # %% ../nbs/00d_figures.ipynb #finish
@@ -285,7 +315,7 @@ def _is_effect(column: str) -> bool:
 
 
 def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
-    """{x: (its low, its high)} of columns "x", "x low" and "x high", or "low" and "high"."""
+    """{x: (its low, its high)} of columns "x", "x low", "x high", or of "low" and "high"."""
     found = {c: (f"{c} low", f"{c} high") for c in columns if f"{c} low" in columns}
     if {"low", "high"} <= set(columns):
         found |= {c: ("low", "high") for c in columns if _is_effect(c)}
@@ -310,25 +340,32 @@ def _written(column: str, values: pd.Series, language: str) -> pd.Series:
         digits = 2 if effect else _digits(column, values)
         numbers = 100 * values.astype(float) if effect else values
         return numbers.map(lambda v: format_number(v, digits, language, signed=effect))
-    word = class_title if column == "class" else gettext
+    word = class_title if column == "class" else caption_in
     return values.map(lambda v: MISSING if pd.isna(v) or v == "" else word(str(v), language))
 
 
 # %% ../nbs/00d_figures.ipynb #for-print
+def _telling(table: pd.DataFrame) -> list[str]:
+    """Columns that are neither hashes nor empty and, in a wide table, not the same all the way."""
+    kept = [c for c in table.columns if c not in LEFT_OUT and table[c].notna().any()]
+    if len(kept) <= 8:
+        return kept
+    return [c for c in kept if table[c].nunique(dropna=False) > 1 or len(table) == 1]
+
+
 def for_print(
     table: pd.DataFrame, language: str = "en", columns: list | None = None
 ) -> pd.DataFrame:
     """A table as text for a page: at most 8 columns, in a language's words and numbers.
 
     Effects are in points of AP; an estimate has its interval in its own column.
-    columns: those to keep, in order (default: the first eight that are neither hashes nor empty).
+    columns: those to keep, in order (default: the first eight that tell something).
     """
     if not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index()
     intervals = _intervals(list(table.columns))
     bounds = {b for pair in intervals.values() for b in pair}
-    kept = columns or [c for c in table.columns if c not in LEFT_OUT and table[c].notna().any()]
-    kept = [c for c in kept if c not in bounds][:8]
+    kept = [c for c in columns or _telling(table) if c not in bounds][:8]
     printed = {}
     for column in kept:
         head = (
@@ -386,15 +423,17 @@ def to_latex(printed: pd.DataFrame, caption: str = "", label: str = "") -> str:
 NOT_MAKERS = ("core", "runs", "figures")
 
 
+def _without_magics(source: str) -> str:
+    return "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
+
+
 def _cell_names(frame) -> tuple[set[str], str | None]:
     """Names that the calling cell or function uses, and the cell's source where it is one."""
     cells = frame.f_globals.get("In")
     if not frame.f_code.co_name.startswith("<") or not cells:
         return {*frame.f_code.co_names}, None
-    lines = [line for line in cells[-1].splitlines() if not line.startswith(("%", "!"))]
-    tree = ast.parse("\n".join(lines))
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return names, ast.unparse(tree)
+    source = _without_magics(cells[-1])
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}, source
 
 
 def made_by(frame, by=None) -> dict[str, str]:
@@ -425,10 +464,16 @@ def _data_hash(root: Path) -> str | None:
     return data_hash(root) if root.is_dir() else None
 
 
+WHEN = ("time", "commit", "dirty")
+
+
 def _replace_line(path: Path, name: str, record: dict) -> None:
-    """Put a record into a file of JSON lines in place of the one with its name, sorted by name."""
+    """Put a record in place of the one with its name; the old one stays where only WHEN differs."""
     with one_at_a_time(path):
-        records = {r["name"]: r for r in read_provenance(path.parent)} | {name: record}
+        records = {r["name"]: r for r in read_provenance(path.parent)}
+        before = records.get(name, {})
+        if any(before.get(key) != value for key, value in record.items() if key not in WHEN):
+            records[name] = record
         lines = [json.dumps(records[n], ensure_ascii=False) for n in sorted(records)]
         atomic_write(path, "\n".join(lines) + "\n")
 
@@ -554,3 +599,119 @@ def save_table(df, page: Study, name: str, caption="", runs=(), by=None, columns
     atomic_write(path.with_suffix(".tex"), printed)
     _note(sys._getframe(1), page, name, "table", caption, runs, by, columns)
     return path.with_suffix(".csv")
+
+
+# %% ../nbs/00d_figures.ipynb #of-package
+def of_package(page: Study) -> Study:
+    """Where a page saves what no study changes: the study "package" (a smoke test keeps its own)."""
+    if page.profile.name == "smoke":
+        return page
+    return dataclasses.replace(page, name="package", data_dir=None)
+
+
+# %% ../nbs/00d_figures.ipynb #code-changes
+STATES = ("fresh", "stale", "cannot be checked here")
+
+
+@functools.cache
+def _page_cells(chapter: str) -> set[str] | None:
+    """Hashes of the code cells of a chapter's page; None where the notebooks are not here."""
+    path = PACKAGE.parent / "nbs" / f"{chapter}.ipynb"
+    if not path.is_file():
+        return None
+    sources = ["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "code"]
+    return {source_hash(_without_magics(source)) for source in sources}
+
+
+def _code_change(definition: str, before: str, chapter: str) -> tuple[str, str] | None:
+    """(state, reason) where a definition (or the saving cell) is not what it was."""
+    if definition == "cell":
+        cells = _page_cells(chapter)
+        if cells is None:
+            return STATES[2], f"the page {chapter} is not here"
+        return None if before in cells else (STATES[1], f"its cell of {chapter} has changed")
+    module, _, name = definition.partition(".")
+    if not (PACKAGE / f"{module}.py").is_file() or code_hash(module, name) != before:
+        return STATES[1], f"{definition} has changed"
+    return None
+
+
+# %% ../nbs/00d_figures.ipynb #run-changes
+def _run_change(run: Path, before: str | None) -> tuple[str, str] | None:
+    """(state, reason) where a run is not what it was, or not here."""
+    now = run_digest(run)
+    if before is None or now is None:
+        return STATES[2], f"run {run.name} is not here"
+    return None if now == before else (STATES[1], f"run {run.name} has changed")
+
+
+def _changes(record: dict, runs: Path, data_dir: Path | None) -> list[tuple[str, str]]:
+    chapter = record["name"].rpartition("/")[0]
+    found = [_code_change(d, before, chapter) for d, before in record["code"].items()]
+    found += [_run_change(runs / name, before) for name, before in record["runs"].items()]
+    if not record["code"]:
+        found.append((STATES[2], "its code was not noted"))
+    if data_dir and record["data"] not in (None, _data_hash(data_dir)):
+        found.append((STATES[1], "the data have changed"))
+    return [change for change in found if change]
+
+
+# %% ../nbs/00d_figures.ipynb #check-figures
+def check_figures(folder: str | Path, data_dir: str | Path | None = None) -> pd.DataFrame:
+    """State of each figure and table of a study's directory: columns name, state, reason.
+
+    folder: `thesis_figures/<study>`; its runs are looked for in `runs/<study>`; data_dir: the data
+    set, where it is at hand (else data are not compared).
+    """
+    folder = Path(folder).resolve()
+    runs = folder.parents[1] / "runs" / folder.name
+    data_dir = Path(data_dir).resolve() if data_dir else None
+    rows = []
+    for record in read_provenance(folder):
+        changes = _changes(record, runs, data_dir)
+        changes.sort(key=lambda change: change[0] != STATES[1])  # what is stale first
+        state, reason = changes[0] if changes else (STATES[0], "")
+        rows.append({"name": record["name"], "state": state, "reason": reason})
+    return pd.DataFrame(rows, columns=["name", "state", "reason"])
+
+
+# %% ../nbs/00d_figures.ipynb #sections
+SECTIONS = {
+    "4.1 Architecture": "02_backbone 02a_weights 03_detector 03a_criterion 03d_cost 03e_input_size",
+    "4.2 Classes and data": "00a_photographs 00e_synthetic 00f_doctor 01_data 01b_formats 01e_splits",
+    "4.3 Optimisation": "01c_transforms 03f_recipes 03g_guard 04_training_stability 04a_divergence",
+    "4.4 The detector and convolutional networks": "03b_evaluation 06_baselines 09_pretraining",
+    "5.2 Descriptions of the classes": "04b_text",
+    "5.3 Fusion": "04c_fusion",
+    "5.4 Training with text": "05_multimodal",
+    "6.1 Metrics": "03c_decisions 07_results",
+    "6.2 Success and failure": "07a_errors 07b_use 07d_browse",
+    "6.3 Comparison of all networks": "07c_thesis",
+}
+
+
+def section_of(name: str) -> str:
+    """The section of the thesis that a figure "chapter/name" belongs to."""
+    chapter = name.partition("/")[0]
+    return next((s for s, its in SECTIONS.items() if chapter in its.split()), "Annexes")
+
+
+# %% ../nbs/00d_figures.ipynb #write-index
+def _index_line(folder: Path, record: dict) -> str:
+    suffixes = ("png", "pdf", "csv", "tex")
+    name = record["name"]
+    files = [f"[{s}]({name}.{s})" for s in suffixes if (folder / f"{name}.{s}").is_file()]
+    return f"- **{name.rpartition('/')[2]}** {record['caption']} {' '.join(files)}"
+
+
+def write_index(folder: str | Path) -> Path:
+    """Write a study's `index.md`: its figures and tables by section of the thesis."""
+    folder = Path(folder)
+    lines = [f"# {folder.name}", "", "Where each comes from is in provenance.jsonl and runs.csv."]
+    records = read_provenance(folder)
+    for section in [*SECTIONS, "Annexes"]:
+        its = [r for r in records if section_of(r["name"]) == section]
+        if its:
+            lines += ["", f"## {section}", ""]
+            lines += [_index_line(folder, r) for r in its]
+    return atomic_write(folder / "index.md", "\n".join(lines) + "\n")
