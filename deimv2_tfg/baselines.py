@@ -40,7 +40,7 @@ from torchvision.models.resnet import ResNet18_Weights
 
 from .core import Study, one_at_a_time, read_json, write_json
 from .data import cxcywh_to_xyxy
-from .evaluation import coco_metrics, predict, to_coco_results
+from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
 from .synthetic import study_data
 from .training import Family, TrainConfig, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
@@ -174,7 +174,7 @@ def save_baseline(model: Baseline, directory, classes=None, **meta) -> Path:
     write_json(
         directory / "config.json",
         {
-            "loader": "baselines:load_baseline",
+            "kind": "faster_rcnn",
             **model.settings,
             "classes": list(classes or model.classes or []),
             "meta": meta,
@@ -191,6 +191,9 @@ def load_baseline(directory) -> Baseline:
     model.load_state_dict(load_file(Path(directory) / "model.safetensors"))
     model.classes, model.meta = stored["classes"], stored["meta"]
     return model.eval()
+
+
+LOADERS["faster_rcnn"] = load_baseline
 
 
 # %% ../nbs/06_baselines.ipynb #family

@@ -19,8 +19,6 @@ __all__ = [
     "weighted_ap",
     "image_strata",
     "bootstrap_weights",
-    "run_annotations",
-    "run_results",
     "mean_over_classes",
     "per_class_table",
     "plot_per_class",
@@ -30,8 +28,6 @@ __all__ = [
     "prediction_sheet",
     "group_seeds",
     "model_names",
-    "Judged",
-    "judge_run",
     "ap_draws",
     "sign_flip_p",
     "holm",
@@ -57,17 +53,21 @@ from PIL import Image
 
 from deimv2_tfg.evaluation import (
     ClassMatches,
+    Judged,
     add_labels,
     class_matches,
     label,
     precision_recall,
+    run_annotations,
     run_cocoeval,
+    run_results,
     summarise,
 )
 
 from .core import Study, atomic_write, read_json
 from .data import annotation_file, class_style
 from .decisions import kept_results
+from .evaluation import judged as judged_run
 
 # %% ../nbs/07_results.ipynb #label
 add_labels(
@@ -247,28 +247,6 @@ def bootstrap_weights(
         its = np.flatnonzero(strata == stratum)
         weights[its] = rng.multinomial(len(its), np.full(len(its), 1 / len(its)), size=draws).T
     return weights
-
-
-# %% ../nbs/07_results.ipynb #run-annotations
-def run_annotations(
-    run: str | Path, split: str = "test", data_dir: str | Path | None = None
-) -> dict:
-    """The COCO annotations that a run's results of `split` belong to; `data_dir` where the data set has moved."""
-    path = annotation_file(data_dir or read_json(Path(run) / "config.json")["data_dir"], split)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: pass data_dir if the data set of {Path(run).name} has moved"
-        )
-    return read_json(path)
-
-
-# %% ../nbs/07_results.ipynb #run-annotations-2
-def run_results(run: str | Path, split: str = "test") -> list[dict]:
-    """The COCO results of a run on `split`."""
-    path = Path(run) / f"predictions_{split}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: evaluate(run, data_dir, {split!r}) writes it")
-    return read_json(path)
 
 
 # %% ../nbs/07_results.ipynb #interval
@@ -623,34 +601,6 @@ def model_names(configs: list[dict]) -> list[str]:
     return names
 
 
-# %% ../nbs/07_results.ipynb #run-draws
-@dataclass(frozen=True)
-class Judged:
-    """A run after the judge's work: its seed, COCO metrics, and the match table of each class."""
-
-    run: Path
-    seed: int | None
-    metrics: dict
-    tables: list[ClassMatches]
-
-    @property
-    def objects(self) -> tuple:
-        """What the run was judged on: the objects of each class in each image."""
-        return tuple((t.name, tuple(t.objects)) for t in self.tables)
-
-
-# %% ../nbs/07_results.ipynb #run-draws-2
-def judge_run(run: str | Path, split: str = "test", data_dir: str | Path | None = None) -> Judged:
-    """Judge a run's stored predictions. Raises FileNotFoundError with the call that makes what is missing."""
-    judge = run_cocoeval(run_annotations(run, split, data_dir), run_results(run, split))
-    return Judged(
-        Path(run),
-        read_json(Path(run) / "config.json").get("seed"),
-        summarise(judge),
-        [class_matches(judge, k) for k in range(len(judge.params.catIds))],
-    )
-
-
 # %% ../nbs/07_results.ipynb #run-draws-3
 def ap_draws(tables: list[ClassMatches], weights: np.ndarray) -> np.ndarray:
     """Mean AP over classes for weighted images: (images, draws) -> (thresholds, draws)."""
@@ -749,7 +699,7 @@ def judge_group(runs: list[Path], split: str, data_dir) -> tuple[list[Judged], s
         if not runs or not any(r.is_dir() for r in runs)
         else f"{missing} of {len(runs)} not evaluated on {split}"
     )
-    return [judge_run(r, split, data_dir) for r in there], note
+    return [judged_run(r, split, data_dir) for r in there], note
 
 
 # %% ../nbs/07_results.ipynb #compare

@@ -114,7 +114,7 @@ def test_compare_draws_what_the_naive_bootstrap_draws(root):
         "b": [make_run(root, f"b{s}", 0.2, seed=s, lr=1) for s in (0, 1)],
     }
     draws, table = 25, page.compare(runs, draws=25, seed=3)
-    judged = {name: [page.judge_run(r) for r in its] for name, its in runs.items()}
+    judged = {name: [page.judged_run(r) for r in its] for name, its in runs.items()}
     weights = page.bootstrap_weights(14, draws, 3, page.image_strata(judged["a"][0].tables))
     picks = page._seed_picks(2, draws, 3)
     coco, naive = guesses(root, 0.1, 0)[0], {}
