@@ -171,8 +171,8 @@ def exit_code(result) -> int:
 
 # %% ../nbs/08_cli.ipynb #main
 COMMANDS = {
-    "train": Command("training.TrainConfig", "training.train"),
-    "fuse": Command("multimodal.FusionConfig", "multimodal.train_fusion"),
+    "train": Command("recipes.TrainConfig", "training.train"),
+    "fuse": Command("recipes.FusionConfig", "multimodal.train_fusion"),
     "evaluate": Command("evaluation.evaluate"),
     "predict": Command("deployment.predict_files"),
     "export": Command("deployment.export_onnx"),

@@ -49,15 +49,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from deimv2_tfg.core import (
-    code_hash,
-    data_hash,
-    hash_bytes,
-    one_at_a_time,
-    progress,
-    read_json,
-    to_jsonable,
-)
 from deimv2_tfg.evaluation import (
     check_classes,
     detector_directory,
@@ -65,9 +56,11 @@ from deimv2_tfg.evaluation import (
     trained_image_size,
 )
 
+from .core import hash_bytes, one_at_a_time, progress, read_json, to_jsonable
 from .criterion import assign, mal_loss, matching_cost
 from .data import load_dataset
 from .detector import DetectorOutput, load_detector, postprocess
+from .runs import code_hash, data_hash
 from .text import TextEmbeddings, class_texts, encode_texts, random_words
 from .training import EpochView
 from .transforms import TrainTransform, collate, eval_transform

@@ -12,7 +12,6 @@ __all__ = [
     "LEARNED",
     "GRIDS",
     "UNFIT",
-    "FusionConfig",
     "FusionData",
     "fusion_data",
     "fusion_text",
@@ -73,14 +72,10 @@ from torch import nn
 from torchvision.ops import box_convert, box_iou
 
 from deimv2_tfg.core import (
-    code_hash,
-    data_hash,
-    environment,
     hash_bytes,
     one_at_a_time,
     progress,
     read_json,
-    run_directory,
     seed_everything,
     write_json,
 )
@@ -111,43 +106,10 @@ from deimv2_tfg.fusion import (
 from .criterion import Criterion
 from .data import load_dataset
 from .detector import detect, encode, load_detector, save_detector
+from .recipes import FusionConfig, TrainConfig, lr_factor
+from .runs import Log, code_hash, data_hash, environment, run_directory
 from .text import descriptions_of, load_descriptions
-from .training import Family, Log, TrainConfig, count_boxes, lr_factor, train
-
-
-# %% ../nbs/05_multimodal.ipynb #fusion-config
-@dataclass(frozen=True)
-class FusionConfig:
-    "Everything that shapes a fusion run; where things lie (`run`, `data_dir`, `runs_dir`, `descriptions`) enters its name by content."
-
-    run: str  # a phase-1 run, or a directory of save_detector
-    data_dir: str
-    runs_dir: str | None = None  # None: beside the phase-1 run
-    head: str = (
-        "residual"  # concat, residual, contrastive, cross_attention; linear, cosine (controls)
-    )
-    text: str = "true"  # true, permuted, orthogonal, words, constant; none (for linear, cosine)
-    encoder: str = "clip"  # clip, siglip2, multilingual, minilm, or a folder
-    language: str = "en"
-    field: str = "description"  # name, description or keywords
-    descriptions: str | None = None  # a json file in place of the data set's own or the package's
-    held_out: str = (
-        ""  # a class whose objects count as background in training; its text is there at inference
-    )
-    epochs: int = 20
-    batch_size: int = 2
-    lr: float = 1e-4
-    warmup_steps: int = 500  # at most a third of training
-    flat: float = 0.75  # fraction after which the rate falls (cosine)
-    lr_end: float = 0.02
-    plain: float = 0.15  # last fraction, without augmentation
-    views: int = 4  # augmented views of every training photograph, one an epoch in turn
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    unfreeze: str = ""  # after the frozen training also: "head" (class layer), "decoder" (class layer, then all of the decoder)
-    unfreeze_epochs: int = 5  # of each of these stages
-    unfreeze_lr: float = 5e-5  # at batch 32
-    seed: int = 0
+from .training import Family, count_boxes, train
 
 
 # %% ../nbs/05_multimodal.ipynb #fusion-data
@@ -237,7 +199,9 @@ def _fusion_code():
     entries = ("multimodal", "fit_head"), ("fusion", "build_head"), ("fusion", "cached_queries")
     return hash_bytes(
         *(
-            code_hash(*entry, ("core", "evaluation", "data.require_dataset")).encode()
+            code_hash(
+                *entry, ("core", "runs", "evaluation", "data.require_dataset", "doctor")
+            ).encode()
             for entry in entries
         )
     )

@@ -39,12 +39,9 @@ from torchvision.transforms import v2
 
 from deimv2_tfg.core import (
     atomic_write,
-    code_hash,
-    environment,
     hash_bytes,
     one_at_a_time,
     progress,
-    run_directory,
     seed_everything,
     write_json,
 )
@@ -54,8 +51,10 @@ from .detector import DetectorConfig, build_detector
 from .evaluation import evaluate
 from .formats import PICTURES
 from .photographs import clusters, look_at_all, same_pairs
+from .recipes import TrainConfig, lr_factor
 from .results import compare
-from .training import Log, TrainConfig, load_state, lr_factor, save_state, train
+from .runs import Log, code_hash, environment, load_state, run_directory, save_state
+from .training import train
 from .transforms import to_pixel_values
 
 

@@ -55,14 +55,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from deimv2_tfg.training import (
     DEIMV2,
-    TrainConfig,
-    TrainingStopped,
     augmented,
     epoch_batches,
     find_run,
     parameter_groups,
     phase1_config,
-    read_incidents,
     start_accelerator,
     train,
     training_step,
@@ -72,6 +69,8 @@ from deimv2_tfg.training import (
 from .core import open_study, read_json, seed_everything
 from .criterion import transformers_arguments, transformers_terms
 from .data import CacheError, load_dataset, photograph_cache
+from .recipes import TrainConfig
+from .runs import Run, TrainingStopped
 from .synthetic import study_data
 
 # %% ../nbs/04a_divergence.ipynb #grid
@@ -188,7 +187,7 @@ def read_cell(trial) -> dict:
     row = dict(trial.params) | {"state": trial.state.name.lower()}
     if "run" not in trial.user_attrs:
         return row
-    run, incidents = Path(trial.user_attrs["run"]), read_incidents(trial.user_attrs["run"])
+    run, incidents = Path(trial.user_attrs["run"]), Run(trial.user_attrs["run"]).incidents()
     result = (
         read_json(run / "result.json")
         if (run / "result.json").exists()

@@ -43,15 +43,6 @@ import torch
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, ScalarFormatter
 
-from deimv2_tfg.core import (
-    PACKAGE,
-    Study,
-    data_hash,
-    read_json,
-    save_figure,
-    save_table,
-    write_json,
-)
 from deimv2_tfg.decisions import (
     at_working_points,
     calibration,
@@ -93,12 +84,13 @@ from deimv2_tfg.results import (
     write_index,
 )
 
+from .core import PACKAGE, Study, read_json, save_figure, save_table, write_json
 from .data import load_dataset, plot_classes
 from .errors import effect, error_budget, object_table, plot_budget, plot_effects
 from .multimodal import plot_effects as plot_text_effects
+from .runs import data_hash, load_state
 from .stability import plot_grid, plot_main_effects
 from .synthetic import study_data
-from .training import load_state
 
 
 # %% ../nbs/07c_thesis.ipynb #softmax-scores

@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from deimv2_tfg import stability
 from deimv2_tfg.cli import main
+from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.stability import LEVERS, bench_lever, bench_train, by_device, write_board
-from deimv2_tfg.training import TrainConfig
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="states what is missing without a GPU"

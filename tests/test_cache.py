@@ -21,7 +21,9 @@ from deimv2_tfg.data import (
     load_dataset,
     photograph_cache,
 )
-from deimv2_tfg.training import TrainConfig, augmented, epoch_batches, find_run, load_state, train
+from deimv2_tfg.recipes import TrainConfig
+from deimv2_tfg.runs import load_state
+from deimv2_tfg.training import augmented, epoch_batches, find_run, train
 
 
 @pytest.fixture

@@ -6,17 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from deimv2_tfg.core import (
-    atomic_write,
-    code_hash,
-    data_hash,
-    open_study,
-    reachable_code,
-    save_figure,
-    save_table,
-    source_hash,
-    to_jsonable,
-)
+from deimv2_tfg.core import atomic_write, open_study, save_figure, save_table, to_jsonable
+from deimv2_tfg.runs import code_hash, data_hash, reachable_code, source_hash
 
 
 def test_profiles_and_names(monkeypatch):

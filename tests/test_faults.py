@@ -17,21 +17,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from deimv2_tfg import training
+from deimv2_tfg import runs, training
 from deimv2_tfg.criterion import NonFiniteLossError
+from deimv2_tfg.guard import diagnose, random_state, replay
+from deimv2_tfg.recipes import TrainConfig
+from deimv2_tfg.runs import CheckpointError, TrainingStopped, load_state, save_state
 from deimv2_tfg.training import (
     DEIMV2,
-    CheckpointError,
-    TrainConfig,
-    TrainingStopped,
-    diagnose,
     find_run,
-    load_state,
     parameter_groups,
-    random_state,
-    read_incidents,
-    replay,
-    save_state,
     train,
     training_step,
     weight_average,
@@ -282,7 +276,7 @@ def poison(monkeypatch, when):
 def test_single_bad_steps_are_skipped_and_recorded(config, monkeypatch):
     poison(monkeypatch, {1, 4, 5}.__contains__)
     run = train(config)
-    incidents, result = read_incidents(run), json.loads((run / "result.json").read_text())
+    incidents, result = Run(run).incidents(), json.loads((run / "result.json").read_text())
     assert (
         list(incidents["step"]) == [1, 4, 5]
         and list(incidents["in_a_row"]) == [1, 1, 2]
@@ -295,7 +289,7 @@ def test_single_bad_steps_are_skipped_and_recorded(config, monkeypatch):
     assert [l["train/skipped"] for l in lines if l["split"] == "train"] == pytest.approx(
         [1 / 3, 2 / 3]
     ) and all(math.isfinite(l["train/loss"]) for l in lines if l["split"] == "train")
-    assert replay(run, 0)["origin"] == ""  # the fault was not in the batch
+    assert replay(run, 0, DEIMV2)["origin"] == ""  # the fault was not in the batch
     injected("bad step in a run", 3)
 
 
@@ -344,7 +338,7 @@ def test_two_writers(config):
     run = find_run(config)
     run.mkdir(parents=True)
     with (
-        training.only_writer(run),
+        runs.only_writer(run),
         pytest.raises(TrainingStopped, match=f"process {os.getpid()} is writing"),
     ):
         train(config)
@@ -427,7 +421,7 @@ def test_a_state_that_does_not_fit_leaves_the_one_before(small_disk, tmp_path, m
         )
 
     if not small_disk:
-        monkeypatch.setattr(training, "atomic_write", full)
+        monkeypatch.setattr(runs, "atomic_write", full)
     for k in range(5):
         if small_disk:
             (small_disk / "ballast").write_bytes(
@@ -449,7 +443,7 @@ def test_a_full_disk_stops_with_the_run_intact(config, whole, small_disk, tmp_pa
     run, ballast, ordinary, rng = (
         find_run(full),
         there / "ballast",
-        training.atomic_write,
+        runs.atomic_write,
         random.Random(5),
     )
     for k in range(4):
@@ -468,7 +462,7 @@ def test_a_full_disk_stops_with_the_run_intact(config, whole, small_disk, tmp_pa
                     )
                 return ordinary(*a)
 
-            monkeypatch.setattr(training, "atomic_write", write)
+            monkeypatch.setattr(runs, "atomic_write", write)
         try:
             train(full)
         except TrainingStopped as e:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from deimv2_tfg import fusion, multimodal, text
-from deimv2_tfg.core import data_hash, read_json
+from deimv2_tfg.core import read_json
 from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.detector import load_detector
@@ -38,7 +38,6 @@ from deimv2_tfg.fusion import (
     run_queries,
 )
 from deimv2_tfg.multimodal import (
-    FusionConfig,
     class_ap,
     fusion_data,
     fusion_text,
@@ -51,6 +50,8 @@ from deimv2_tfg.multimodal import (
     train_fusion,
     verdict,
 )
+from deimv2_tfg.recipes import FusionConfig, TrainConfig
+from deimv2_tfg.runs import data_hash
 from deimv2_tfg.text import (
     EncoderError,
     class_texts,
@@ -59,7 +60,7 @@ from deimv2_tfg.text import (
     load_descriptions,
     text_key,
 )
-from deimv2_tfg.training import TrainConfig, train
+from deimv2_tfg.training import train
 
 CLASSES = list(load_descriptions())
 

@@ -9,7 +9,7 @@ import torch
 from deimv2_tfg import pretraining as p
 from deimv2_tfg.core import read_json
 from deimv2_tfg.detector import DetectorConfig, build_detector, init_weights
-from deimv2_tfg.training import load_state
+from deimv2_tfg.runs import load_state
 
 
 def config(data, runs, **changes):

@@ -14,7 +14,17 @@ import dataclasses, json, math, sys
 from pathlib import Path
 import torch
 from deimv2_tfg import training
-from deimv2_tfg.training import DEIMV2, TrainConfig, Trainer, epoch_batches, find_run, train, training_step, validate
+from deimv2_tfg.runs import Run
+from deimv2_tfg.training import (
+    DEIMV2,
+    Trainer,
+    epoch_batches,
+    find_run,
+    train,
+    training_step,
+    validate,
+)
+from deimv2_tfg.recipes import TrainConfig
 
 data, out = sys.argv[1], Path(sys.argv[2])
 config = TrainConfig(data, str(out / "runs"), model="tiny", image_size=64, epochs=1, batch_size=4, lr=1e-3, photometric=0, iou_crop=0, warmup=0)
@@ -51,7 +61,7 @@ def second_is_bad(model, losses, parts, *rest):
     return ordinary_step(model, losses, parts, *rest)
 training.training_step = second_is_bad
 run = train(config)
-if rank == 0: (out / "done.json").write_text(json.dumps({"processes": n, "poisoned": [poisoned.failure, after.failure], "AP": metrics["val/AP"], "run": str(run), "incident": training.read_incidents(run).to_dict("records"), "result": json.loads((run / "result.json").read_text())}))
+if rank == 0: (out / "done.json").write_text(json.dumps({"processes": n, "poisoned": [poisoned.failure, after.failure], "AP": metrics["val/AP"], "run": str(run), "incident": Run(run).incidents().to_dict("records"), "result": json.loads((run / "result.json").read_text())}))
 """
 
 

@@ -44,7 +44,7 @@ def test_softmax_scores_are_shares_of_a_query():
 def test_stale_figures(study):
     run = study.runs / "detector-1"
     run.mkdir(parents=True)
-    from deimv2_tfg.core import data_hash
+    from deimv2_tfg.runs import data_hash
     from deimv2_tfg.synthetic import study_data
 
     (run / "env.json").write_text(json.dumps({"data_hash": data_hash(study_data(study))}))

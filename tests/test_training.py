@@ -11,17 +11,9 @@ from deimv2_tfg import stability, training
 from deimv2_tfg.data import DatasetError
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
-from deimv2_tfg.training import (
-    RECIPES,
-    TrainConfig,
-    check_recipe,
-    find_run,
-    fractions_of,
-    load_state,
-    lr_factor,
-    parameter_groups,
-    train,
-)
+from deimv2_tfg.recipes import RECIPES, TrainConfig, check_recipe, fractions_of, lr_factor
+from deimv2_tfg.runs import load_state
+from deimv2_tfg.training import find_run, parameter_groups, train
 
 
 @pytest.fixture
@@ -211,14 +203,8 @@ def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monk
 def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
     "Of what the family's own count divides; parts of one and three photographs, with unlike numbers of boxes."
     from deimv2_tfg.baselines import FASTER_RCNN
-    from deimv2_tfg.training import (
-        DEIMV2,
-        TrainConfig,
-        count_boxes,
-        shares_of,
-        training_step,
-        weight_average,
-    )
+    from deimv2_tfg.recipes import TrainConfig
+    from deimv2_tfg.training import DEIMV2, count_boxes, shares_of, training_step, weight_average
 
     def toy(model, x, targets, epoch):
         return {
@@ -262,9 +248,9 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
 
 def test_class_terms_of_a_detector_in_parts(smoke_data):
     from deimv2_tfg.data import load_dataset
+    from deimv2_tfg.recipes import TrainConfig
     from deimv2_tfg.training import (
         DEIMV2,
-        TrainConfig,
         augmented,
         count_boxes,
         epoch_batches,
@@ -307,7 +293,9 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
 
 
 def test_main_effects_are_paired_and_leave_out_what_gave_up():
-    import itertools, math
+    import itertools
+    import math
+
     import pandas as pd
 
     rows = []
