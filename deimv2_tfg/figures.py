@@ -68,15 +68,13 @@ from deimv2_tfg.core import (
     PACKAGE,
     Study,
     atomic_write,
-    code_hash,
-    data_hash,
-    environment,
     hash_bytes,
     one_at_a_time,
     open_study,
     read_json,
-    source_hash,
 )
+
+from .runs import code_hash, data_hash, environment, source_hash
 
 # %% ../nbs/00d_figures.ipynb #style
 STYLE = {

@@ -4,41 +4,20 @@
 
 # %% auto #0
 __all__ = [
-    "LR_RULES",
-    "RECIPES",
     "DEIMV2",
     "NOT_WEIGHTS",
     "NOT_HASHED",
-    "KEPT_BATCHES",
-    "TrainConfig",
-    "scaled_lr",
-    "lr_factor",
-    "IterationRecipe",
-    "fractions_of",
-    "check_recipe",
     "Family",
-    "anywhere",
-    "check_everywhere",
     "count_boxes",
     "parameter_groups",
     "weight_average",
     "shares_of",
     "Step",
     "training_step",
-    "random_state",
-    "set_random_state",
-    "watch",
-    "diagnose",
     "EpochView",
     "epoch_batches",
     "training_code",
     "find_run",
-    "Log",
-    "CheckpointError",
-    "save_state",
-    "load_state",
-    "keep_best",
-    "mend_best",
     "pick_precision",
     "start_accelerator",
     "recompute",
@@ -48,20 +27,10 @@ __all__ = [
     "snapshot",
     "restore",
     "fit_micro_batch",
-    "Diverged",
-    "record_incident",
-    "read_incidents",
-    "replay",
-    "TrainingStopped",
-    "go_back",
-    "refuse_stopped",
     "summarise_steps",
     "train_epoch",
     "share_of",
     "validate",
-    "stop_requests",
-    "only_writer",
-    "full_disk_named",
     "open_run",
     "end_epoch",
     "train",
@@ -103,27 +72,41 @@ from torch.utils.tensorboard import SummaryWriter
 
 from deimv2_tfg.core import (
     Study,
-    atomic_write,
-    code_hash,
-    data_hash,
-    environment,
     hash_bytes,
+    keep_lines,
     one_at_a_time,
     progress,
     project_root,
     read_json,
-    run_directory,
     seed_everything,
     write_json,
 )
-from deimv2_tfg.criterion import (
-    Criterion,
-    NonFiniteLossError,
-    average_over_processes,
-    check_peaks,
-    fetch,
-    float_outputs,
-    peaks,
+from deimv2_tfg.guard import (
+    Diverged,
+    anywhere,
+    check_everywhere,
+    random_state,
+    record_incident,
+    replay,
+    roll_back,
+    set_random_state,
+    stop_requests,
+)
+from deimv2_tfg.runs import (
+    Log,
+    Run,
+    TrainingStopped,
+    code_hash,
+    data_hash,
+    environment,
+    full_disk_named,
+    keep_best,
+    load_state,
+    mend_best,
+    only_writer,
+    refuse_stopped,
+    run_directory,
+    save_state,
 )
 from deimv2_tfg.transforms import (
     MixingDataset,
@@ -134,212 +117,14 @@ from deimv2_tfg.transforms import (
     input_sizes,
 )
 
+from .criterion import Criterion, NonFiniteLossError, average_over_processes
 from .data import DetectionDataset, load_dataset, photograph_cache, require_dataset
 from .detector import DetectorConfig, build_detector, init_weights, save_detector
-from .evaluation import coco_metrics, predict, write_results
+from .evaluation import coco_metrics, predict
+from .recipes import TrainConfig, check_recipe, lr_factor, scaled_lr
 from .splits import bind_data
 from .synthetic import study_data
 from .weights import LoadReport
-
-
-# %% ../nbs/04_training_stability.ipynb #trainconfig
-@dataclass(frozen=True)
-class TrainConfig:
-    "Everything that shapes a training; what does not (where it writes, worker processes, where decoded photographs are kept) is left out of its hash."
-
-    data_dir: str
-    runs_dir: str | None = (
-        None  # where the run directory is made; None: runs/<name of the data set>
-    )
-    model: str = "small"  # a configuration of DetectorConfig
-    init: str = "scratch"  # first weights: "scratch", "coco", "dinov3", a file, a directory of save_detector, a hub's owner/name
-    image_size: int = 160  # side of the square input, pixels
-    epochs: int = 100
-    batch_size: int = 16
-    lr: float = 5e-4  # at batch 32
-    lr_rule: str = "linear"  # how the rate follows the batch: "linear", "sqrt" or "none"
-    backbone_lr: float | None = (
-        None  # factor on the rate for the ViT; None: 1 from scratch, 0.05 where it was trained before
-    )
-    weight_decay: float = 1e-4  # none on norms and biases
-    warmup: float = 0.03  # fraction of training
-    flat: float = 0.5  # fraction after which the rate falls (cosine)
-    lr_end: float = 0.02  # last rate, as a fraction of the first
-    plain: float = 0.15  # last fraction, without augmentation but flips
-    matcher_change: float = 0.8  # fraction after which the matcher looks at score and IoU only
-    ema: float = 0.03  # memory of the weight average, fraction of training
-    clip: float = 0.1  # gradient norm
-    precision: str = (
-        "auto"  # "auto": bf16 where the GPU has it, else float32; or "no", "bf16", "fp16"
-    )
-    eval_every: int = 1  # epochs between evaluations on val
-    vertical_flips: bool = True  # off for parts that have an up
-    photometric: float = 0.5  # probability of other light and colours
-    zoom_out: float = 0.0  # probability of a smaller photograph on grey
-    iou_crop: float = 0.25  # probability of a crop that keeps a box
-    quarter_turns: float = 0.0  # probability of a turn by 90, 180 or 270 degrees
-    mosaic: float = 0.0  # probability of four photographs in one
-    mixup: float = 0.0  # probability of two laid over each other
-    copy_blend: float = 0.0  # probability of objects copied from another
-    mix_until: float = 0.5  # fraction after which Mosaic and Mixup end; all augmentation but flips and turns ends with `plain`
-    multi_scale: float = (
-        0.0  # spread of the input sizes of batches; .25: from 0.75 to 1.25 of image_size
-    )
-    max_skips: int = 3  # steps in a row that fail before training returns to the last good state
-    max_returns: int = 2  # such returns, each at half the rate, before it stops
-    patience: int = 0  # evaluations without a better AP after which it ends; 0: never
-    micro_batch: int = 0  # photographs at once on a device; 0: all of its share of a batch, -1: as many as its memory holds
-    checkpointing: bool = (
-        False  # compute activations again in the backward pass instead of keeping them
-    )
-    seed: int = 0
-    num_workers: int = 0
-    cache: str = "memory"  # where decoded photographs are kept: "memory" (of each process), "disk" (shared by all) or "off"; no pixel depends on it
-    cache_gb: float = (
-        1.0  # budget of that, GiB: in memory for each split, on disk for the whole folder
-    )
-    cache_dir: str | None = None  # folder of the cache on disk; None: runs/cache
-
-
-# %% ../nbs/04_training_stability.ipynb #scaled-lr
-LR_RULES = {
-    "linear": lambda batch: batch / 32,
-    "sqrt": lambda batch: math.sqrt(batch / 32),
-    "none": lambda batch: 1.0,
-}
-
-
-def scaled_lr(config: TrainConfig) -> float:
-    "The learning rate at the configuration's batch size."
-    if config.lr_rule not in LR_RULES:
-        raise ValueError(f"lr_rule={config.lr_rule!r}: choose one of {', '.join(LR_RULES)}")
-    return config.lr * LR_RULES[config.lr_rule](config.batch_size)
-
-
-# %% ../nbs/04_training_stability.ipynb #lr-factor
-def lr_factor(config: TrainConfig, done: float) -> float:
-    "Factor on the learning rate when the fraction `done` of training is behind: linear warm-up, flat, cosine to `lr_end`."
-    if done < config.warmup:
-        return done / config.warmup
-    if done < config.flat:
-        return 1.0
-    fall = (1 + math.cos(math.pi * min(1.0, (done - config.flat) / (1 - config.flat)))) / 2
-    return config.lr_end + (1 - config.lr_end) * fall
-
-
-# %% ../nbs/04_training_stability.ipynb #iterationrecipe
-@dataclass(frozen=True)
-class IterationRecipe:
-    "A recipe in iterations and epochs, as papers and configuration files state it; None: not known."
-
-    batch_size: int | None = None
-    epochs: int | None = None
-    lr: float | None = None
-    backbone_lr: float | None = None  # an absolute rate
-    warmup_steps: int | None = None
-    ema_steps: int | None = None  # memory of the average: 1 / (1 - decay)
-    flat_epochs: int | None = None
-    plain_epochs: int | None = None  # the last ones, without augmentation
-    image_size: int = 640
-    model: str = "m"
-    augmentation: tuple = ()  # (field of TrainConfig, value)
-
-    @property
-    def missing(self):
-        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
-
-
-RECIPES = {
-    "reference, COCO": IterationRecipe(
-        32,
-        102,
-        5e-4,
-        2.5e-5,
-        2000,
-        10_000,
-        49,
-        12,
-        augmentation=(
-            ("mosaic", 0.5),
-            ("mixup", 0.5),
-            ("copy_blend", 0.5),
-            ("zoom_out", 0.5),
-            ("iou_crop", 0.8),
-            ("multi_scale", 0.25),
-            ("vertical_flips", False),
-        ),
-    ),
-    "thesis, first run": IterationRecipe(model="thesis_m"),
-    "thesis, second run": IterationRecipe(
-        2,
-        100,
-        4e-4,
-        4e-5,
-        2000,
-        10_000,
-        70,
-        10,
-        model="thesis_m",
-        augmentation=(
-            ("photometric", 0.3),
-            ("iou_crop", 0.5),
-            ("mixup", 0.15),
-            ("zoom_out", 0.5),
-            ("vertical_flips", False),
-        ),
-    ),
-    "thesis, 1024 px": IterationRecipe(epochs=300, image_size=1024, model="thesis_m"),
-}
-
-
-# %% ../nbs/04_training_stability.ipynb #fractions-of
-def fractions_of(
-    recipe: IterationRecipe, images: int, data_dir: str = "", **changes
-) -> TrainConfig:
-    "The recipe, as it was, on `images` photographs: its iterations as fractions of the training that they make. Raises `ValueError` with what is not known of it."
-    recipe = dataclasses.replace(
-        recipe, **{k: changes.pop(k) for k in recipe.missing if k in changes}
-    )
-    if recipe.missing:
-        raise ValueError(f"not known of this recipe, to be given: {', '.join(recipe.missing)}")
-    total = max(1, images // recipe.batch_size) * recipe.epochs
-    fields = {
-        "model": recipe.model,
-        "image_size": recipe.image_size,
-        "epochs": recipe.epochs,
-        "batch_size": recipe.batch_size,
-        "lr": recipe.lr,
-        "lr_rule": "none",
-        "backbone_lr": recipe.backbone_lr / recipe.lr,
-        "warmup": recipe.warmup_steps / total,
-        "flat": recipe.flat_epochs / recipe.epochs,
-        "plain": recipe.plain_epochs / recipe.epochs,
-        "ema": recipe.ema_steps / total,
-    } | dict(recipe.augmentation)
-    return TrainConfig(data_dir, **fields | changes)
-
-
-def check_recipe(config: TrainConfig, images: int) -> list[str]:
-    "What of a configuration does not fit this many photographs, in words and numbers; empty where all does."
-    steps = max(1, images // config.batch_size)
-    said = lambda share: (
-        f"{share:.0%} of training ({share * config.epochs:.1f} of {config.epochs} epochs, {share * config.epochs * steps:.0f} steps of {config.batch_size} on {images} photographs)"
-    )
-    found = (
-        [f"the warm-up lasts {said(config.warmup)}; a tenth is plenty"]
-        if config.warmup > 0.1
-        else []
-    )
-    if config.ema > 1 / 3:
-        found.append(
-            f"the average of the weights remembers {said(config.ema)}; more than a third keeps the untrained weights in it"
-        )
-    asked = scaled_lr(dataclasses.replace(config, lr=5e-4, lr_rule="linear"))
-    if config.init != "scratch" and scaled_lr(config) > 4 * asked:
-        found.append(
-            f"the rate is {scaled_lr(config) / asked:.0f} times what the linear rule gives for a batch of {config.batch_size} ({asked:.1e})"
-        )
-    return found
 
 
 # %% ../nbs/04_training_stability.ipynb #family
@@ -358,27 +143,6 @@ class Family:
     )  # its repeated parts, whose activations `config.checkpointing` does not keep
     size: Callable = len  # (targets) -> the count that its losses are divided by
     backbone: str = ""  # part of a parameter's dotted name that marks the backbone, which has a rate of its own; "": none has
-
-
-# %% ../nbs/04_training_stability.ipynb #anywhere
-def anywhere(flag: bool, device="cpu") -> bool:
-    "Whether the flag is raised in any process; in a single one, the flag."
-    if PartialState().num_processes == 1:
-        return bool(flag)
-    raised = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
-    return bool(raised)
-
-
-def check_everywhere(outputs, image_ids):
-    "Raises `NonFiniteLossError` in all processes where an output of any of them is not finite."
-    mine = None
-    try:
-        check_peaks(fetch(peaks(float_outputs(outputs))), image_ids)
-    except NonFiniteLossError as e:
-        mine = e
-    if anywhere(mine is not None, outputs["layer_logits"].device):
-        raise mine or NonFiniteLossError(["an output in another process"], image_ids)
 
 
 # %% ../nbs/04_training_stability.ipynb #family-deimv2
@@ -555,145 +319,6 @@ def _mean_terms(rows, shares):
     }
 
 
-# %% ../nbs/04_training_stability.ipynb #random-state
-def random_state() -> dict:
-    "State of all random numbers (Python, numpy, torch, every GPU), as tensors and plain values."
-    name, keys, *rest = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": gpus,
-    }
-
-
-def set_random_state(state: dict):
-    "Undo everything drawn since `random_state()`."
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-# %% ../nbs/04_training_stability.ipynb #first-bad
-def _tensors(x):
-    if torch.is_tensor(x):
-        yield x
-    elif isinstance(x, dict):
-        yield from (t for v in x.values() for t in _tensors(v))
-    elif isinstance(x, (list, tuple)):
-        yield from (t for v in x for t in _tensors(v))
-
-
-# %% ../nbs/04_training_stability.ipynb #first-bad-2
-def _finite(x):
-    return all(bool(torch.isfinite(t).all()) for t in _tensors(x) if t.is_floating_point())
-
-
-# %% ../nbs/04_training_stability.ipynb #first-bad-3
-@contextlib.contextmanager
-def watch(model):
-    "Hooks on every module; yields {'forward': ..., 'backward': ...}: the module where a value, or a gradient of its output, was first seen not finite."
-    seen = {"forward": "", "backward": ""}
-
-    def note(when, name):
-        seen[when] = seen[when] or name or "(the whole)"
-
-    def after(name):
-        def hook(module, inputs, output):
-            if not _finite(output):
-                note("forward", name)
-            for t in _tensors(output):
-                if t.requires_grad:
-                    t.register_hook(lambda g: None if _finite(g) else note("backward", name))
-
-        return hook
-
-    handles = [module.register_forward_hook(after(name)) for name, module in model.named_modules()]
-    try:
-        yield seen
-    finally:
-        [h.remove() for h in handles]
-
-
-# %% ../nbs/04_training_stability.ipynb #diagnose
-def diagnose(model, compute_losses, parts, epoch, random_numbers=None, scale=1.0) -> dict:
-    "Run a failed batch again and name what is first not finite: `origin` (input, weights, forward, loss, gradient, or '' if this time all is finite), `module`, `term`, `images`."
-    buffers, now = [b.clone() for b in model.buffers()], random_state()
-    if random_numbers:
-        set_random_state(random_numbers)
-    cause = {
-        "origin": "",
-        "module": "",
-        "term": "",
-        "images": [t["image_id"] for p, ts in parts for x, t in zip(p, ts) if not _finite(x)],
-    }
-    weights = next((name for name, p in model.named_parameters() if not _finite(p)), "")
-    with watch(model) as seen:
-        for (
-            pixel_values,
-            targets,
-        ) in parts:  # all of them, because several processes must do the same
-            try:
-                losses = compute_losses(model, pixel_values, targets, epoch)
-            except NonFiniteLossError as e:
-                losses, cause["term"] = {}, cause["term"] or e.found[0]
-            if cause["origin"]:
-                continue
-            cause["term"] = cause["term"] or next(
-                (name for name, value in losses.items() if not _finite(value)), ""
-            )
-            cause["origin"] = (
-                "input"
-                if cause["images"]
-                else "weights"
-                if weights
-                else "forward"
-                if seen["forward"]
-                else "loss"
-                if cause["term"]
-                else ""
-            )
-            if not cause["origin"]:
-                cause |= _bad_gradient(model, losses, scale, seen)
-    cause["module"] = cause["module"] or weights.rpartition(".")[0] or seen["forward"]
-    with torch.no_grad():
-        [b.copy_(old) for b, old in zip(model.buffers(), buffers)]
-    set_random_state(now)
-    return cause
-
-
-# %% ../nbs/04_training_stability.ipynb #diagnose-2
-def _bad_gradient(model, losses, scale, seen):
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    bad = lambda value: [
-        n
-        for (n, _), g in zip(
-            named,
-            torch.autograd.grad(
-                value * scale, [p for _, p in named], retain_graph=True, allow_unused=True
-            ),
-        )
-        if not _finite(g)
-    ]
-    if not bad(sum(losses.values())):
-        return {}
-    seen["backward"] = ""
-    for term, value in losses.items():
-        if value.requires_grad and (names := bad(value)):
-            return {
-                "origin": "gradient",
-                "term": term,
-                "module": seen["backward"] or names[-1].rpartition(".")[0],
-            }
-    return {"origin": "gradient", "term": "the sum of all terms", "module": ""}
-
-
 # %% ../nbs/04_training_stability.ipynb #epochview
 class EpochView(Dataset):
     "A data set as one epoch sees it: a fixed order, and for each photograph its own random numbers."
@@ -752,7 +377,7 @@ def epoch_batches(
 
 
 # %% ../nbs/04_training_stability.ipynb #find-run
-NOT_WEIGHTS = ("core", "evaluation", "splits", "data.require_dataset")
+NOT_WEIGHTS = ("core", "runs", "evaluation", "splits", "data.require_dataset", "doctor")
 NOT_HASHED = ("data_dir", "runs_dir", "num_workers", "cache", "cache_gb", "cache_dir")
 
 
@@ -774,99 +399,6 @@ def find_run(config: TrainConfig, family: Family = DEIMV2) -> Path:
     return run_directory(
         runs, family.name, hashed, data_hash(config.data_dir), training_code(family)
     )
-
-
-# %% ../nbs/04_training_stability.ipynb #log
-class Log:
-    "Appends flat dicts of numbers to `metrics.jsonl` and to TensorBoard; lines from after `step` (of a lost epoch) are dropped on opening."
-
-    def __init__(self, run: Path, step: int):
-        self.path = run / "metrics.jsonl"
-        _keep_lines(self.path, lambda i, line: line["step"] <= step)
-        self.board = SummaryWriter(run / "tensorboard", purge_step=step + 1 if step else None)
-
-    def __call__(self, split, step, epoch, values: dict):
-        finite = {k: v for k, v in values.items() if math.isfinite(v)}
-        _append(self.path, {"split": split, "step": step, "epoch": epoch, **finite})
-        for k, v in finite.items():
-            self.board.add_scalar(k, v, step)
-        self.board.flush()
-
-
-# %% ../nbs/04_training_stability.ipynb #log-2
-def _append(path, line: dict):
-    with path.open("a") as f:
-        f.write(json.dumps(line) + "\n")
-
-
-# %% ../nbs/04_training_stability.ipynb #log-3
-def _keep_lines(path, wanted):
-    "Rewrite a file of JSON lines with those that `wanted(i, line)`; one that was cut off in writing ends it."
-    lines = [l for l in path.read_text().splitlines() if l.endswith("}")] if path.exists() else []
-    kept = "".join(f"{l}\n" for i, l in enumerate(lines) if wanted(i, json.loads(l)))
-    if path.exists() and path.read_text() != kept:
-        atomic_write(path, kept)
-
-
-# %% ../nbs/04_training_stability.ipynb #save-state
-class CheckpointError(RuntimeError):
-    "Checkpoints are there, and none of them is whole."
-
-
-# %% ../nbs/04_training_stability.ipynb #save-state-2
-def save_state(run: Path, step: int, state: dict, keep=2) -> Path:
-    "Write `last/step-<step>-<hash>.pt` whole or not at all, then delete all but the newest `keep`. `state`: state dicts and plain values."
-    written = io.BytesIO()
-    torch.save(state, written)
-    content = written.getvalue()
-    path = atomic_write(
-        run / "last" / f"step-{step:08d}-{hash_bytes(content, length=16)}.pt", content
-    )
-    for old in [p for p in sorted((run / "last").iterdir()) if p.suffix == ".pt" and p != path][
-        : -(keep - 1)
-    ]:
-        old.unlink()
-    return path
-
-
-# %% ../nbs/04_training_stability.ipynb #save-state-3
-def load_state(run: Path) -> dict | None:
-    "The newest state that is whole (a damaged one is warned of and passed over); None where none was written. Raises `CheckpointError` where all are damaged."
-    files, damaged = sorted((run / "last").glob("step-*.pt"), reverse=True), []
-    for path in files:
-        content = path.read_bytes()
-        if path.stem.rpartition("-")[2] == hash_bytes(content, length=16):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        damaged.append(path.name)
-        warnings.warn(
-            f"{path} is damaged ({len(content)} bytes that do not have the hash in its name)"
-            + ("; going on from the one before" if len(damaged) < len(files) else "")
-        )
-    if damaged:
-        raise CheckpointError(
-            f"{run / 'last'}: no whole checkpoint ({', '.join(damaged)}). Delete the folder to train this run from its start"
-        )
-
-
-# %% ../nbs/04_training_stability.ipynb #keep-best
-def keep_best(run: Path, family: Family, model, dataset, config, **about):
-    "Save the network as `best/`; the one before stays until the new one is whole."
-    new, best, old = run / "best.new", run / "best", run / "best.old"
-    shutil.rmtree(new, ignore_errors=True)
-    family.save(model, new, classes=dataset.classes, image_size=config.image_size, **about)
-    mend_best(run)
-    if best.exists():
-        os.replace(best, old)
-    os.replace(new, best)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-# %% ../nbs/04_training_stability.ipynb #keep-best-2
-def mend_best(run: Path):
-    "Put back a `best/` that a crash left half way in the exchange."
-    if (run / "best.old").exists() and not (run / "best").exists():
-        os.replace(run / "best.old", run / "best")
-    shutil.rmtree(run / "best.old", ignore_errors=True)
 
 
 # %% ../nbs/04_training_stability.ipynb #pick-precision
@@ -942,7 +474,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Path, family: Family = DEIMV2):
         self.config, self.run, self.family, self.accelerator = (
             config,
-            run,
+            Run(run),
             family,
             start_accelerator(config),
         )
@@ -993,6 +525,9 @@ class Trainer:
             (p, targets[i * n : (i + 1) * n])
             for i, p in enumerate(pixel_values.to(device, non_blocking=True).split(n))
         ]
+
+    def restore(self, leave=()) -> bool:
+        return restore(self, leave)
 
     @property
     def main(self):
@@ -1082,167 +617,6 @@ def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
         with torch.no_grad():
             [b.copy_(old) for b, old in zip(trainer.model.buffers(), buffers)]
         set_random_state(before)
-
-
-# %% ../nbs/04_training_stability.ipynb #record-incident
-class Diverged(Exception):
-    "Several steps in a row have failed."
-
-
-# %% ../nbs/04_training_stability.ipynb #record-incident-2
-KEPT_BATCHES = 5  # of a run: batch and weights of a failed step
-
-
-def record_incident(trainer: Trainer, step: Step, parts, random_numbers):
-    "Find out what failed, write it to `incidents.jsonl`, keep the batch. Raises `Diverged` after `max_skips` in a row."
-    config, plain, scaler = (
-        trainer.config,
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.accelerator.scaler,
-    )
-    scale = scaler.get_scale() / scaler.get_backoff_factor() if scaler else 1.0
-    cause = diagnose(plain, trainer.compute_losses, parts, trainer.epoch, random_numbers, scale)
-    image_ids = [
-        i for _, ts in parts for t in ts for i in (t["image_id"], *t.get("mixed_with", []))
-    ]
-    if trainer.accelerator.num_processes > 1:
-        causes, ids = zip(*gather_object([(cause, image_ids)]))
-        cause, image_ids = (
-            next((c for c in causes if c["origin"] and "another process" not in c["term"]), cause),
-            sum(ids, []),
-        )
-    trainer.in_a_row += step.failure != "overflow"
-    line = {
-        "step": trainer.step,
-        "epoch": trainer.epoch + 1,
-        "failure": step.failure,
-        **{k: cause[k] for k in ("origin", "term", "module")},
-        "found": list(step.found[:8]),
-        "bad_images": cause["images"],
-        "image_ids": image_ids,
-        "grad_norm": str(step.grad_norm.item()),
-        "scale": scale,
-        "lr": trainer.optimizer.param_groups[-1]["lr"],
-        "in_a_row": trainer.in_a_row,
-        "batch": None,
-    }
-    if trainer.main:
-        if trainer.incidents < KEPT_BATCHES:
-            line["batch"] = f"incidents/{trainer.incidents:03d}.pt"
-            kept, written = (
-                {
-                    "parts": parts,
-                    "epoch": trainer.epoch,
-                    "random": random_numbers,
-                    "scale": scale,
-                    "model": plain.state_dict(),
-                },
-                io.BytesIO(),
-            )
-            torch.save(kept, written)
-            atomic_write(trainer.run / line["batch"], written.getvalue())
-        _append(trainer.run / "incidents.jsonl", line)
-    trainer.incidents += 1
-    if trainer.in_a_row >= config.max_skips:
-        raise Diverged(
-            f"{trainer.in_a_row} steps in a row failed, the last at epoch {line['epoch']}, step {line['step']}: {line['failure']}, "
-            f"first {line['term'] or line['origin'] or 'not found again'} in {line['module'] or 'no module'}"
-        )
-
-
-# %% ../nbs/04_training_stability.ipynb #read-incidents
-def read_incidents(run) -> pd.DataFrame:
-    "The failed steps of a run, one a row; empty where none failed."
-    path = Path(run) / "incidents.jsonl"
-    columns = [
-        "step",
-        "epoch",
-        "failure",
-        "origin",
-        "term",
-        "module",
-        "found",
-        "bad_images",
-        "image_ids",
-        "grad_norm",
-        "scale",
-        "lr",
-        "in_a_row",
-        "batch",
-    ]
-    return pd.DataFrame(
-        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [],
-        columns=columns,
-    )
-
-
-def replay(run, incident=0, family: Family = DEIMV2) -> dict:
-    "Run a kept batch again on the weights that it failed on; what `diagnose` says. Raises `FileNotFoundError` where the batch was not kept."
-    run, stored = Path(run), read_json(Path(run) / "config.json")
-    path = run / "incidents" / f"{incident:03d}.pt"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: of a run, the first {KEPT_BATCHES} failed batches are kept"
-        )
-    config, kept = (
-        TrainConfig(
-            **{f.name: stored[f.name] for f in dataclasses.fields(TrainConfig) if f.name in stored}
-        ),
-        torch.load(path, map_location="cpu", weights_only=True),
-    )
-    model = family.build(
-        dataclasses.replace(config, init="scratch"), len(stored["classes"])
-    ).train()
-    model.load_state_dict(kept["model"])
-    return diagnose(
-        model,
-        family.losses(config, len(stored["classes"])),
-        kept["parts"],
-        kept["epoch"],
-        kept["random"],
-        kept["scale"],
-    )
-
-
-# %% ../nbs/04_training_stability.ipynb #go-back
-class TrainingStopped(RuntimeError):
-    "Training ended before its time; what it had is saved, and the message says where and what to do."
-
-
-# %% ../nbs/04_training_stability.ipynb #go-back-2
-def go_back(trainer: Trainer, why: Diverged):
-    "Return to the last good state at half the rate; after `max_returns` of that, write `stopped.json` and raise `TrainingStopped`."
-    trainer.slower, trainer.returns = trainer.slower / 2, trainer.returns + 1
-    if trainer.returns <= trainer.config.max_returns:
-        restore(trainer, leave=("incidents", "returns", "slower"))
-        trainer.in_a_row = 0
-        return warnings.warn(
-            f"{trainer.run.name}: {why}; back to step {trainer.step} at {trainer.slower:g} of the rate"
-        )
-    found = read_incidents(trainer.run)
-    report = {
-        "reason": str(why),
-        "epoch": trainer.epoch + 1,
-        "step": trainer.step,
-        "incidents": trainer.incidents,
-        "returns": trainer.config.max_returns,
-        "first": found.iloc[0][["failure", "origin", "term", "module"]].to_dict(),
-    }
-    if trainer.main:
-        write_json(trainer.run / "stopped.json", report)
-    refuse_stopped(trainer.run, report)
-
-
-# %% ../nbs/04_training_stability.ipynb #go-back-3
-def refuse_stopped(run: Path, report=None):
-    "Raises `TrainingStopped` for a run that has given up."
-    if report is None and not (run / "stopped.json").exists():
-        return
-    report = report or read_json(run / "stopped.json")
-    raise TrainingStopped(
-        f"{run}: stopped. {report['reason']}; {report['returns']} returns at half the rate did not help. The last good state is in last/, what failed in incidents.jsonl. "
-        "Change the recipe (lr, precision, clip), or delete stopped.json to go on from there"
-    )
 
 
 # %% ../nbs/04_training_stability.ipynb #train-epoch
@@ -1377,74 +751,15 @@ def validate(trainer: Trainer) -> dict:
     if score > trainer.best:
         trainer.best, trainer.since_best = score, 0
         if trainer.main:
-            keep_best(
-                trainer.run,
-                trainer.family,
-                model,
-                trainer.train_set,
-                trainer.config,
-                epoch=trainer.epoch + 1,
-                val_AP=score,
-            )
-            write_results(trainer.run / "predictions_val.json", results)
+            about = {
+                "classes": trainer.train_set.classes,
+                "image_size": trainer.config.image_size,
+                "epoch": trainer.epoch + 1,
+                "val_AP": score,
+            }
+            keep_best(trainer.run, lambda folder: trainer.family.save(model, folder, **about))
+            trainer.run.save_predictions("val", results)
     return {f"val/{k}": v for k, v in metrics.items()}
-
-
-# %% ../nbs/04_training_stability.ipynb #outside
-@contextlib.contextmanager
-def stop_requests():
-    "Yields a function that says whether SIGTERM has come meanwhile. (Only the main thread of a process can listen; elsewhere it never has.)"
-    came, owner = [], os.getpid()
-
-    def listen(number, frame):
-        came.append(number) if os.getpid() == owner else os._exit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, listen)
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# %% ../nbs/04_training_stability.ipynb #outside-2
-@contextlib.contextmanager
-def only_writer(run: Path):
-    "Hold the run's lock. Raises `TrainingStopped`, naming the process, where another has it."
-    lock, holder = one_at_a_time(run), run / "writer.json"
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise TrainingStopped(
-            f"{run}: process {read_json(holder).get('pid') if holder.exists() else '?'} is writing this run; wait for it, or give this one another runs_dir"
-        ) from None
-    try:
-        write_json(holder, {"pid": os.getpid()})
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-# %% ../nbs/04_training_stability.ipynb #outside-3
-@contextlib.contextmanager
-def full_disk_named(run: Path):
-    "A full disk as `TrainingStopped`, with what is whole and what to do."
-    try:
-        yield
-    except Exception as e:
-        if getattr(e, "errno", None) not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ) and "No space left" not in str(e):
-            raise
-        whole = [p.name for p in sorted((run / "last").glob("step-*.pt"))]
-        raise TrainingStopped(
-            f"{run}: the disk is full ({e}). Whole and kept: {', '.join(whole) or 'nothing yet'}. Make room, ask for the same run again, and it goes on from there"
-        ) from e
 
 
 # %% ../nbs/04_training_stability.ipynb #train
@@ -1461,12 +776,12 @@ def open_run(trainer: Trainer):
             )
         if trainer.main:
             write_json(
-                run / "config.json",
+                run.path / "config.json",
                 dataclasses.asdict(config)
                 | {"family": trainer.family.name, "classes": trainer.train_set.classes},
             )
             write_json(
-                run / "env.json",
+                run.path / "env.json",
                 environment(
                     seed=config.seed,
                     data_hash=data_hash(config.data_dir),
@@ -1480,7 +795,7 @@ def open_run(trainer: Trainer):
             warnings.warn(warning)
         snapshot(trainer)
     if trainer.main:
-        _keep_lines(run / "incidents.jsonl", lambda i, line: i < trainer.incidents)
+        keep_lines(run.path / "incidents.jsonl", lambda i, line: i < trainer.incidents)
         trainer.log = Log(run, trainer.step)
 
 
@@ -1521,7 +836,7 @@ def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
             try:
                 values = train_epoch(trainer, stop)
             except Diverged as why:
-                go_back(trainer, why)
+                roll_back(trainer, why)
                 continue
             if values is None:
                 snapshot(trainer)

@@ -94,6 +94,7 @@ def test_a_fault_of_ours_shows_where_it_is(monkeypatch):
 
 def test_readme_names_commands_and_options_that_exist(root):
     import re
+
     from deimv2_tfg import weights
 
     readme = (root / "README.md").read_text()
