@@ -41,8 +41,9 @@ from torchvision.models.resnet import ResNet18_Weights
 from .core import Study, one_at_a_time, read_json, write_json
 from .data import cxcywh_to_xyxy
 from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
+from .recipes import TrainConfig
 from .synthetic import study_data
-from .training import Family, TrainConfig, finished_before, phase1_config, train
+from .training import Family, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 
 
