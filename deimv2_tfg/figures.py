@@ -42,6 +42,7 @@ __all__ = [
     "check_figures",
     "section_of",
     "write_index",
+    "report_figures",
 ]
 
 # %% ../nbs/00d_figures.ipynb #imports
@@ -51,7 +52,6 @@ import functools
 import json
 import re
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -71,6 +71,7 @@ from deimv2_tfg.core import (
     hash_bytes,
     one_at_a_time,
     open_study,
+    project_root,
     read_json,
 )
 
@@ -211,8 +212,10 @@ class _LocalFormatter(ScalarFormatter):
 def _overlap(box, others) -> float:
     """Area (pixels) that a box shares with others, all xyxy."""
     others = np.asarray(others, dtype=float).reshape(-1, 4)
-    corner = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    return float(np.prod(corner.clip(min=0), axis=1).sum())
+    upper_left = np.maximum(box[:2], others[:, :2])
+    lower_right = np.minimum(box[2:], others[:, 2:])
+    sides = (lower_right - upper_left).clip(min=0)
+    return float(sides.prod(axis=1).sum())
 
 
 def _label_places(box, size, picture) -> np.ndarray:
@@ -236,12 +239,12 @@ def place_labels(boxes: np.ndarray, sizes: list, picture: tuple[int, int]) -> li
     for k, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
         places = _label_places(box, size, picture)
         others = np.delete(boxes, k, axis=0)
-        costs = [
-            10 * _overlap(place, placed) + _overlap(place, [box]) + 0.5 * _overlap(place, others)
-            for place in places
-        ]
-        ranked = np.array(costs) + 0.02 * np.arange(len(places)) * np.prod(size)
-        placed.append(places[ranked.argmin()])
+        later = 0.02 * np.prod(size)  # of two equal places the first
+        costs = []
+        for rank, place in enumerate(places):
+            hidden = 100 * _overlap(place, placed) + _overlap(place, [box])
+            costs.append(hidden + 0.5 * _overlap(place, others) + rank * later)
+        placed.append(places[np.argmin(costs)])
     return placed
 
 
@@ -261,7 +264,6 @@ def _draw_label(pen: ImageDraw.ImageDraw, place, text: str, color: tuple, font) 
     pen.text(middle.tolist(), text, fill="white" if dark else "black", font=font, anchor="mm")
 
 
-# %% ../nbs/00d_figures.ipynb #box-texts
 def _rgb(index: int) -> tuple[int, int, int]:
     return tuple(round(255 * part) for part in class_style(index)["color"])
 
@@ -313,7 +315,7 @@ def _is_effect(column: str) -> bool:
 
 
 def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
-    """{x: (its low, its high)} of columns "x", "x low", "x high", or of "low" and "high"."""
+    """{x: (its low, its high)} of columns "x", "x low", "x high"; or of "low" and "high"."""
     found = {c: (f"{c} low", f"{c} high") for c in columns if f"{c} low" in columns}
     if {"low", "high"} <= set(columns):
         found |= {c: ("low", "high") for c in columns if _is_effect(c)}
@@ -322,7 +324,7 @@ def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
 
 # %% ../nbs/00d_figures.ipynb #numbers-of-a-column
 def _digits(column: str, values: pd.Series) -> int:
-    """Decimals that a column is printed with: none for whole numbers, three for AP and p."""
+    """Decimals that numbers are printed with: none for whole ones, three for AP and p."""
     values = values.dropna().astype(float)
     if column.startswith(("AP", "AR", "p ")) or values.empty:
         return 3
@@ -331,13 +333,25 @@ def _digits(column: str, values: pd.Series) -> int:
     return 3 if values.abs().max() < 10 else 1
 
 
+def _numbers(column: str, values: pd.Series, language: str) -> pd.Series:
+    if _is_effect(column):
+        points = 100 * values.astype(float)
+        return points.map(lambda v: format_number(v, 2, language, signed=True))
+    if column == "value":  # a different quantity in each row
+        digits = [_digits(column, values[[k]]) for k in values.index]
+    else:
+        digits = [_digits(column, values)] * len(values)
+    written = [format_number(v, d, language) for v, d in zip(values, digits, strict=True)]
+    if column == "p" or column.startswith("p "):
+        least = "<" + format_number(0.001, 3, language)
+        written = [least if v < 0.0005 else w for v, w in zip(values, written, strict=True)]
+    return pd.Series(written, index=values.index)
+
+
 def _written(column: str, values: pd.Series, language: str) -> pd.Series:
     """A column as text in a language."""
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        effect = _is_effect(column)
-        digits = 2 if effect else _digits(column, values)
-        numbers = 100 * values.astype(float) if effect else values
-        return numbers.map(lambda v: format_number(v, digits, language, signed=effect))
+        return _numbers(column, values, language)
     word = class_title if column == "class" else caption_in
     return values.map(lambda v: MISSING if pd.isna(v) or v == "" else word(str(v), language))
 
@@ -403,14 +417,13 @@ def to_latex(printed: pd.DataFrame, caption: str = "", label: str = "") -> str:
     narrow = sum(min(w, WIDE) for w in widths if w <= WIDE)
     share = max(0.15, (0.95 - 0.013 * narrow) / max(1, wrapped))
     column = f"p{{{share:.2f}\\linewidth}}"
+    style = printed.style.hide(axis="index").format(escape="latex")
+    style = style.format_index(escape="latex", axis=1)
     long = len(printed) > LONG
-    style = (
-        printed.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    )
     return style.to_latex(
         hrules=True,
         column_format="".join(column if w > WIDE else "l" for w in widths),
-        caption=caption.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&") or None,
+        caption=re.sub(r"([%&#_$])", r"\\\1", caption) or None,
         label=label or None,
         environment="longtable" if long else None,
         position_float=None if long else "centering",
@@ -476,7 +489,6 @@ def _replace_line(path: Path, name: str, record: dict) -> None:
         atomic_write(path, "\n".join(lines) + "\n")
 
 
-# %% ../nbs/00d_figures.ipynb #read-provenance
 def read_provenance(folder: str | Path) -> list[dict]:
     """The records of a study's directory in thesis_figures, by name; [] where there are none."""
     path = Path(folder) / "provenance.jsonl"
@@ -510,23 +522,17 @@ def run_row(run: str | Path) -> dict:
     config = _maybe_json(run / "config.json")
     about = _maybe_json(run / "env.json")
     result = _maybe_json(run / "result.json")
-    seconds = result.get("seconds")
     told = [f"{key}={config[key]}" for key in SUMMARY if config.get(key) not in (None, "")]
-    return {
-        "run": run.name,
-        "configuration": " ".join(told) or None,
-        "seed": config.get("seed"),
-        "data": about.get("data_hash"),
-        "commit": str(about.get("commit") or "")[:9] or None,
-        "device": about.get("device"),
-        "images seen": result.get("images_seen"),
-        "minutes": round(seconds / 60, 1) if seconds else None,
-    }
+    row = {"run": run.name, "configuration": " ".join(told), "seed": config.get("seed")}
+    row |= {"data": about.get("data_hash"), "commit": str(about.get("commit") or "")[:9]}
+    row |= {"device": about.get("device"), "images seen": result.get("images_seen")}
+    row["minutes"] = round(result["seconds"] / 60, 1) if "seconds" in result else None
+    return row
 
 
 # %% ../nbs/00d_figures.ipynb #note-runs
 def note_runs(folder: Path, runs) -> Path:
-    """Bring these runs' rows of `runs.csv` up to date; a run that is not here keeps its row."""
+    """Bring these runs' rows of `runs.csv` up to date; a run that is not here keeps its own."""
     path = folder / "runs.csv"
     with one_at_a_time(path):
         rows = {}
@@ -547,19 +553,12 @@ def _note(frame, page: Study, name: str, kind: str, caption: str, runs, by, colu
     """Write the record of a figure or table, and the rows of its runs."""
     runs = [Path(r) for r in runs]
     about = environment()
-    record = {
-        "name": f"{page.chapter}/{name}".lstrip("/"),
-        "kind": kind,
-        "caption": caption,
-        "code": made_by(frame, by),
-        "runs": {r.name: run_digest(r) for r in runs},
-        "data": _data_hash(page.data_dir) if page.data_dir else f"built in, {page.profile.name}",
-        "seed": page.seed,
-        "profile": page.profile.name,
-        "commit": about["commit"],
-        "dirty": about["dirty"],
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    data = _data_hash(page.data_dir) if page.data_dir else f"built in, {page.profile.name}"
+    record = {"name": f"{page.chapter}/{name}".lstrip("/"), "kind": kind, "caption": caption}
+    record["code"] = made_by(frame, by)
+    record["runs"] = {r.name: run_digest(r) for r in runs}
+    record |= {"data": data, "seed": page.seed, "profile": page.profile.name}
+    record |= {"commit": about["commit"], "dirty": about["dirty"], "time": about["time"]}
     if columns:
         record["columns"] = list(columns)
     _replace_line(page.figures / "provenance.jsonl", record["name"], record)
@@ -601,7 +600,7 @@ def save_table(df, page: Study, name: str, caption="", runs=(), by=None, columns
 
 # %% ../nbs/00d_figures.ipynb #of-package
 def of_package(page: Study) -> Study:
-    """Where a page saves what no study changes: the study "package" (a smoke test keeps its own)."""
+    """Where a page saves what no study changes: the study "package" (in smoke tests, its own)."""
     if page.profile.name == "smoke":
         return page
     return dataclasses.replace(page, name="package", data_dir=None)
@@ -676,7 +675,7 @@ def check_figures(folder: str | Path, data_dir: str | Path | None = None) -> pd.
 # %% ../nbs/00d_figures.ipynb #sections
 SECTIONS = {
     "4.1 Architecture": "02_backbone 02a_weights 03_detector 03a_criterion 03d_cost 03e_input_size",
-    "4.2 Classes and data": "00a_photographs 00e_synthetic 00f_doctor 01_data 01b_formats 01e_splits",
+    "4.2 Classes and data": "00e_synthetic 00f_doctor 01_data 01b_formats 01e_splits",
     "4.3 Optimisation": "01c_transforms 03f_recipes 03g_guard 04_training_stability 04a_divergence",
     "4.4 The detector and convolutional networks": "03b_evaluation 06_baselines 09_pretraining",
     "5.2 Descriptions of the classes": "04b_text",
@@ -713,3 +712,18 @@ def write_index(folder: str | Path) -> Path:
             lines += ["", f"## {section}", ""]
             lines += [_index_line(folder, r) for r in its]
     return atomic_write(folder / "index.md", "\n".join(lines) + "\n")
+
+
+# %% ../nbs/00d_figures.ipynb #report-figures
+def report_figures(data_dir: str | Path | None = None) -> int:
+    """Print every study's state and each stale figure of thesis_figures. Returns their number."""
+    stale = 0
+    for path in sorted((project_root() / "thesis_figures").glob("*/provenance.jsonl")):
+        states = check_figures(path.parent, data_dir)
+        counts = states["state"].value_counts()
+        told = ", ".join(f"{counts.get(state, 0)} {state}" for state in STATES)
+        print(f"{path.parent.name}: {told}")
+        for row in states[states["state"] == STATES[1]].itertuples():
+            print(f"  {row.name}: {row.reason}")
+            stale += 1
+    return stale
