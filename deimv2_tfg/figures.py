@@ -73,9 +73,10 @@ from deimv2_tfg.core import (
     open_study,
     project_root,
     read_json,
+    read_lines,
 )
 
-from .runs import code_hash, data_hash, environment, source_hash
+from .runs import Run, code_hash, data_hash, environment, source_hash
 
 # %% ../nbs/00d_figures.ipynb #style
 STYLE = {
@@ -137,9 +138,7 @@ CLASS_TITLES = {
 
 def class_title(name: str, language: str = "en") -> str:
     """A class's name as people read it: RAYONES_ARANAZOS is "scratches" or "rayones y arañazos"."""
-    if name in CLASS_TITLES:
-        return gettext(CLASS_TITLES[name], language)
-    return str(name).replace("_", " ")
+    return gettext(CLASS_TITLES.get(name, str(name).replace("_", " ")), language)
 
 
 def short_titles(classes: list[str], language: str = "en") -> list[str]:
@@ -491,10 +490,7 @@ def _replace_line(path: Path, name: str, record: dict) -> None:
 
 def read_provenance(folder: str | Path) -> list[dict]:
     """The records of a study's directory in thesis_figures, by name; [] where there are none."""
-    path = Path(folder) / "provenance.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return read_lines(Path(folder) / "provenance.jsonl")
 
 
 # %% ../nbs/00d_figures.ipynb #run-rows
@@ -512,21 +508,17 @@ SUMMARY = (
 SUMMARY += ("epochs", "batch_size", "lr", "precision", "init")
 
 
-def _maybe_json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
-
-
 def run_row(run: str | Path) -> dict:
     """What is told of a run in `runs.csv`; what is not known is None."""
-    run = Path(run)
-    config = _maybe_json(run / "config.json")
-    about = _maybe_json(run / "env.json")
-    result = _maybe_json(run / "result.json")
-    told = [f"{key}={config[key]}" for key in SUMMARY if config.get(key) not in (None, "")]
-    row = {"run": run.name, "configuration": " ".join(told), "seed": config.get("seed")}
-    row |= {"data": about.get("data_hash"), "commit": str(about.get("commit") or "")[:9]}
-    row |= {"device": about.get("device"), "images seen": result.get("images_seen")}
-    row["minutes"] = round(result["seconds"] / 60, 1) if "seconds" in result else None
+    run = Run(run)
+    told = [f"{key}={run.config[key]}" for key in SUMMARY if run.config.get(key) not in (None, "")]
+    row = {"run": run.name, "configuration": " ".join(told), "seed": run.config.get("seed")}
+    row["data"] = run.environment.get("data_hash")
+    row["commit"] = str(run.environment.get("commit") or "")[:9]
+    row["device"] = run.environment.get("device")
+    row["images seen"] = run.result.get("images_seen")
+    seconds = run.result.get("seconds")
+    row["minutes"] = round(seconds / 60, 1) if seconds else None
     return row
 
 

@@ -45,10 +45,8 @@ from deimv2_tfg.evaluation import (
     coco_metrics,
     detector_directory,
     open_detector,
-    plot_protocol_jitter,
     precision_recall,
     predict,
-    trained_image_size,
 )
 from deimv2_tfg.figures import (
     caption_in,
@@ -60,14 +58,12 @@ from deimv2_tfg.results import (
     compare,
     group_seeds,
     plot_per_class,
-    run_annotations,
-    run_results,
 )
 
-from .core import Study, atomic_write, read_json
+from .core import Study, atomic_write
 from .data import load_dataset
 from .errors import plot_budget
-from .training import load_state
+from .runs import Run, find_runs, load_state
 
 
 # %% ../nbs/07c_thesis.ipynb #softmax-scores
@@ -110,7 +106,7 @@ def last_weights(run: str | Path, averaged: bool) -> torch.nn.Module:
 # %% ../nbs/07c_thesis.ipynb #old-protocol-2
 def _old_predictions(run: str | Path, dataset, threshold: float) -> dict[str, list | None]:
     """COCO results by variant of the protocol; None where the run kept no raw weights."""
-    size = trained_image_size(run)
+    size = Run(run).image_size
     kept = load_state(Path(run)) is not None
     ema = last_weights(run, averaged=True) if kept else open_detector(detector_directory(run))
     found = {
@@ -180,56 +176,50 @@ def part_verdict(annotations: dict, results: list, val: tuple[dict, list]) -> pd
 PLACES = ("data_dir", "runs_dir", "num_workers")  # of a configuration: they change no result
 
 
-def _configuration(run: Path) -> str:
-    config = read_json(run / "config.json")
-    return str(sorted((k, v) for k, v in config.items() if k not in PLACES))
-
-
-def study_runs(study: Study) -> list[Path]:
+def study_runs(study: Study) -> list[Run]:
     """The study's finished runs, DEIMv2 first; of equal configurations the newest."""
-    results = [p for p in study.runs.glob("*/result.json") if p.with_name("config.json").is_file()]
-    results.sort(key=lambda p: p.stat().st_mtime)
-    newest = {_configuration(p.parent): p.parent for p in results}
+    newest = {}
+    for run in find_runs(study.runs):
+        kept = [(k, v) for k, v in run.config.items() if k not in PLACES]
+        newest[str(sorted(kept))] = run
     return sorted(newest.values(), key=lambda r: (not r.name.startswith("detector"), r.name))
 
 
 # %% ../nbs/07c_thesis.ipynb #study-rows-2
-def images_seen(run: Path) -> int | None:
+def images_seen(run: Run) -> int | None:
     """Photographs shown in training, with repetitions; of a fusion run, those of its detector.
 
     None where that is not known.
     """
-    base = Path(read_json(run / "config.json").get("run") or run)
-    for place in (run.parent / base.name, base):
-        if (place / "result.json").is_file():
-            return read_json(place / "result.json").get("images_seen")
+    base = Path(run.config.get("run") or run.path)
+    for place in (run.path.parent / base.name, base):
+        if Run(place).finished:
+            return Run(place).result.get("images_seen")
     return None
 
 
 # %% ../nbs/07c_thesis.ipynb #best-fusion
-def _ap_on_val(run: Path) -> float:
-    result = read_json(run / "result.json")
-    return result.get("val_AP", result.get("best_val_AP", 0.0))
-
-
-def best_fusion(runs: list[Path]) -> list[Path]:
+def best_fusion(runs: list[Run]) -> list[Run]:
     """The seeds of the head that does best on val, among the heads with the most seeds.
 
     Only runs with the true text and no class held out are asked.
     """
-    configs = {r: read_json(r / "config.json") for r in runs}
-    asked = [r for r, c in configs.items() if c.get("text") == "true" and not c.get("held_out")]
-    groups = group_seeds(asked)
+    asked = [r for r in runs if r.config.get("text") == "true" and not r.config.get("held_out")]
+    groups = [[Run(r) for r in group] for group in group_seeds(asked)]
     most = max(map(len, groups), default=0)
     fullest = [g for g in groups if len(g) == most]
-    return max(fullest, key=lambda g: np.mean([_ap_on_val(r) for r in g]), default=[])
+
+    def on_val(group):
+        return np.mean([r.result.get("best_val_AP", 0.0) for r in group])
+
+    return max(fullest, key=on_val, default=[])
 
 
 # %% ../nbs/07c_thesis.ipynb #study-rows-3
 KINDS_OF_RUN = {"detector": "DEIMv2", "faster_rcnn": "Faster R-CNN", "fusion": "DEIMv2 with text"}
 
 
-def _at_budget(runs: list[Path], split: str, draws: int) -> pd.DataFrame:
+def _at_budget(runs: list[Run], split: str, draws: int) -> pd.DataFrame:
     """`compare` among runs that saw as many images, with the best of their fusion heads."""
     fused = [r for r in runs if r.name.startswith("fusion")]
     others = [r for r in runs if r not in fused]
@@ -269,7 +259,6 @@ PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
     "confusion": _plot_confusion,
     "error_budget": plot_budget,
     "per_class_intervals": plot_per_class,
-    "protocol_jitter": plot_protocol_jitter,
     "reliability": plot_reliability,
     "verdicts": _plot_verdicts,
 }
