@@ -563,6 +563,8 @@ def only_writer(run):
         yield
     finally:
         holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a run that never began leaves no empty directory
+            run.path.rmdir()
         lock.release()
 
 

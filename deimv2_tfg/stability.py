@@ -58,12 +58,12 @@ from deimv2_tfg.training import (
     augmented,
     epoch_batches,
     find_run,
+    make_ema,
     parameter_groups,
     phase1_config,
     start_accelerator,
     train,
     training_step,
-    weight_average,
 )
 
 from .core import open_study, read_json, seed_everything
@@ -441,7 +441,7 @@ def _bench_step(levers, config, num_classes, accelerator):
             fused="few groups" in levers or None,
             foreach=None if "few groups" in levers else False,
         ),
-        weight_average(model, 1000),
+        make_ema(model, 1000),
     )
     if {"compiled", "CUDA graphs"} & {*levers}:
         compile_static(model, "CUDA graphs" in levers)
@@ -454,7 +454,7 @@ def _bench_step(levers, config, num_classes, accelerator):
 
     def trainer_s(batch):
         return training_step(
-            model, losses, [batch], optimizer, average, accelerator, config, 0
+            model, losses, [batch], optimizer, average, accelerator, config.clip, 0
         ).losses
 
     def plain(batch):

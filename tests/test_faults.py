@@ -28,7 +28,7 @@ from deimv2_tfg.training import (
     parameter_groups,
     train,
     training_step,
-    weight_average,
+    make_ema,
 )
 
 COUNT = {}
@@ -105,7 +105,7 @@ class Bench:
         torch.manual_seed(0)
         self.config, self.accelerator = config, Accelerator(cpu=True)
         self.model = DEIMV2.build(config, 6).train()
-        self.losses, self.average = DEIMV2.losses(config, 6), weight_average(self.model, 10)
+        self.losses, self.average = DEIMV2.losses(config, 6), make_ema(self.model, 10)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config))
         self.images = torch.randn(2, 3, 64, 64)
         self.targets = [
@@ -126,7 +126,7 @@ class Bench:
             self.optimizer,
             self.average,
             self.accelerator,
-            self.config,
+            self.config.clip,
             0,
         )
 

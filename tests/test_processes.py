@@ -15,15 +15,7 @@ from pathlib import Path
 import torch
 from deimv2_tfg import training
 from deimv2_tfg.runs import Run
-from deimv2_tfg.training import (
-    DEIMV2,
-    Trainer,
-    epoch_batches,
-    find_run,
-    train,
-    training_step,
-    validate,
-)
+from deimv2_tfg.training import DEIMV2, Trainer, epoch_batches, in_parts, set_rate, train, training_step, validate
 from deimv2_tfg.recipes import TrainConfig
 
 data, out = sys.argv[1], Path(sys.argv[2])
@@ -42,18 +34,18 @@ images, targets = next(iter(epoch_batches(trainer.view, config, 0, 0, rank, n)))
 trainer.model.train()
 for m in trainer.model.modules():
     if isinstance(m, torch.nn.BatchNorm2d): m.eval()
-trainer.set_rate()
-parts = trainer.parts(images, targets)
-step = training_step(trainer.model, trainer.compute_losses, parts, trainer.optimizer, trainer.average, trainer.accelerator, config, 0)
+set_rate(trainer)
+parts = in_parts(trainer, images, targets)
+step = training_step(trainer.model, trainer.compute_losses, parts, trainer.optimizer, trainer.ema, trainer.accelerator, config.clip, 0)
 plain = trainer.accelerator.unwrap_model(trainer.model)
 mean = lambda v: trainer.accelerator.reduce(v.clone().float(), "mean").item()
 losses = {k: mean(v) for k, v in step.losses.items()}
 if rank == 0: torch.save({"losses": losses, "norm": step.grad_norm, "grads": {k: p.grad for k, p in plain.named_parameters() if p.grad is not None}, "weights": plain.state_dict(), "lr": trainer.rates[0]}, out / "step.pt")
 metrics = validate(trainer)
-poisoned = training_step(trainer.model, trainer.compute_losses, [(x * (math.nan if rank == n - 1 else 1), t) for x, t in parts], trainer.optimizer, trainer.average, trainer.accelerator, config, 0)
+poisoned = training_step(trainer.model, trainer.compute_losses, [(x * (math.nan if rank == n - 1 else 1), t) for x, t in parts], trainer.optimizer, trainer.ema, trainer.accelerator, config.clip, 0)
 ordinary = trainer.compute_losses
 late = lambda *a: {k: v * (math.nan if rank == n - 1 else 1) for k, v in ordinary(*a).items()}
-after = training_step(trainer.model, late, parts, trainer.optimizer, trainer.average, trainer.accelerator, config, 0)
+after = training_step(trainer.model, late, parts, trainer.optimizer, trainer.ema, trainer.accelerator, config.clip, 0)
 ordinary_step, calls = training.training_step, []
 def second_is_bad(model, losses, parts, *rest):
     calls.append(1)

@@ -81,9 +81,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(config, tmp_path, monke
     assert all(
         torch.equal(a, b) for a, b in zip(whole["model"].values(), resumed["model"].values())
     )
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole["average"].values(), resumed["average"].values())
-    )
+    assert all(torch.equal(a, b) for a, b in zip(whole["ema"].values(), resumed["ema"].values()))
 
 
 def test_a_bad_data_dir_stops_before_anything_is_written(config, tmp_path):
@@ -204,7 +202,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
     "Of what the family's own count divides; parts of one and three photographs, with unlike numbers of boxes."
     from deimv2_tfg.baselines import FASTER_RCNN
     from deimv2_tfg.recipes import TrainConfig
-    from deimv2_tfg.training import DEIMV2, count_boxes, shares_of, training_step, weight_average
+    from deimv2_tfg.training import DEIMV2, count_boxes, shares_of, training_step, make_ema
 
     def toy(model, x, targets, epoch):
         return {
@@ -230,9 +228,9 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
             toy,
             parts,
             torch.optim.SGD(model.parameters(), 0.0),
-            weight_average(model, 10),
+            make_ema(model, 10),
             accelerate.Accelerator(cpu=True),
-            TrainConfig("", clip=0),
+            0,
             0,
             size,
         )
@@ -255,7 +253,7 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
         count_boxes,
         epoch_batches,
         training_step,
-        weight_average,
+        make_ema,
     )
 
     config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=6, clip=0)
@@ -276,9 +274,9 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
             lambda *a: {k: v for k, v in losses(*a).items() if "mal" in k},
             parts,
             torch.optim.SGD(model.parameters(), 0.0),
-            weight_average(model, 10),
+            make_ema(model, 10),
             accelerate.Accelerator(cpu=True),
-            config,
+            0,
             0,
             count_boxes,
         )
