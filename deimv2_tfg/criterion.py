@@ -291,7 +291,8 @@ def ddf_loss(corners, logits, pairs, iou, balance, temperature: float = 5.0) -> 
     """Decoupled distillation focal loss (L - 1,): KL from the last layer to each earlier one.
 
     `corners` (L, B, Q, 4, bins), `logits` of the last layer (B, Q, C), `pairs` (3, U), `iou`
-    (L, U); `balance`: numbers of matched and unmatched ordinary queries. Detached: teacher and weights.
+    (L, U); `balance`: numbers of matched and unmatched ordinary queries. Detached: the teacher
+    and all weights.
     """
     image, query, _ = pairs
     with torch.no_grad():
