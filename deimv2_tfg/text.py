@@ -6,9 +6,8 @@
 __all__ = [
     "DESCRIPTIONS",
     "SEED_DESCRIPTIONS",
-    "LANGUAGES",
     "FIELDS",
-    "WORDS",
+    "RANDOM_WORDS",
     "HUB",
     "MINILM_SHA256",
     "SHIPPED",
@@ -33,7 +32,6 @@ __all__ = [
     "default_texts",
     "make_shipped_cache",
     "similarity_table",
-    "first_word",
     "plot_similarities",
 ]
 
@@ -70,11 +68,11 @@ from deimv2_tfg.core import (
 )
 
 from .data import load_dataset
+from .figures import LANGUAGES, short_titles
 
 # %% ../nbs/04b_text.ipynb #load-descriptions
 DESCRIPTIONS = PACKAGE / "descriptions.json"
 SEED_DESCRIPTIONS = PACKAGE / "descriptions_seed.json"
-LANGUAGES = ("en", "es")
 FIELDS = ("name", "description", "keywords")
 
 
@@ -212,7 +210,7 @@ def skip_page(reason: str) -> None:
 
 
 # %% ../nbs/04b_text.ipynb #random-words
-WORDS = (
+RANDOM_WORDS = (
     "window garden yellow river teacher october piano seven cousin market orange letter "
     "winter doctor kitchen monday sugar mountain ticket captain library silver summer "
     "pocket dinner village bottle friday pencil island guitar coffee sister forest tiger bridge"
@@ -223,7 +221,7 @@ def random_words(n: int, seed=0, words=6) -> list[str]:
     """`n` texts of random words; the first texts stay the same when `n` grows."""
     texts = []
     for i in range(n):
-        chosen = random.Random(f"{seed}/{i}").sample(WORDS, words)
+        chosen = random.Random(f"{seed}/{i}").sample(RANDOM_WORDS, words)
         texts.append(" ".join(chosen))
     return texts
 
@@ -552,12 +550,6 @@ def similarity_table(classes, embedded: TextEmbeddings) -> pd.DataFrame:
     return pd.DataFrame(cosine, index=list(classes), columns=list(classes))
 
 
-# %% ../nbs/04b_text.ipynb #short-class
-def first_word(name: str) -> str:
-    """A class's name as it fits on an axis: its first word, in small letters."""
-    return name.replace("_", " ").split()[0].lower()
-
-
 # %% ../nbs/04b_text.ipynb #plot-similarities
 def plot_similarities(tables: dict) -> plt.Figure:
     """One heat map per table, side by side, with a common scale."""
@@ -565,11 +557,11 @@ def plot_similarities(tables: dict) -> plt.Figure:
     fig, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
     low = min(table.to_numpy().min() for table in tables.values())
     style = {"annot": True, "fmt": ".2f", "cmap": "cividis", "square": True}
-    style |= {"vmin": low, "vmax": max(1.0, low + 0.1), "annot_kws": {"fontsize": 6}}
+    style |= {"vmin": low, "vmax": max(1.0, low + 0.1)}
     bar = {"label": "cosine", "shrink": 0.7}
     for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
-        short = table.rename(index=first_word, columns=first_word)
+        titles = short_titles(list(table.columns))
+        short = table.set_axis(titles, axis=0).set_axis(titles, axis=1)
         sns.heatmap(short, ax=ax, cbar=ax is axes[0, -1], cbar_kws=bar, **style)
-        ax.set_title(title, fontsize=8)
-        ax.tick_params(labelsize=6)
+        ax.set_title(title)
     return fig
