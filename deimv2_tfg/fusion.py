@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = [
+    "AUGMENTATION",
     "TEXTS",
     "PRIOR",
     "HEADS",
     "Queries",
     "match_queries",
+    "query_quality",
     "run_queries",
     "detector_hash",
     "query_key",
     "cached_queries",
-    "query_results",
     "queries_in_batches",
+    "query_results",
     "ClassText",
     "orthogonal_rows",
     "class_text_of",
@@ -26,29 +28,37 @@ __all__ = [
     "ResidualHead",
     "CrossAttentionHead",
     "build_head",
+    "parameter_count",
     "fusion_loss",
+    "training_pass",
     "random_queries",
     "bench_heads",
-    "training_pass",
 ]
 
 # %% ../nbs/04c_fusion.ipynb #fusion-imports
 import json
 import math
-import os
 import time
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.utils.data import DataLoader
 
+from deimv2_tfg.core import (
+    atomic_write,
+    default_device,
+    hash_bytes,
+    one_at_a_time,
+    progress,
+    to_jsonable,
+)
 from deimv2_tfg.evaluation import (
     check_classes,
     detector_directory,
@@ -56,11 +66,11 @@ from deimv2_tfg.evaluation import (
     trained_image_size,
 )
 
-from .core import hash_bytes, one_at_a_time, progress, read_json, to_jsonable
 from .criterion import assign, mal_loss, matching_cost
 from .data import load_dataset
 from .detector import DetectorOutput, load_detector, postprocess
-from .runs import code_hash, data_hash
+from .recipes import TEXT_KINDS
+from .runs import Run, code_hash, data_hash
 from .text import TextEmbeddings, class_texts, encode_texts, random_words
 from .training import EpochView
 from .transforms import TrainTransform, collate, eval_transform
@@ -69,239 +79,282 @@ from .transforms import TrainTransform, collate, eval_transform
 # %% ../nbs/04c_fusion.ipynb #queries
 @dataclass(frozen=True)
 class Queries:
-    """What a frozen detector says of N photographs, Q queries each, width D, C classes; P is the largest number of objects.
+    """What a frozen detector says of N photographs.
 
-    `embeddings` (N, Q, D) half precision; `logits` (N, Q, C); `quality` (N, Q, 1), the part of the logits that is not the class layer's; `boxes` (N, Q, 4) cxcywh in [0, 1];
-    matches: `query`, `label` (N, P), -1 where there is none, `target` (N, P, 4); `image_id` (N,); `size` (N, 2) height, width of the photograph."""
+    Q queries of width D each, C classes; P is the largest number of objects in a photograph.
+    Indexing with a slice, an index or a tensor of indexes takes photographs out.
+    """
 
-    embeddings: torch.Tensor
-    logits: torch.Tensor
-    quality: torch.Tensor
-    boxes: torch.Tensor
-    query: torch.Tensor
-    label: torch.Tensor
-    target: torch.Tensor
-    image_id: torch.Tensor
-    size: torch.Tensor
+    embeddings: torch.Tensor  # (N, Q, D) half precision: the decoder's last vectors
+    logits: torch.Tensor  # (N, Q, C) of the detector
+    quality: torch.Tensor  # (N, Q, 1) the part of the logits that is not the class layer's
+    boxes: torch.Tensor  # (N, Q, 4) cxcywh in [0, 1]
+    query: torch.Tensor  # (N, P) the query that answers for each object; -1: no such object
+    label: torch.Tensor  # (N, P) the object's class in 0..C-1; -1: no such object
+    target: torch.Tensor  # (N, P, 4) the object's box, cxcywh in [0, 1]; 0: no such object
+    image_id: torch.Tensor  # (N,)
+    size: torch.Tensor  # (N, 2) height and width of the photograph, pixels
 
     def __len__(self):
         return len(self.image_id)
 
     def __getitem__(self, index):
-        return Queries(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Queries(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 # %% ../nbs/04c_fusion.ipynb #match-queries
 def match_queries(logits, boxes, targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Which query answers for which object, by the criterion's matcher: `query`, `label` (B, P) and `target` (B, P, 4), -1 and 0 where an image has fewer objects."
+    """Which query answers for which object, by the criterion's matcher.
+
+    logits (B, Q, C), boxes (B, Q, 4) cxcywh in [0, 1]; targets: B dicts with "labels" (n,) and
+    "boxes" (n, 4). Gives `query`, `label` (B, P) and `target` (B, P, 4) as in `Queries`.
+    """
     counts = [len(t["labels"]) for t in targets]
-    query, label = (torch.full((len(targets), max(counts, default=0)), -1) for _ in range(2))
-    target = torch.zeros(*query.shape, 4)
-    if sum(counts) == 0:
+    most = max(counts, default=0)
+    query = torch.full((len(targets), most), -1)
+    label = query.clone()
+    target = torch.zeros(len(targets), most, 4)
+    if most == 0:
         return query, label, target
-    labels, wanted = (
-        torch.cat([t["labels"] for t in targets]),
-        torch.cat([t["boxes"] for t in targets]),
-    )
+    labels = torch.cat([t["labels"] for t in targets])
+    wanted = torch.cat([t["boxes"] for t in targets])
     image = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor(counts))
     cost = matching_cost(logits[None].float(), boxes[None].float(), labels, wanted, image)
-    _, i, q, t = torch.from_numpy(assign(cost.numpy(), counts))
-    place = torch.cat([torch.arange(n) for n in counts])
-    query[i, place[t]], label[i, place[t]], target[i, place[t]] = q, labels[t], wanted[t].float()
+    _, matched_image, matched_query, matched = torch.from_numpy(assign(cost.numpy(), counts))
+    place = torch.cat([torch.arange(n) for n in counts])[matched]
+    query[matched_image, place] = matched_query
+    label[matched_image, place] = labels[matched]
+    target[matched_image, place] = wanted[matched].float()
     return query, label, target
 
 
+# %% ../nbs/04c_fusion.ipynb #query-quality
+def query_quality(model, output: DetectorOutput) -> torch.Tensor:
+    """The part (B, Q, 1) of a detector's last logits that its box distribution gives."""
+    class_layer = model.model.decoder.class_embed[-1]
+    class_logits = class_layer(output.query_embeddings).float()
+    return (output.logits - class_logits).mean(-1, keepdim=True)
+
+
 # %% ../nbs/04c_fusion.ipynb #run-queries
+def _batch_queries(model, pixel_values, targets) -> Queries:
+    """`Queries` of one batch, on the CPU."""
+    output = model(pixel_values.to(next(model.parameters()).device))
+    embeddings = output.query_embeddings.half().cpu()
+    logits = output.logits.cpu()
+    quality = query_quality(model, output).cpu()
+    boxes = output.pred_boxes.cpu()
+    matches = match_queries(logits, boxes, targets)
+    image_id = torch.tensor([t["image_id"] for t in targets])
+    size = torch.tensor([t["size"] for t in targets])
+    return Queries(embeddings, logits, quality, boxes, *matches, image_id, size)
+
+
+# %% ../nbs/04c_fusion.ipynb #join-queries
+def _join_queries(parts: list[Queries]) -> Queries:
+    """Batches as one, their matches filled up to the largest number of objects."""
+    most = max(part.query.shape[1] for part in parts)
+    filled = []
+    for part in parts:
+        more = most - part.query.shape[1]
+        query = F.pad(part.query, [0, more], value=-1)
+        label = F.pad(part.label, [0, more], value=-1)
+        target = F.pad(part.target, [0, 0, 0, more])
+        filled.append(replace(part, query=query, label=label, target=target))
+    tensors = {}
+    for field in fields(Queries):
+        tensors[field.name] = torch.cat([getattr(part, field.name) for part in filled])
+    return Queries(**tensors)
+
+
+# %% ../nbs/04c_fusion.ipynb #run-queries-2
 @torch.inference_mode()
 def run_queries(model, loader) -> Queries:
-    "`Queries` of a detector (in evaluation mode, nothing of it changes) on the batches of a loader."
-    parts, device = [], next(model.parameters()).device
-    for pixel_values, targets in loader:
-        out = model.eval()(pixel_values.to(device))
-        quality = (
-            out.logits - model.model.decoder.class_embed[-1](out.query_embeddings).float()
-        ).mean(-1, keepdim=True)
-        found = [
-            t.cpu() for t in (out.query_embeddings.half(), out.logits, quality, out.pred_boxes)
-        ]
-        parts.append(
-            (
-                *found,
-                *match_queries(found[1], found[3], targets),
-                torch.tensor([t["image_id"] for t in targets]),
-                torch.tensor([t["size"] for t in targets]),
-            )
-        )
-    most = max(p[4].shape[1] for p in parts)
-    pad = lambda k, t: (
-        F.pad(t, [0, 0] * (t.ndim - 2) + [0, most - t.shape[1]], value=0 if k == 6 else -1)
-        if k in (4, 5, 6)
-        else t
-    )
-    return Queries(
-        *(torch.cat([pad(k, p[k]) for p in parts]).clone() for k in range(len(parts[0])))
-    )
+    """`Queries` of a detector on the batches of a loader; the detector does not change."""
+    model.eval()
+    parts = [_batch_queries(model, *batch) for batch in loader]
+    return _join_queries(parts)
 
 
 # %% ../nbs/04c_fusion.ipynb #query-key
-@lru_cache(maxsize=None)
-def _query_code():
-    return (
-        code_hash("fusion", "run_queries")
-        + code_hash("transforms", "TrainTransform")
-        + code_hash("training", "EpochView")
-    )
+@cache
+def _query_code() -> str:
+    """Hash of the code that cached queries depend on."""
+    entries = ("fusion", "run_queries"), ("transforms", "TrainTransform"), ("training", "EpochView")
+    return "".join(code_hash(*entry) for entry in entries)
 
 
-def _augmentation(run) -> dict:
-    "The augmentation of a phase-1 run; of a bare detector directory, the transform's own."
-    path = Path(run) / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    names = {
-        "vertical": "vertical_flips",
-        "photometric": "photometric",
-        "zoom_out": "zoom_out",
-        "iou_crop": "iou_crop",
-        "quarter_turns": "quarter_turns",
-    }
-    return {k: config[v] for k, v in names.items() if v in config}
+AUGMENTATION = {
+    "vertical": "vertical_flips",
+    "photometric": "photometric",
+    "zoom_out": "zoom_out",
+    "iou_crop": "iou_crop",
+    "quarter_turns": "quarter_turns",
+}  # argument of TrainTransform: field of TrainConfig
+
+
+def _augmentation(run: str | Path) -> dict:
+    """The augmentation of a phase-1 run; of a bare detector directory, the transform's own."""
+    config = Run(run).config
+    return {name: config[field] for name, field in AUGMENTATION.items() if field in config}
 
 
 # %% ../nbs/04c_fusion.ipynb #detector-hash
-def detector_hash(run) -> str:
-    "Hash of the weights and the configuration of a run's best detector."
+def detector_hash(run: str | Path) -> str:
+    """Hash of the weights and the configuration of a run's best detector."""
     folder = detector_directory(run)
-    return hash_bytes(
-        (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()
-    )
+    weights = (folder / "model.safetensors").read_bytes()
+    return hash_bytes(weights, (folder / "config.json").read_bytes())
 
 
 # %% ../nbs/04c_fusion.ipynb #query-key-function
-def query_key(run, data: str, split, view=None, seed=0) -> str:
-    "What cached queries are filed under; `data` is the data set's hash, `view` None for photographs as they are, else the number of an augmented view."
-    about = {
-        "detector": detector_hash(run),
-        "data": data,
-        "split": split,
-        "view": view,
-        "size": trained_image_size(run),
-        "code": _query_code(),
-    }
+def query_key(run, data_hash: str, split: str, view: int | None = None, seed=0) -> str:
+    """What cached queries are filed under.
+
+    view: None for photographs as they are, else the number of an augmented view.
+    """
+    about = {"detector": detector_hash(run), "data": data_hash, "split": split, "view": view}
+    about |= {"size": trained_image_size(run), "code": _query_code()}
     if view is not None:
         about |= {"seed": seed, "augmentation": _augmentation(run)}
-    return hash_bytes(json.dumps(to_jsonable(about), sort_keys=True).encode(), length=16)
+    text = json.dumps(to_jsonable(about), sort_keys=True)
+    return hash_bytes(text.encode(), length=16)
 
 
 # %% ../nbs/04c_fusion.ipynb #cached-queries
+def _write_queries(path: Path, key: str, queries: Queries) -> None:
+    tensors = {f.name: getattr(queries, f.name).contiguous() for f in fields(queries)}
+    atomic_write(path, save(tensors, {"format": "pt", "key": key}))
+
+
 def _read_queries(path: Path, key: str) -> Queries:
+    """The queries in a file. Raises `ValueError` where they were filed under another key."""
     with safe_open(path, "pt") as f:
-        if (f.metadata() or {}).get("key") != key:
-            raise ValueError(
-                f"{path.name} holds the queries of {(f.metadata() or {}).get('key')}: delete it"
-            )
-        return Queries(*(f.get_tensor(x.name) for x in fields(Queries)))
+        stored = (f.metadata() or {}).get("key")
+        if stored != key:
+            raise ValueError(f"{path.name} holds the queries of {stored}: delete it")
+        return Queries(*(f.get_tensor(field.name) for field in fields(Queries)))
+
+
+# %% ../nbs/04c_fusion.ipynb #query-loader
+def _query_loader(run, model, data_dir, split, view, seed, batch_size) -> DataLoader:
+    """Batches of a split as the detector sees them: plain, or an augmented view of them."""
+    size = trained_image_size(run)
+    if view is None:
+        dataset = shown = load_dataset(data_dir, split, eval_transform(size))
+    else:
+        dataset = load_dataset(data_dir, split, TrainTransform(size, **_augmentation(run)))
+        shown = EpochView(dataset, seed, view)
+    check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
+    return DataLoader(shown, batch_size, collate_fn=collate)
 
 
 # %% ../nbs/04c_fusion.ipynb #cached-queries-function
 def cached_queries(
-    run, data_dir, split, view=None, seed=0, cache=None, data=None, model=None, batch_size=16
+    run, data_dir, split, view=None, seed=0, cache=None, model=None, batch_size=16
 ) -> Queries:
-    """`Queries` of a run's best detector on a split: from `cache` (None: `queries/` beside the run), or computed and kept there.
+    """`Queries` of a run's best detector on a split, from the cache or computed and kept there.
 
-    `data` is the data set's hash, `model` the detector, where they are at hand. Raises `ValueError` where the classes differ."""
-    key = query_key(run, data or data_hash(data_dir), split, view, seed)
-    path = (
-        Path(cache or Path(run).parent / "queries")
-        / f"{split}-{'plain' if view is None else view}-{key}.safetensors"
-    )
+    view: None for photographs as they are, else the number of an augmented view; cache: a folder,
+    None for `queries/` beside the run; model: the detector, where it is at hand. Raises
+    `ValueError` where the detector and the data have different classes.
+    """
+    key = query_key(run, data_hash(data_dir), split, view, seed)
+    folder = Path(cache or Path(run).parent / "queries")
+    path = folder / f"{split}-{'plain' if view is None else view}-{key}.safetensors"
     with one_at_a_time(path):
         if path.is_file():
             return _read_queries(path, key)
-        model = model or load_detector(
-            detector_directory(run), "cuda" if torch.cuda.is_available() else "cpu"
-        )
-        size = trained_image_size(run)
-        dataset = load_dataset(
-            data_dir,
-            split,
-            eval_transform(size) if view is None else TrainTransform(size, **_augmentation(run)),
-        )
-        check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
-        loader = DataLoader(
-            dataset if view is None else EpochView(dataset, seed, view),
-            batch_size,
-            collate_fn=collate,
-        )
-        found = run_queries(model, progress(loader, f"queries of {split}"))
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(
-            {f.name: getattr(found, f.name).contiguous() for f in fields(found)},
-            part,
-            {"format": "pt", "key": key},
-        )
-        os.replace(part, path)
-    return found
+        if model is None:
+            model = load_detector(detector_directory(run), default_device())
+        loader = _query_loader(run, model, data_dir, split, view, seed, batch_size)
+        queries = run_queries(model, progress(loader, f"queries of {split}"))
+        _write_queries(path, key, queries)
+    return queries
+
+
+# %% ../nbs/04c_fusion.ipynb #queries-in-batches
+def queries_in_batches(queries: Queries, batch_size: int, order=None):
+    """Parts of at most `batch_size` photographs, in order or in the given one."""
+    order = torch.arange(len(queries)) if order is None else order
+    for index in order.split(batch_size):
+        yield queries[index]
 
 
 # %% ../nbs/04c_fusion.ipynb #query-results
 def query_results(queries: Queries, logits, category_ids, batch_size=16) -> list[dict]:
-    "COCO results of logits (N, Q, C) on the boxes of cached queries."
-    found = []
-    for part, scores in zip(queries_in_batches(queries, batch_size), logits.split(batch_size)):
-        found += to_coco_results(
-            postprocess(DetectorOutput(logits=scores, pred_boxes=part.boxes), part.size),
-            part.image_id.tolist(),
-            category_ids,
-        )
-    return found
-
-
-# %% ../nbs/04c_fusion.ipynb #queries-in-batches
-def queries_in_batches(queries: Queries, batch_size, order=None):
-    "Parts of at most `batch_size` photographs, in order or in the given one."
-    for index in (torch.arange(len(queries)) if order is None else order).split(batch_size):
-        yield queries[index]
+    """COCO results (xywh pixels of the photographs) of logits (N, Q, C) on the boxes of queries."""
+    results = []
+    parts = queries_in_batches(queries, batch_size)
+    for part, scores in zip(parts, logits.split(batch_size), strict=True):
+        output = DetectorOutput(logits=scores, pred_boxes=part.boxes)
+        detections = postprocess(output, part.size)
+        results += to_coco_results(detections, part.image_id.tolist(), category_ids)
+    return results
 
 
 # %% ../nbs/04c_fusion.ipynb #class-vectors-text
-TEXTS = ("true", "permuted", "orthogonal", "words", "constant")
-
-
 @dataclass(frozen=True)
 class ClassText:
-    "Text as a head takes it: `pooled` (C, E) of length 1; `tokens` (T, E) of all classes end to end, and the class (T,) of each; the texts in words, where there are any."
+    """Text as a head takes it, C classes and E numbers per vector."""
 
-    pooled: torch.Tensor
-    tokens: torch.Tensor | None = None
-    token_class: torch.Tensor | None = None
-    texts: tuple = ()
+    pooled: torch.Tensor  # (C, E) of length 1
+    tokens: torch.Tensor | None = None  # (T, E) of all classes, end to end
+    token_class: torch.Tensor | None = None  # (T,) the class of each token
+    texts: tuple = ()  # in words, where there are any
 
 
-def _class_text(found: TextEmbeddings, order) -> ClassText:
-    tokens = [found.tokens[i] for i in order] if found.tokens is not None else None
-    return ClassText(
-        found.pooled[order],
-        torch.cat(tokens) if tokens else None,
-        torch.repeat_interleave(torch.arange(len(order)), torch.tensor([len(t) for t in tokens]))
-        if tokens
-        else None,
-        tuple(found.texts[i] for i in order),
-    )
+# %% ../nbs/04c_fusion.ipynb #class-text
+def _class_text(embedded: TextEmbeddings, order: list[int]) -> ClassText:
+    """Texts given to the classes in this order."""
+    texts = tuple(embedded.texts[i] for i in order)
+    if embedded.tokens is None:
+        return ClassText(embedded.pooled[order], texts=texts)
+    tokens = [embedded.tokens[i] for i in order]
+    lengths = torch.tensor([len(t) for t in tokens])
+    token_class = torch.repeat_interleave(torch.arange(len(order)), lengths)
+    return ClassText(embedded.pooled[order], torch.cat(tokens), token_class, texts)
 
 
 # %% ../nbs/04c_fusion.ipynb #control-text
 def orthogonal_rows(rows: int, width: int, seed: int) -> torch.Tensor:
-    "Random orthonormal rows (of unit length, and orthogonal in groups of `width`, where there are more rows than that)."
+    """Random rows (rows, width) of length 1, orthogonal in groups of `width`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat(
-        [
-            torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
-            for _ in range(-(-rows // width))
-        ]
-    )[:rows]
+    groups = []
+    for _ in range(math.ceil(rows / width)):
+        normal = torch.randn(width, width, generator=generator)
+        groups.append(torch.linalg.qr(normal)[0])
+    return torch.cat(groups)[:rows]
+
+
+# %% ../nbs/04c_fusion.ipynb #mean-row
+def _mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows in place of each."""
+    return rows.mean(0, keepdim=True).expand_as(rows).clone()
+
+
+# %% ../nbs/04c_fusion.ipynb #control-of
+def _orthogonal_text(text: ClassText, seed: int) -> ClassText:
+    """Random orthogonal vectors for a text's; tokens have its tokens' mean length."""
+    pooled = orthogonal_rows(*text.pooled.shape, seed)
+    if text.tokens is None:
+        return ClassText(pooled)
+    length = text.tokens.norm(dim=1).mean()
+    tokens = length * orthogonal_rows(*text.tokens.shape, seed + 1)
+    return ClassText(pooled, tokens, text.token_class)
+
+
+# %% ../nbs/04c_fusion.ipynb #constant-text
+def _constant_text(text: ClassText) -> ClassText:
+    """The mean text for every class."""
+    tokens = None if text.tokens is None else _mean_row(text.tokens)
+    return ClassText(F.normalize(_mean_row(text.pooled), dim=-1), tokens, text.token_class)
 
 
 # %% ../nbs/04c_fusion.ipynb #class-text-of
+TEXTS = tuple(kind for kind in TEXT_KINDS if kind != "none")
+
+
 def class_text_of(
     kind: str,
     classes,
@@ -312,31 +365,26 @@ def class_text_of(
     tokens=False,
     seed=0,
 ) -> ClassText:
-    "The text of an experiment; `kind` is one of `TEXTS`. Raises `ValueError` for another, and whatever `class_texts` and `encode_texts` raise."
+    """The text of an experiment; `kind` is one of `TEXTS`.
+
+    Raises `ValueError` for another, and whatever `class_texts` and `encode_texts` raise.
+    """
     if kind not in TEXTS:
         raise ValueError(f"text={kind!r}: choose one of {', '.join(TEXTS)}")
     n = len(classes)
     if kind == "words":
-        return _class_text(encode_texts(random_words(n, seed % 6), encoder, tokens), range(n))
-    found = encode_texts(class_texts(classes, described, language, field), encoder, tokens)
-    shift = 1 + seed % (n - 1) if kind == "permuted" and n > 1 else 0
-    text = _class_text(found, [(i + shift) % n for i in range(n)])
-    if kind in ("true", "permuted"):
-        return text
-    many = (
-        None
-        if text.tokens is None
-        else text.tokens.norm(dim=1).mean()
-        * orthogonal_rows(len(text.tokens), text.tokens.shape[1], seed + 1)
-    )
+        words = random_words(n, seed % 6)
+        return _class_text(encode_texts(words, encoder, tokens), range(n))
+    texts = class_texts(classes, described, language, field)
+    embedded = encode_texts(texts, encoder, tokens)
+    if kind == "permuted" and n > 1:
+        shift = 1 + seed % (n - 1)
+        others = [(i + shift) % n for i in range(n)]
+        return _class_text(embedded, others)
+    text = _class_text(embedded, range(n))
     if kind == "orthogonal":
-        return ClassText(orthogonal_rows(n, text.pooled.shape[1], seed), many, text.token_class)
-    same = lambda x: x.mean(0, keepdim=True).expand_as(x).clone()
-    return ClassText(
-        F.normalize(same(text.pooled), dim=-1),
-        None if many is None else same(text.tokens),
-        text.token_class,
-    )
+        return _orthogonal_text(text, seed)
+    return _constant_text(text) if kind == "constant" else text
 
 
 # %% ../nbs/04c_fusion.ipynb #head-base
@@ -344,19 +392,25 @@ PRIOR = math.log(0.01 / 0.99)
 
 
 class Head(nn.Module):
-    "`head(embeddings (B, Q, D), logits (B, Q, C), quality (B, Q, 1)) -> logits (B, Q, C)`; subclasses give `score`."
+    """Class logits from queries; made from (width D, ClassText).
 
-    uses_tokens, from_detector = False, False
+    Subclasses give `score`: the head's own part (B, Q, C) of the logits, from embeddings
+    (B, Q, D) in float32.
+    """
+
+    uses_tokens = False
+    from_detector = False  # whether `score` is added to the detector's logits
 
     def forward(self, embeddings, logits, quality):
+        """Logits (B, Q, C); embeddings (B, Q, D), the detector's logits and quality (B, Q, 1)."""
         return self.score(embeddings) + (logits if self.from_detector else quality)
 
 
 # %% ../nbs/04c_fusion.ipynb #linear-head
 class LinearHead(Head):
-    "The control without text: the class layer of a detector."
+    """The control without text: the class layer of a detector."""
 
-    def __init__(self, width, text: ClassText):
+    def __init__(self, width: int, text: ClassText):
         super().__init__()
         self.score = nn.Linear(width, len(text.pooled))
         nn.init.constant_(self.score.bias, PRIOR)
@@ -364,34 +418,35 @@ class LinearHead(Head):
 
 # %% ../nbs/04c_fusion.ipynb #contrastive-head
 class ContrastiveHead(Head):
-    "Logits are scaled cosines to frozen texts. The scale starts at 10 (a cosine times 50 saturates a sigmoid), the bias at the prior."
+    """Logits are scaled cosines of projected queries to frozen texts.
 
-    def __init__(self, width, text: ClassText):
+    The scale starts at 10 (a cosine times 50 saturates a sigmoid), the bias at the prior.
+    """
+
+    def __init__(self, width: int, text: ClassText):
         super().__init__()
         self.project = nn.Linear(width, text.pooled.shape[1], bias=False)
-        self.scale, self.bias = (
-            nn.Parameter(torch.tensor(math.log(10.0))),
-            nn.Parameter(torch.tensor(PRIOR)),
-        )
+        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(PRIOR))
         self.register_buffer("text", F.normalize(text.pooled, dim=-1))
 
     def cosine(self, embeddings):
-        "Cosine (B, Q, C) of projected queries and texts."
+        """Cosine (B, Q, C) of projected queries, from embeddings (B, Q, D), and texts."""
         p = self.project.weight
-        length = (
-            ((embeddings @ (p.T @ p)) * embeddings).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
-        )
+        squared = ((embeddings @ (p.T @ p)) * embeddings).sum(-1, keepdim=True)
+        length = squared.clamp(min=1e-12).sqrt()
         return embeddings @ (F.normalize(self.text, dim=-1) @ p).T / length
 
     def score(self, embeddings):
+        """exp(scale) cos + bias, (B, Q, C); the scale is at most e^4."""
         return self.scale.clamp(max=4).exp() * self.cosine(embeddings) + self.bias
 
 
 # %% ../nbs/04c_fusion.ipynb #cosine-head
 class CosineHead(ContrastiveHead):
-    "The control without text: class vectors of the same width, learned, from random orthogonal ones."
+    """The control without text: class vectors of the same width, learned, orthogonal at first."""
 
-    def __init__(self, width, text: ClassText):
+    def __init__(self, width: int, text: ClassText):
         super().__init__(width, text)
         start = torch.empty_like(self.text)
         nn.init.orthogonal_(start)
@@ -401,94 +456,91 @@ class CosineHead(ContrastiveHead):
 
 # %% ../nbs/04c_fusion.ipynb #concat-head
 class ConcatHead(Head):
-    "The thesis's: query and text context, joined, through two layers."
+    """The thesis's: query and text context, joined, through two layers."""
 
-    def __init__(self, width, text: ClassText):
+    def __init__(self, width: int, text: ClassText):
         super().__init__()
         self.project = nn.Linear(text.pooled.shape[1], width)
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.query, self.context, self.out = (
-            nn.Linear(width, width),
-            nn.Linear(width, width, bias=False),
-            nn.Linear(width, len(text.pooled)),
-        )
+        self.query = nn.Linear(width, width)
+        self.context = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, len(text.pooled))
         nn.init.constant_(self.out.bias, PRIOR)
         self.register_buffer("text", text.pooled)
 
     def attention(self, embeddings, projected):
-        "Weight of each text (B, Q, C) in a query's context."
-        return (
-            self.scale.clamp(max=4).exp()
-            * (embeddings @ F.normalize(projected, dim=-1).T)
-            / embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        ).softmax(-1)
+        """Weight (B, Q, C) of each projected text (C, D) in a query's context."""
+        similarity = embeddings @ F.normalize(projected, dim=-1).T
+        length = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        return (self.scale.clamp(max=4).exp() * similarity / length).softmax(-1)
 
     def score(self, embeddings):
+        """Logits (B, Q, C) of the MLP of query and context."""
         projected = self.project(self.text)
-        return self.out(
-            F.gelu(
-                self.query(embeddings)
-                + self.attention(embeddings, projected) @ self.context(projected)
-            )
-        )
+        context = self.attention(embeddings, projected) @ self.context(projected)
+        return self.out(F.gelu(self.query(embeddings) + context))
 
 
 # %% ../nbs/04c_fusion.ipynb #residual-head
 class ResidualHead(ConcatHead):
-    "What the thesis's head adds to the detector's logits, and a bilinear form that says which text belongs to which class; zero at first."
+    """What the thesis's head adds to the detector's logits, and a bilinear form; zero at first.
+
+    The bilinear form of query and text says which text belongs to which class.
+    """
 
     from_detector = True
 
-    def __init__(self, width, text: ClassText):
+    def __init__(self, width: int, text: ClassText):
         super().__init__(width, text)
         self.match = nn.Linear(width, text.pooled.shape[1], bias=False)
         for zero in (self.out.weight, self.out.bias, self.match.weight):
             nn.init.zeros_(zero)
 
     def score(self, embeddings):
+        """What is added (B, Q, C) to the detector's logits."""
         return super().score(embeddings) + embeddings @ (self.text @ self.match.weight).T
+
+
+# %% ../nbs/04c_fusion.ipynb #token-places
+def _token_places(token_class: torch.Tensor, classes: int) -> torch.Tensor:
+    """Where the tokens of each class are (C, longest text), -1 beyond the text's end."""
+    where = [(token_class == c).nonzero()[:, 0] for c in range(classes)]
+    return nn.utils.rnn.pad_sequence(where, batch_first=True, padding_value=-1)
 
 
 # %% ../nbs/04c_fusion.ipynb #cross-attention-head
 class CrossAttentionHead(Head):
-    "Each query attends, for each class, to the tokens of its text; the attended value is added to the detector's logit. Zero at first."
+    """Each query attends, for each class, to the tokens of its text; zero at first.
 
-    uses_tokens, from_detector = True, True
+    The attended value is added to the detector's logit.
+    """
 
-    def __init__(self, width, text: ClassText, inner=64):
+    uses_tokens = True
+    from_detector = True
+
+    def __init__(self, width: int, text: ClassText, inner=64):
         super().__init__()
-        self.query, self.value = nn.Linear(width, inner), nn.Linear(width, inner, bias=False)
-        self.token_key, self.token_value = (
-            nn.Linear(text.tokens.shape[1], inner),
-            nn.Linear(text.tokens.shape[1], inner),
-        )
+        text_width = text.tokens.shape[1]
+        self.query = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner, bias=False)
+        self.token_key = nn.Linear(text_width, inner)
+        self.token_value = nn.Linear(text_width, inner)
         nn.init.zeros_(self.value.weight)
-        self.register_buffer(
-            "tokens", F.normalize(text.tokens, dim=-1) * math.sqrt(text.tokens.shape[1])
-        )
+        tokens = F.normalize(text.tokens, dim=-1) * math.sqrt(text_width)
+        self.register_buffer("tokens", tokens)
         self.register_buffer("place", _token_places(text.token_class, len(text.pooled)))
 
     def attention(self, embeddings):
-        "Weight of each token within its class (B, Q, C, longest text); 0 beyond the text's end."
-        scores = (
-            self.query(embeddings)
-            @ self.token_key(self.tokens).T
-            / math.sqrt(self.query.out_features)
-        )
-        return (
-            scores[..., self.place.clamp(min=0)].masked_fill(self.place < 0, -math.inf).softmax(-1)
-        )
+        """Weight of each token within its class (B, Q, C, longest text); 0 beyond its end."""
+        scores = self.query(embeddings) @ self.token_key(self.tokens).T
+        scores = scores / math.sqrt(self.query.out_features)
+        by_class = scores[..., self.place.clamp(min=0)]
+        return by_class.masked_fill(self.place < 0, -math.inf).softmax(-1)
 
     def score(self, embeddings):
+        """What is added (B, Q, C) to the detector's logits."""
         values = self.value(embeddings) @ self.token_value(self.tokens).T
         return (self.attention(embeddings) * values[..., self.place.clamp(min=0)]).sum(-1)
-
-
-# %% ../nbs/04c_fusion.ipynb #token-places
-def _token_places(token_class, classes) -> torch.Tensor:
-    "Where the tokens of each class are (C, longest text), -1 beyond the text's end."
-    where = [(token_class == c).nonzero()[:, 0] for c in range(classes)]
-    return nn.utils.rnn.pad_sequence(where, batch_first=True, padding_value=-1)
 
 
 # %% ../nbs/04c_fusion.ipynb #build-head
@@ -503,109 +555,117 @@ HEADS = {
 
 
 def build_head(kind: str, width: int, text: ClassText, seed=0) -> Head:
-    "A head with random weights of this seed. Raises `ValueError` for a kind that is none."
+    """A head with random weights of this seed; `width` is that of the queries.
+
+    Raises `ValueError` for an unknown kind.
+    """
     if kind not in HEADS:
         raise ValueError(f"head={kind!r}: choose one of {', '.join(HEADS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = HEADS[kind](width, text)
-    head.kind, head.width = kind, width
+    head.kind = kind
+    head.width = width
     return head
 
 
+def parameter_count(head: Head) -> int:
+    """Numbers that a head learns."""
+    return sum(p.numel() for p in head.parameters())
+
+
 # %% ../nbs/04c_fusion.ipynb #fusion-loss
-def fusion_loss(logits, part: Queries, classes=None) -> torch.Tensor:
-    "Matching-aware loss of logits (B, Q, C) over the number of objects. `classes` (a tensor of labels): only these take part, others' objects count as background."
+def fusion_loss(logits, part: Queries, classes: torch.Tensor | None = None) -> torch.Tensor:
+    """Matching-aware loss (a scalar) of logits (B, Q, C) over the number of objects.
+
+    classes: labels that take part; objects of the others count as background. None: all.
+    """
     image, place = (part.query >= 0).nonzero().unbind(1)
-    query, label, target = (
-        part.query[image, place],
-        part.label[image, place],
-        part.target[image, place],
-    )
+    query = part.query[image, place]
+    label = part.label[image, place]
+    target = part.target[image, place]
     if classes is not None:
-        new = torch.full((logits.shape[-1],), -1).scatter(0, classes, torch.arange(len(classes)))
-        logits, kept = logits[..., classes], new[label] >= 0
-        image, query, label, target = image[kept], query[kept], new[label[kept]], target[kept]
+        new_labels = torch.full((logits.shape[-1],), -1)
+        label = new_labels.scatter(0, classes, torch.arange(len(classes)))[label]
+        kept = label >= 0
+        image, query, label, target = (x[kept] for x in (image, query, label, target))
+        logits = logits[..., classes]
     pairs = torch.stack([torch.zeros_like(image), image, query, torch.arange(len(image))])
-    return mal_loss(logits[None], part.boxes[None], pairs, label, target).sum() / max(len(image), 1)
-
-
-# %% ../nbs/04c_fusion.ipynb #random-queries
-def random_queries(images=715, queries=300, width=256, classes=6, objects=2, seed=0) -> Queries:
-    "Random `Queries` of a given size, for timing."
-    generator = torch.Generator().manual_seed(seed)
-    normal, uniform = (
-        (lambda *s: torch.randn(*s, generator=generator)),
-        (lambda *s: 0.1 + 0.3 * torch.rand(*s, generator=generator)),
-    )
-    return Queries(
-        normal(images, queries, width).half(),
-        normal(images, queries, classes) - 4,
-        normal(images, queries, 1),
-        uniform(images, queries, 4),
-        torch.randint(queries, (images, objects), generator=generator),
-        torch.randint(classes, (images, objects), generator=generator),
-        uniform(images, objects, 4),
-        torch.arange(images),
-        torch.full((images, 2), 640),
-    )
-
-
-# %% ../nbs/04c_fusion.ipynb #bench-heads
-def bench_heads(
-    images=715,
-    queries=300,
-    width=256,
-    classes=6,
-    batch_size=16,
-    epochs=20,
-    text_width=512,
-    tokens=15,
-    heads=tuple(HEADS),
-    repeats=1,
-) -> pd.DataFrame:
-    "Seconds that `epochs` epochs of training take for each head on random cached queries: measured for `repeats` epochs after one step, and multiplied."
-    cache, rows = random_queries(images, queries, width, classes), []
-    text = ClassText(
-        orthogonal_rows(classes, text_width, 0),
-        torch.randn(classes * tokens, text_width),
-        torch.arange(classes).repeat_interleave(tokens),
-    )
-    for kind in heads:
-        head = build_head(kind, width, text)
-        step = training_pass(head, torch.optim.AdamW(head.parameters(), 1e-4))
-        step(cache[:batch_size])
-        start = time.perf_counter()
-        for _ in range(repeats):
-            for part in queries_in_batches(cache, batch_size):
-                step(part)
-        seconds = (time.perf_counter() - start) / repeats
-        rows.append(
-            {
-                "head": kind,
-                "parameters": sum(p.numel() for p in head.parameters()),
-                "seconds an epoch": seconds,
-                f"seconds of {epochs} epochs": epochs * seconds,
-                "threads": torch.get_num_threads(),
-            }
-        )
-    return pd.DataFrame(rows)
+    loss = mal_loss(logits[None], part.boxes[None], pairs, label, target)
+    return loss.sum() / max(len(image), 1)
 
 
 # %% ../nbs/04c_fusion.ipynb #training-pass
-def training_pass(head, optimizer, clip=1.0, classes=None):
-    "A function that trains `head` on one part of cached queries and returns loss and gradient norm; raises `FloatingPointError` where the norm is not finite."
+def training_pass(head: Head, optimizer, clip=1.0, classes=None):
+    """A function that trains `head` on one part of cached queries.
 
-    def step(part: Queries):
-        loss = fusion_loss(head(part.embeddings.float(), part.logits, part.quality), part, classes)
+    It gives loss and gradient norm, and raises `FloatingPointError` where the norm is not finite.
+    classes: see `fusion_loss`.
+    """
+
+    def step(part: Queries) -> tuple[float, float]:
+        logits = head(part.embeddings.float(), part.logits, part.quality)
+        loss = fusion_loss(logits, part, classes)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(head.parameters(), clip)
         if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient is not finite on images {part.image_id.tolist()}"
-            )
+            images = part.image_id.tolist()
+            raise FloatingPointError(f"the gradient is not finite on images {images}")
         optimizer.step()
         return float(loss.detach()), float(norm)
 
     return step
+
+
+# %% ../nbs/04c_fusion.ipynb #random-queries
+def random_queries(images=715, queries=300, width=256, classes=6, objects=2, seed=0) -> Queries:
+    """Random `Queries` of a given size, for timing and tests."""
+    random = {"generator": torch.Generator().manual_seed(seed)}
+    embeddings = torch.randn(images, queries, width, **random).half()
+    logits = torch.randn(images, queries, classes, **random) - 4
+    quality = torch.randn(images, queries, 1, **random)
+    boxes = 0.1 + 0.3 * torch.rand(images, queries, 4, **random)
+    query = torch.randint(queries, (images, objects), **random)
+    label = torch.randint(classes, (images, objects), **random)
+    target = 0.1 + 0.3 * torch.rand(images, objects, 4, **random)
+    matches = query, label, target
+    size = torch.full((images, 2), 640)
+    return Queries(embeddings, logits, quality, boxes, *matches, torch.arange(images), size)
+
+
+# %% ../nbs/04c_fusion.ipynb #time-head
+def _seconds_per_epoch(head: Head, queries: Queries, batch_size: int, repeats: int) -> float:
+    """Mean time of an epoch over the queries, after one step that is not counted."""
+    step = training_pass(head, torch.optim.AdamW(head.parameters(), 1e-4))
+    step(queries[:batch_size])
+    start = time.perf_counter()
+    for _ in range(repeats):
+        for part in queries_in_batches(queries, batch_size):
+            step(part)
+    return (time.perf_counter() - start) / repeats
+
+
+# %% ../nbs/04c_fusion.ipynb #bench-heads
+def bench_heads(
+    images=715, queries=300, width=256, classes=6, batch_size=16, epochs=20, repeats=1
+) -> pd.DataFrame:
+    """Seconds that `epochs` epochs of training take for each head on random cached queries.
+
+    Measured for `repeats` epochs over `images` photographs after one step, and multiplied.
+    """
+    cache = random_queries(images, queries, width, classes)
+    token_class = torch.arange(classes).repeat_interleave(15)
+    text = ClassText(
+        orthogonal_rows(classes, 512, 0), torch.randn(len(token_class), 512), token_class
+    )
+    rows = []
+    for kind in HEADS:
+        head = build_head(kind, width, text)
+        seconds = _seconds_per_epoch(head, cache, batch_size, repeats)
+        row = {"head": kind, "parameters": parameter_count(head)}
+        row["seconds an epoch"] = seconds
+        row[f"seconds of {epochs} epochs"] = epochs * seconds
+        row["threads"] = torch.get_num_threads()
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = [
     "PLACES",
+    "TEXT_PARTS",
     "STAGES",
     "SCHEDULES",
-    "ALL_HEADS",
-    "MAIN",
-    "LEARNED",
+    "MAIN_TEXTS",
+    "FEW_EPOCHS",
+    "SMOKE_GRID",
+    "DEMO_GRID",
     "GRIDS",
     "UNFIT",
     "FusionData",
@@ -19,34 +21,24 @@ __all__ = [
     "find_fusion_run",
     "fit_head",
     "head_logits",
-    "image_draws",
-    "class_ap",
-    "judge",
     "save_head",
     "load_head",
-    "save_judged",
     "FusedDetector",
     "load_fused",
     "thaw",
     "fused_family",
     "train_fusion",
+    "Grid",
     "grid_configs",
-    "sign_flip",
-    "paired_effect",
+    "sample_run",
+    "sample_detector",
     "verdict",
-    "compare_runs",
-    "seeds_of",
-    "grid_table",
+    "cells_of",
+    "effect_columns",
+    "fusion_table",
     "effect_table",
     "conclusion",
-    "plot_effects",
-    "query_similarities",
-    "plot_similarity_map",
-    "query_text_table",
-    "class_gains",
-    "plot_class_gains",
-    "confusion",
-    "mistaken",
+    "plot_text_effects",
 ]
 
 # %% ../nbs/05_multimodal.ipynb #9f564af0
@@ -55,50 +47,50 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
-from torchvision.ops import box_convert, box_iou
 
 from deimv2_tfg.core import (
+    atomic_write,
+    default_device,
     hash_bytes,
     one_at_a_time,
-    progress,
     read_json,
     seed_everything,
     write_json,
 )
 from deimv2_tfg.evaluation import (
-    ClassMatches,
+    LOADERS,
     check_classes,
-    class_matches,
+    coco_metrics,
     detector_directory,
+    judged,
     predict,
-    run_cocoeval,
-    summarise,
     trained_image_size,
-    write_results,
 )
 from deimv2_tfg.fusion import (
+    AUGMENTATION,
     HEADS,
     ClassText,
+    Head,
     Queries,
     build_head,
     cached_queries,
     class_text_of,
     detector_hash,
+    parameter_count,
     queries_in_batches,
+    query_quality,
     query_results,
     training_pass,
 )
@@ -106,8 +98,10 @@ from deimv2_tfg.fusion import (
 from .criterion import Criterion
 from .data import load_dataset
 from .detector import detect, encode, load_detector, save_detector
-from .recipes import FusionConfig, TrainConfig, lr_factor
-from .runs import Log, code_hash, data_hash, environment, run_directory
+from .figures import finish, gettext
+from .recipes import FusionConfig, Schedule, TrainConfig, lr_factor
+from .runs import Log, Run, code_hash, data_hash, environment, run_directory
+from .statistics import Effect, Sampled, paired_effect, sample_ap, stratified_weights
 from .text import descriptions_of, load_descriptions
 from .training import Family, count_boxes, train
 
@@ -115,350 +109,253 @@ from .training import Family, count_boxes, train
 # %% ../nbs/05_multimodal.ipynb #fusion-data
 @dataclass(frozen=True)
 class FusionData:
-    "Cached queries by split; `views` are the augmented ones of train."
+    """What a fusion run needs of detector and photographs."""
 
     classes: list
     category_ids: list
-    views: tuple
-    splits: dict
-    coco: dict
+    views: tuple  # `Queries` of augmented views of train
+    splits: dict  # {"train", "val", "test": `Queries`} of the photographs as they are
+    coco: dict  # {split: COCO annotations}
 
 
 # %% ../nbs/05_multimodal.ipynb #fusion-data-private
 @lru_cache(maxsize=2)
-def _fusion_data(run, data_dir, views, detector, data) -> FusionData:
+def _fusion_data(run: str, data_dir: str, views: int, detector: str, data: str) -> FusionData:
+    """See `fusion_data`; `detector` and `data` are hashes."""
     sets = {split: load_dataset(data_dir, split) for split in ("train", "val", "test")}
-    model = load_detector(detector_directory(run), "cuda" if torch.cuda.is_available() else "cpu")
-    check_classes(model.classes, sets["train"].classes, f"{Path(data_dir).name}")
-    read = lambda split, view=None: cached_queries(
-        run, data_dir, split, view, data=data, model=model
-    )
-    return FusionData(
-        sets["train"].classes,
-        sets["train"].category_ids,
-        tuple(read("train", v) for v in range(views)),
-        {split: read(split) for split in sets},
-        {split: s.coco for split, s in sets.items()},
-    )
+    classes = sets["train"].classes
+    model = load_detector(detector_directory(run), default_device())
+    check_classes(model.classes, classes, Path(data_dir).name)
+    read = partial(cached_queries, run, data_dir, model=model)
+    views = tuple(read("train", view) for view in range(views))
+    splits = {split: read(split) for split in sets}
+    coco = {split: dataset.coco for split, dataset in sets.items()}
+    return FusionData(classes, sets["train"].category_ids, views, splits, coco)
 
 
-# %% ../nbs/05_multimodal.ipynb #fusion-data-function
 def fusion_data(config: FusionConfig) -> FusionData:
-    "Everything that a run needs of detector and photographs: computed once, then read."
-    return _fusion_data(
-        str(config.run),
-        str(config.data_dir),
-        config.views,
-        detector_hash(config.run),
-        data_hash(config.data_dir),
-    )
+    """Everything that a run needs of detector and photographs: computed once, then read."""
+    hashes = detector_hash(config.run), data_hash(config.data_dir)
+    return _fusion_data(str(config.run), str(config.data_dir), config.views, *hashes)
 
 
 # %% ../nbs/05_multimodal.ipynb #text-of
-def fusion_text(config: FusionConfig, classes) -> ClassText:
-    "The text that this configuration gives its head; vectors of zeros, of the encoder's width, where it is to have none."
-    many = (
-        dict(
-            described=load_descriptions(descriptions_of(config.data_dir, config.descriptions)),
-            tokens=HEADS[config.head].uses_tokens,
-            seed=config.seed,
-        )
-        if config.head in HEADS
-        else {}
-    )
-    found = class_text_of(
-        "true" if config.text == "none" else config.text,
-        classes,
-        config.encoder,
-        config.language,
-        config.field,
-        **many,
-    )
-    return ClassText(torch.zeros_like(found.pooled)) if config.text == "none" else found
+def fusion_text(config: FusionConfig, classes: list) -> ClassText:
+    """The text that this configuration gives its head; vectors of zeros where it has none."""
+    described = load_descriptions(descriptions_of(config.data_dir, config.descriptions))
+    kind = "true" if config.text == "none" else config.text
+    chosen = config.encoder, config.language, config.field
+    tokens = HEADS[config.head].uses_tokens
+    text = class_text_of(kind, classes, *chosen, described, tokens, config.seed)
+    if config.text == "none":
+        return ClassText(torch.zeros_like(text.pooled))
+    return text
 
 
 # %% ../nbs/05_multimodal.ipynb #text-hash
 def text_hash(text: ClassText) -> str:
-    "Hash of the numbers that a head is given as text."
-    return hash_bytes(
-        *(
-            t.contiguous().numpy().tobytes()
-            for t in (text.pooled, text.tokens, text.token_class)
-            if t is not None
-        )
-    )
-
-
-# %% ../nbs/05_multimodal.ipynb #find-fusion-run
-PLACES = ("run", "data_dir", "runs_dir", "descriptions")
+    """Hash of the numbers that a head is given as text."""
+    parts = []
+    for tensor in (text.pooled, text.tokens, text.token_class):
+        if tensor is not None:
+            parts.append(tensor.contiguous().numpy().tobytes())
+    return hash_bytes(*parts)
 
 
 # %% ../nbs/05_multimodal.ipynb #fusion-code
-@lru_cache(maxsize=None)
-def _fusion_code():
+PLACES = ("run", "data_dir", "runs_dir", "descriptions")
+
+
+@cache
+def _fusion_code() -> str:
+    """Hash of the code that a frozen run's numbers come from."""
+    rooms = ("core", "runs", "evaluation", "doctor")
     entries = ("multimodal", "fit_head"), ("fusion", "build_head"), ("fusion", "cached_queries")
-    return hash_bytes(
-        *(
-            code_hash(
-                *entry, ("core", "runs", "evaluation", "data.require_dataset", "doctor")
-            ).encode()
-            for entry in entries
-        )
-    )
+    return hash_bytes(*(code_hash(*entry, rooms).encode() for entry in entries))
 
 
+# %% ../nbs/05_multimodal.ipynb #find-fusion-run
 def find_fusion_run(config: FusionConfig, text: ClassText) -> Path:
-    "The directory of the frozen run: the same for the same configuration, detector, photographs, text vectors and code."
-    hashed = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in PLACES and not k.startswith("unfreeze")
-    }
-    hashed |= {"detector": detector_hash(config.run), "text_vectors": text_hash(text)}
-    return run_directory(
-        config.runs_dir or Path(config.run).parent,
-        "fusion",
-        hashed,
-        data_hash(config.data_dir),
-        _fusion_code(),
-    )
+    """The directory of the frozen run.
+
+    It is the same for the same configuration, detector, photographs, text vectors and code.
+    """
+    hashed = {"detector": detector_hash(config.run), "text_vectors": text_hash(text)}
+    for name, value in dataclasses.asdict(config).items():
+        if name not in PLACES and not name.startswith("unfreeze"):
+            hashed[name] = value
+    folder = config.runs_dir or Path(config.run).parent
+    return run_directory(folder, "fusion", hashed, data_hash(config.data_dir), _fusion_code())
+
+
+# %% ../nbs/05_multimodal.ipynb #decay-groups
+def _head_optimizer(head: Head, config: FusionConfig) -> torch.optim.Optimizer:
+    """AdamW over a head; vectors and scalars are not decayed."""
+    matrices = [p for p in head.parameters() if p.ndim > 1]
+    others = [p for p in head.parameters() if p.ndim <= 1]
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    free = {"params": others, "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, free], config.lr)
+
+
+# %% ../nbs/05_multimodal.ipynb #epoch-queries
+def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Queries:
+    """What an epoch trains on: a view in turn, or at the end the photographs as they are."""
+    first_plain = round((1 - config.plain) * config.epochs)
+    if epoch >= first_plain or not data.views:
+        return data.splits["train"]
+    return data.views[epoch % len(data.views)]
+
+
+def _trained_labels(config: FusionConfig, classes: list) -> torch.Tensor | None:
+    """Labels of all classes but the one that is held out; None: all."""
+    if not config.held_out:
+        return None
+    return torch.tensor([k for k, name in enumerate(classes) if name != config.held_out])
 
 
 # %% ../nbs/05_multimodal.ipynb #fit-head
-def fit_head(head, config: FusionConfig, data: FusionData, log=lambda *values: None):
-    "Train `head` in place on cached queries. `log(split, step, epoch, values)` gets the means of each epoch."
-    groups = [
-        {
-            "params": [p for p in head.parameters() if (p.ndim > 1) == decayed],
-            "weight_decay": config.weight_decay * decayed,
-        }
-        for decayed in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, config.lr)
-    kept = (
-        torch.tensor([i for i, c in enumerate(data.classes) if c != config.held_out])
-        if config.held_out
-        else None
-    )
-    step_on, plain, step = (
-        training_pass(head, optimizer, config.clip, kept),
-        data.splits["train"],
-        0,
-    )
-    total = config.epochs * -(-len(plain) // config.batch_size)
-    schedule = SimpleNamespace(
-        warmup=min(config.warmup_steps / total, 1 / 3), flat=config.flat, lr_end=config.lr_end
-    )
+def fit_head(head: Head, config: FusionConfig, data: FusionData, log=None) -> None:
+    """Train `head` in place; `log(split, step, epoch, values)` gets the means of each epoch."""
+    optimizer = _head_optimizer(head, config)
+    step_on = training_pass(head, optimizer, config.clip, _trained_labels(config, data.classes))
+    total = config.epochs * math.ceil(len(data.splits["train"]) / config.batch_size)
+    warmup = min(config.warmup_steps / total, 1 / 3)
+    schedule = Schedule(warmup, config.flat, config.lr_end)
     generator = torch.Generator().manual_seed(config.seed)
+    step = 0
     for epoch in range(config.epochs):
-        mild = epoch >= round((1 - config.plain) * config.epochs) or not data.views
-        cache, found = plain if mild else data.views[epoch % len(data.views)], []
-        for part in queries_in_batches(
-            cache, config.batch_size, torch.randperm(len(cache), generator=generator)
-        ):
+        queries = _epoch_queries(config, data, epoch)
+        order = torch.randperm(len(queries), generator=generator)
+        values = []
+        for part in queries_in_batches(queries, config.batch_size, order):
             step += 1
+            rate = config.lr * lr_factor(schedule, step / total)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * lr_factor(schedule, step / total)
-            found.append(step_on(part))
-        loss, norm = np.mean(found, axis=0)
-        log(
-            "train",
-            step,
-            epoch + 1,
-            {
-                "train/loss_mal": loss,
-                "train/grad_norm": norm,
-                "train/lr": optimizer.param_groups[0]["lr"],
-            },
-        )
+                group["lr"] = rate
+            values.append(step_on(part))
+        if log is not None:
+            loss, norm = np.mean(values, axis=0)
+            means = {"train/loss_mal": loss, "train/grad_norm": norm, "train/lr": rate}
+            log("train", step, epoch + 1, means)
 
 
 # %% ../nbs/05_multimodal.ipynb #head-logits
 @torch.inference_mode()
-def head_logits(head, queries: Queries, batch_size=64) -> torch.Tensor:
-    "Logits (N, Q, C) of a head on cached queries."
-    return torch.cat(
-        [
-            head.eval()(part.embeddings.float(), part.logits, part.quality)
-            for part in queries_in_batches(queries, batch_size)
-        ]
-    )
-
-
-# %% ../nbs/05_multimodal.ipynb #weighted-ap
-def image_draws(images: int, draws=1000, seed=0) -> np.ndarray:
-    "How often each photograph is drawn (images, draws); every column sums to `images`."
-    return (
-        np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws).T
-    )
-
-
-# %% ../nbs/05_multimodal.ipynb #class-ap
-def class_ap(m: ClassMatches, weights: np.ndarray) -> np.ndarray:
-    "AP (thresholds, draws) of one class when photographs count `weights` (images, draws) times; nan where no object is drawn."
-    objects, points = m.objects @ weights, np.linspace(0, 1, 101)
-    ap = np.full((len(m.matched), weights.shape[1]), np.nan)
-    for row, matched, ignored in zip(ap, m.matched, m.ignored):
-        hits, counted = np.flatnonzero(matched & ~ignored), np.flatnonzero(~ignored)
-        seen = np.zeros((len(hits) + 1, len(m.objects)))
-        np.add.at(seen, (np.searchsorted(hits, counted), m.image[counted]), 1)
-        found, claimed = weights[m.image[hits]].cumsum(0), seen[:-1].cumsum(0) @ weights
-        envelope = np.maximum.accumulate((found / np.maximum(claimed, 1))[::-1])[::-1]
-        reached = np.searchsorted(points, found / np.maximum(objects, 1), side="right")
-        row[:] = np.where(
-            objects > 0,
-            (envelope * np.diff(reached, axis=0, prepend=0)).sum(0) / len(points),
-            np.nan,
-        )
-    return ap
-
-
-# %% ../nbs/05_multimodal.ipynb #judge
-def _mean_of_classes(draws):
-    "Mean over the first axis, of what is not nan; without a warning where nothing is."
-    valid = np.isfinite(draws)
-    return np.where(
-        valid.any(0), np.where(valid, draws, 0).sum(0) / np.maximum(valid.sum(0), 1), np.nan
-    )
-
-
-# %% ../nbs/05_multimodal.ipynb #judge-function
-def judge(coco: dict, results: list, draws=1000) -> tuple[dict, np.ndarray]:
-    "COCO metrics, and AP and AP50 on bootstrap draws of the photographs: (2, 1 + C, draws), the mean over classes first."
-    judged = run_cocoeval(coco, results)
-    tables = [class_matches(judged, k) for k in range(len(judged.params.catIds))]
-    each = np.stack([class_ap(t, image_draws(len(t.objects), draws)) for t in tables])
-    both = np.stack([each.mean(1), each[:, 0]])
-    return summarise(judged), np.concatenate(
-        [np.stack([_mean_of_classes(b) for b in both])[:, None], both], 1
-    )
+def head_logits(head: Head, queries: Queries, batch_size=64) -> torch.Tensor:
+    """Logits (N, Q, C) of a head on cached queries."""
+    head.eval()
+    logits = []
+    for part in queries_in_batches(queries, batch_size):
+        logits.append(head(part.embeddings.float(), part.logits, part.quality))
+    return torch.cat(logits)
 
 
 # %% ../nbs/05_multimodal.ipynb #save-head
-def save_head(head, text: ClassText, directory, about: dict) -> Path:
-    "Write `head.safetensors`: weights, text, and in its metadata what it is (`head`, `width`, `texts`) and `about` (where its detector is)."
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+TEXT_PARTS = ("pooled", "tokens", "token_class")
+
+
+def save_head(head: Head, text: ClassText, directory: str | Path, about: dict) -> Path:
+    """Write `head.safetensors`, whole or not at all: weights, text, and what it is.
+
+    about: where its detector is, `{"run", "detector"}`; with `head`, `width` and `texts` it is in
+    the file's metadata.
+    """
     tensors = {f"head/{k}": v.detach().cpu().clone() for k, v in head.state_dict().items()}
-    tensors |= {
-        f"text/{k}": v.clone()
-        for k in ("pooled", "tokens", "token_class")
-        if (v := getattr(text, k)) is not None
-    }
-    save_file(
-        tensors,
-        directory / "head.safetensors",
-        {
-            "format": "pt",
-            "about": json.dumps(
-                {"head": head.kind, "width": head.width, "texts": list(text.texts)} | about
-            ),
-        },
-    )
-    return directory / "head.safetensors"
+    for name in TEXT_PARTS:
+        value = getattr(text, name)
+        if value is not None:
+            tensors[f"text/{name}"] = value.clone()
+    about = {"head": head.kind, "width": head.width, "texts": list(text.texts)} | about
+    metadata = {"format": "pt", "about": json.dumps(about)}
+    return atomic_write(Path(directory) / "head.safetensors", save(tensors, metadata))
 
 
 # %% ../nbs/05_multimodal.ipynb #load-head
-def load_head(file) -> tuple:
-    "The head that `save_head` wrote, its text, and what was noted about it."
+def load_head(file: str | Path) -> tuple[Head, ClassText, dict]:
+    """The head that `save_head` wrote, its text, and what was noted about it."""
     with safe_open(file, "pt") as f:
-        about, tensors = json.loads(f.metadata()["about"]), {k: f.get_tensor(k) for k in f.keys()}
-    text = ClassText(
-        *(tensors.get(f"text/{k}") for k in ("pooled", "tokens", "token_class")),
-        tuple(about["texts"]),
-    )
+        about = json.loads(f.metadata()["about"])
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    parts = [tensors.get(f"text/{name}") for name in TEXT_PARTS]
+    text = ClassText(*parts, tuple(about["texts"]))
     head = build_head(about["head"], about["width"], text)
-    head.load_state_dict(
-        {k.removeprefix("head/"): v for k, v in tensors.items() if k.startswith("head/")}
-    )
+    weights = {k.removeprefix("head/"): v for k, v in tensors.items() if k.startswith("head/")}
+    head.load_state_dict(weights)
     return head.eval(), text, about
 
 
+# %% ../nbs/05_multimodal.ipynb #open-fusion-run
+def _write_about(run: Path, config: FusionConfig, text: ClassText, classes: list) -> None:
+    """The files that say what a fusion run is, and what it was made with."""
+    about = {"family": "fusion", "classes": classes}
+    about["image_size"] = trained_image_size(config.run)
+    Run(run).write("config.json", dataclasses.asdict(config) | about)
+    hashes = {"data_hash": data_hash(config.data_dir), "code_hash": _fusion_code()}
+    start = {"detector": detector_hash(config.run), "phase1": Path(config.run).name}
+    said = {"texts": text.texts, "text_vectors": text_hash(text)}
+    Run(run).write("env.json", environment(seed=config.seed, **hashes, **start, **said))
+
+
 # %% ../nbs/05_multimodal.ipynb #save-judged
-def save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
-    "Write predictions, metrics and bootstrap draws of a split into a run directory; returns the metrics."
-    metrics, draws = judge(coco, results)
-    write_results(run / f"predictions_{split}.json", results)
-    write_json(run / f"metrics_{split}.json", metrics)
-    np.save(run / f"bootstrap_{split}.npy", draws.astype(np.float32))
+def _save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
+    """Write predictions and COCO metrics of a split into a run directory; gives the metrics."""
+    metrics = coco_metrics(coco, results)
+    Run(run).save_predictions(split, results, metrics)
+    return metrics
+
+
+def _judge_head(run: Path, head: Head, data: FusionData) -> dict:
+    """Judge a head on val and test: `{split: metrics}`, written into its run directory."""
+    metrics = {}
+    for split in ("val", "test"):
+        queries = data.splits[split]
+        results = query_results(queries, head_logits(head, queries), data.category_ids)
+        metrics[split] = _save_judged(run, split, data.coco[split], results)
     return metrics
 
 
 # %% ../nbs/05_multimodal.ipynb #train-frozen
-def _train_frozen(config: FusionConfig) -> Path:
+def _train_frozen(run: Path, config: FusionConfig, text: ClassText) -> None:
+    """Train a head on the frozen detector, and fill its run directory."""
+    start = time.perf_counter()
     data = fusion_data(config)
-    if config.head not in HEADS:
-        raise ValueError(f"head={config.head!r}: choose one of {', '.join(HEADS)}")
-    if config.held_out and config.held_out not in data.classes:
-        raise ValueError(f"held_out={config.held_out!r}: the classes are {', '.join(data.classes)}")
-    text = fusion_text(config, data.classes)
-    run = find_fusion_run(config, text)
-    with one_at_a_time(run):
-        if (run / "result.json").exists():
-            return run
-        run.mkdir(parents=True, exist_ok=True)
-        start, detector = time.perf_counter(), detector_hash(config.run)
-        write_json(
-            run / "config.json",
-            dataclasses.asdict(config)
-            | {
-                "family": "fusion",
-                "classes": data.classes,
-                "image_size": trained_image_size(config.run),
-            },
-        )
-        write_json(
-            run / "env.json",
-            environment(
-                seed=config.seed,
-                data_hash=data_hash(config.data_dir),
-                code_hash=_fusion_code(),
-                detector=detector,
-                phase1=Path(config.run).name,
-                texts=text.texts,
-                text_vectors=text_hash(text),
-            ),
-        )
-        seed_everything(config.seed)
-        log, head = (
-            Log(run, 0),
-            build_head(config.head, data.splits["train"].embeddings.shape[-1], text, config.seed),
-        )
-        fit_head(head, config, data, log)
-        fitted = time.perf_counter() - start
-        save_head(head, text, run / "best", {"run": str(config.run), "detector": detector})
-        found = {
-            s: save_judged(
-                run,
-                s,
-                data.coco[s],
-                query_results(data.splits[s], head_logits(head, data.splits[s]), data.category_ids),
-            )
-            for s in ("val", "test")
-        }
-        steps = config.epochs * -(-len(data.splits["train"]) // config.batch_size)
-        log("val", steps, config.epochs, {f"val/{k}": v for k, v in found["val"].items()})
-        write_json(
-            run / "result.json",
-            {
-                "epochs": config.epochs,
-                "steps": steps,
-                "seconds": fitted,
-                "seconds_in_all": time.perf_counter() - start,
-                "parameters": sum(p.numel() for p in head.parameters()),
-                "val_AP": found["val"]["AP"],
-            },
-        )
-    return run
+    run.mkdir(parents=True, exist_ok=True)
+    _write_about(run, config, text, data.classes)
+    seed_everything(config.seed)
+    log = Log(run, 0)
+    train_queries = data.splits["train"]
+    head = build_head(config.head, train_queries.embeddings.shape[-1], text, config.seed)
+    fit_head(head, config, data, log)
+    seconds = time.perf_counter() - start
+    detector = {"run": str(config.run), "detector": detector_hash(config.run)}
+    save_head(head, text, run / "best", detector)
+    about = {"kind": "fused", "classes": data.classes}
+    write_json(run / "best" / "config.json", about)
+    metrics = _judge_head(run, head, data)
+    steps = config.epochs * math.ceil(len(train_queries) / config.batch_size)
+    log("val", steps, config.epochs, {f"val/{k}": v for k, v in metrics["val"].items()})
+    result = {"epochs": config.epochs, "steps": steps, "seconds": seconds}
+    result["seconds_in_all"] = time.perf_counter() - start
+    result["parameters"] = parameter_count(head)
+    result["val_AP"] = metrics["val"]["AP"]
+    Run(run).write("result.json", result)
 
 
 # %% ../nbs/05_multimodal.ipynb #fused-detector
 class FusedDetector(nn.Module):
-    "A detector whose last class logits come from a fusion head: `model(pixel_values)` like the detector. The detector is always in evaluation mode."
+    """A detector whose last class logits come from a fusion head.
 
-    def __init__(self, detector, head, text: ClassText, about: dict):
+    The detector is always in evaluation mode; only the head is trainable until `thaw`.
+    """
+
+    def __init__(self, detector, head: Head, text: ClassText, about: dict):
         super().__init__()
-        self.detector, self.head, self.text, self.about = detector.eval(), head, text, about
+        self.detector = detector.eval()
+        self.head = head
+        self.text = text
+        self.about = about
+        self.classes = detector.classes
         self.requires_grad_(False)
         self.head.requires_grad_(True)
 
@@ -468,120 +365,147 @@ class FusedDetector(nn.Module):
         return self
 
     def forward(self, pixel_values, targets=None):
+        """The detector's output with the head's logits, from pixel_values (B, 3, H, W).
+
+        `logits` (B, Q, C) and the last of `layer_logits` (L, B, Q, C) are the head's; boxes and
+        earlier layers are the detector's. targets: "labels" (n,), "boxes" (n, 4) cxcywh in [0, 1].
+        """
         with torch.no_grad():
             memory, shapes = encode(self.detector, pixel_values)
-        out = detect(self.detector, memory, shapes, targets)
-        quality = (
-            out.logits - self.detector.model.decoder.class_embed[-1](out.query_embeddings).float()
-        ).mean(-1, keepdim=True)
-        out.logits = self.head(out.query_embeddings.float(), out.logits, quality)
-        if out.layer_logits is not None:
-            out.layer_logits = torch.cat([out.layer_logits[:-1], out.logits[None]])
-        return out
+        output = detect(self.detector, memory, shapes, targets)
+        quality = query_quality(self.detector, output)
+        output.logits = self.head(output.query_embeddings.float(), output.logits, quality)
+        if output.layer_logits is not None:
+            layers = [output.layer_logits[:-1], output.logits[None]]
+            output.layer_logits = torch.cat(layers)
+        return output
 
 
 # %% ../nbs/05_multimodal.ipynb #load-fused
-def load_fused(run, device="cpu") -> FusedDetector:
-    "The fused detector of a fusion run. Raises `ValueError` where the phase-1 detector is not the one that it was trained with."
+def load_fused(run: str | Path, device="cpu") -> FusedDetector:
+    """The fused detector of a fusion run, or of its directory `best`.
+
+    Raises `ValueError` where the phase-1 detector is not the one that it was trained with.
+    """
     folder = Path(run) / "best" if (Path(run) / "best").is_dir() else Path(run)
     head, text, about = load_head(folder / "head.safetensors")
-    where = folder if (folder / "model.safetensors").is_file() else about["run"]
-    if where != folder and detector_hash(where) != about["detector"]:
+    where = Path(about["run"])
+    if (folder / "model.safetensors").is_file():
+        where = folder  # a thawed detector is kept with its head
+    elif (now := detector_hash(where)) != about["detector"]:
         raise ValueError(
-            f"{Path(run).name} belongs to the detector {about['detector']}, {Path(where).name} holds {detector_hash(where)} now"
+            f"{Path(run).name} belongs to the detector {about['detector']}, "
+            f"{where.name} holds {now} now"
         )
-    return (
-        FusedDetector(load_detector(detector_directory(where)), head, text, about).to(device).eval()
-    )
+    detector = load_detector(detector_directory(where))
+    return FusedDetector(detector, head, text, about).to(device).eval()
 
+
+LOADERS["fused"] = load_fused  # a directory of this kind opens with `open_detector`
 
 # %% ../nbs/05_multimodal.ipynb #thaw
 STAGES = ("head", "decoder")
 
 
 def thaw(model: FusedDetector, stage: str) -> FusedDetector:
-    "Let the class layer (`head`), or the class layer and all of the decoder (`decoder`), learn as well."
+    """Let the class layer (`head`) or all of the decoder (`decoder`) learn as well."""
     decoder = model.detector.model.decoder
-    (decoder if stage == "decoder" else decoder.class_embed[-1]).requires_grad_(True)
+    part = decoder if stage == "decoder" else decoder.class_embed[-1]
+    part.requires_grad_(True)
     return model
 
 
 # %% ../nbs/05_multimodal.ipynb #fused-family
+def _fused_losses(config: TrainConfig, num_classes: int):
+    """DEIMv2's losses on the fused detector's output."""
+    change = round(config.matcher_change * config.epochs)
+    criterion = Criterion(num_classes, change_epoch=change)
+
+    def losses(model, pixel_values, targets, epoch):
+        return criterion(model(pixel_values, targets=targets), targets, epoch=epoch)
+
+    return losses
+
+
+def _predict_fused(model, dataset, image_size, device):
+    return predict(model, dataset, image_size, device=device)
+
+
+def _save_fused(model: FusedDetector, directory, classes, **meta) -> None:
+    save_head(model.head, model.text, directory, model.about)
+    save_detector(model.detector, directory, classes, **meta)
+    config = Path(directory) / "config.json"
+    write_json(config, read_json(config) | {"kind": "fused"})
+
+
+# %% ../nbs/05_multimodal.ipynb #fused-family-2
 def fused_family(stage: str) -> Family:
-    "How chapter 4's trainer trains a fused detector; `TrainConfig.init` is the head.safetensors that it starts from."
+    """How chapter 4's trainer trains a fused detector.
 
-    def losses(config, num_classes):
-        criterion = Criterion(
-            num_classes, change_epoch=round(config.matcher_change * config.epochs)
-        )
-        return lambda model, pixel_values, targets, epoch: criterion(
-            model(pixel_values, targets=targets), targets, epoch=epoch
-        )
+    `TrainConfig.init` is the head.safetensors that it starts from.
+    """
 
-    def save(model, directory, classes, **meta):
-        save_head(model.head, model.text, directory, model.about)
-        save_detector(model.detector, directory, classes, **meta)
+    def build(config, num_classes):
+        return thaw(load_fused(Path(config.init).parent), stage)
 
     return Family(
         f"fused_{stage}",
-        lambda config, num_classes: thaw(load_fused(Path(config.init).parent), stage),
-        losses,
-        lambda model, dataset, image_size, device: predict(
-            model, dataset, image_size, device=device
-        ),
-        save,
+        build,
+        _fused_losses,
+        _predict_fused,
+        _save_fused,
         code=(("multimodal", "fused_family"), ("fusion", "build_head")),
         size=count_boxes,
         backbone=".conv_encoder.backbone.",
     )
 
 
-# %% ../nbs/05_multimodal.ipynb #train-fusion
+# %% ../nbs/05_multimodal.ipynb #train-stage
+def _stage_config(config: FusionConfig, start: Path) -> TrainConfig:
+    """How a stage is trained from the run `start`, with the augmentation of phase 1."""
+    phase1 = Run(config.run).config
+    fields = {name: phase1[name] for name in AUGMENTATION.values() if name in phase1}
+    fields["init"] = str(start / "best" / "head.safetensors")
+    fields["image_size"] = trained_image_size(config.run)
+    fields |= {"epochs": config.unfreeze_epochs, "batch_size": 16, "lr": config.unfreeze_lr}
+    fields |= {"backbone_lr": 1.0, "matcher_change": 1.0, "plain": config.plain}
+    folder = config.runs_dir or str(Path(config.run).parent)
+    return TrainConfig(config.data_dir, folder, seed=config.seed, **fields)
+
+
+# %% ../nbs/05_multimodal.ipynb #train-stage-2
 def _train_stage(config: FusionConfig, stage: str, start: Path) -> Path:
-    "One stage of thawing from the run `start`; judged on val and test like a frozen run."
-    size = trained_image_size(config.run)
-    about = (
-        read_json(Path(config.run) / "config.json")
-        if (Path(config.run) / "config.json").is_file()
-        else {}
-    )
-    kinds = {
-        k: about[k] for k in ("vertical_flips", "photometric", "zoom_out", "iou_crop") if k in about
-    }
-    run = train(
-        TrainConfig(
-            config.data_dir,
-            config.runs_dir or str(Path(config.run).parent),
-            init=str(start / "best" / "head.safetensors"),
-            image_size=size,
-            epochs=config.unfreeze_epochs,
-            batch_size=16,
-            lr=config.unfreeze_lr,
-            backbone_lr=1.0,
-            plain=config.plain,
-            matcher_change=1.0,
-            seed=config.seed,
-            **kinds,
-        ),
-        fused_family(stage),
-    )
+    """One stage of thawing from the run `start`; judged on val and test like a frozen run."""
+    stage_config = _stage_config(config, start)
+    run = train(stage_config, fused_family(stage))
     model = load_fused(run)
     for split in ("val", "test"):
-        if not (run / f"bootstrap_{split}.npy").exists():
-            dataset = load_dataset(config.data_dir, split)
-            save_judged(run, split, dataset.coco, predict(model, dataset, size))
+        if Run(run).has_predictions(split):
+            continue
+        dataset = load_dataset(config.data_dir, split)
+        results = predict(model, dataset, stage_config.image_size)
+        _save_judged(run, split, dataset.coco, results)
     return run
 
 
 # %% ../nbs/05_multimodal.ipynb #train-fusion-function
 def train_fusion(config: FusionConfig) -> Path:
-    """Train a fusion head on a frozen detector, or find the run; with `unfreeze`, go on with class layer and decoder. Returns the last run's directory.
+    """Train a fusion head on a frozen detector, or find the run; with `unfreeze`, train further.
 
-    Raises `EncoderError` or `ValueError` for text that cannot be had or is unfit, `FileNotFoundError` for a run without weights."""
-    if config.unfreeze not in ("", *STAGES):
-        raise ValueError(f"unfreeze={config.unfreeze!r}: choose one of '', {', '.join(STAGES)}")
-    run = _train_frozen(dataclasses.replace(config, unfreeze=""))
-    for stage in STAGES[: 1 + STAGES.index(config.unfreeze)] if config.unfreeze else ():
+    Gives the last run's directory. What is wrong with the configuration or its text is said
+    before anything is computed: `ValueError` or `EncoderError`; `FileNotFoundError` for a run
+    without weights.
+    """
+    classes = load_dataset(config.data_dir, "train").classes
+    if config.held_out and config.held_out not in classes:
+        raise ValueError(f"held_out={config.held_out!r}: the classes are {', '.join(classes)}")
+    text = fusion_text(config, classes)
+    run = find_fusion_run(config, text)
+    with one_at_a_time(run):
+        if not Run(run).finished:
+            _train_frozen(run, config, text)
+    stages = STAGES[: 1 + STAGES.index(config.unfreeze)] if config.unfreeze else ()
+    for stage in stages:
         run = _train_stage(config, stage, run)
     return run
 
@@ -591,387 +515,181 @@ SCHEDULES = {
     "thesis": {"batch_size": 2, "lr": 1e-4, "warmup_steps": 500},
     "fast": {"batch_size": 16, "lr": 1e-3, "warmup_steps": 63},
 }  # both 20 epochs, flat for 15, 3 plain
-ALL_HEADS, MAIN, LEARNED = (
-    ("contrastive", "residual", "cross_attention", "concat"),
-    ("true", "permuted", "orthogonal"),
-    ("linear", "cosine"),
-)
-GRIDS = {
-    "smoke": {
-        "seeds": 2,
-        "heads": ("contrastive",),
-        "texts": MAIN,
-        "learned": ("linear",),
-        "repeats": 1,
-        "config": {"epochs": 2, "views": 1},
-    },
-    "demo": {
-        "seeds": 6,
-        "heads": ("contrastive",),
-        "texts": MAIN,
-        "learned": (),
-        "repeats": 1,
-        "config": {"epochs": 10, "views": 1},
-    },
-    "compact": {
-        "seeds": 6,
-        "heads": ALL_HEADS,
-        "texts": (*MAIN, "words", "constant"),
-        "learned": LEARNED,
-        "repeats": 3,
-        "config": {},
-    },
-}
-GRIDS["thesis"] = GRIDS["compact"]
+MAIN_TEXTS = ("true", "permuted", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The heads, texts and seeds that a profile can afford."""
+
+    heads: tuple = ("contrastive", "residual", "cross_attention", "concat")
+    texts: tuple = (*MAIN_TEXTS, "words", "constant")
+    learned: tuple = ("linear", "cosine")  # controls that learn their class vectors
+    seeds: int = 6
+    repeats: int = 3  # seeds of prompts and held-out classes
+    changes: dict = field(default_factory=dict)  # of FusionConfig
+
+
+# %% ../nbs/05_multimodal.ipynb #grids-2
+FEW_EPOCHS = {"epochs": 2, "views": 1}
+SMOKE_GRID = Grid(("contrastive",), MAIN_TEXTS, ("linear",), 2, 1, FEW_EPOCHS)
+DEMO_GRID = Grid(("contrastive",), MAIN_TEXTS, (), 6, 1, {"epochs": 10, "views": 1})
+GRIDS = {"smoke": SMOKE_GRID, "demo": DEMO_GRID, "compact": Grid(), "thesis": Grid()}
 UNFIT = {
-    ("cross_attention", "words"),
-    ("contrastive", "constant"),
-}  # no token vectors ship for random words; a constant gives all classes the same logit
+    ("cross_attention", "words"),  # no token vectors ship for random words
+    ("contrastive", "constant"),  # a constant gives all classes the same logit
+}
 
 
 # %% ../nbs/05_multimodal.ipynb #grid-configs
-def grid_configs(base: FusionConfig, heads, texts, seeds, learned=LEARNED) -> dict:
-    "`{(head, text, seed): FusionConfig}`: heads in turn with every text, then the controls that learn their class vectors."
-    cells = [(h, t) for h in heads for t in texts if (h, t) not in UNFIT] + [
-        (h, "none") for h in learned
-    ]
-    return {
-        (h, t, s): dataclasses.replace(base, head=h, text=t, seed=s)
-        for h, t in cells
-        for s in seeds
-    }
+def grid_configs(base: FusionConfig, heads, texts, seeds, learned=Grid.learned) -> dict:
+    """`{(head, text, seed): FusionConfig}`: heads in turn with every text, then the controls.
+
+    learned: controls that learn their class vectors; they have no text.
+    """
+    cells = [cell for cell in itertools.product(heads, texts) if cell not in UNFIT]
+    cells += [(head, "none") for head in learned]
+    configs = {}
+    for (head, text), seed in itertools.product(cells, seeds):
+        configs[head, text, seed] = dataclasses.replace(base, head=head, text=text, seed=seed)
+    return configs
 
 
-# %% ../nbs/05_multimodal.ipynb #effect
-def sign_flip(differences) -> float:
-    "Two-sided p of a mean difference under random signs, all 2^n of them (n <= 16): 2 / 2^n at the least."
-    d = np.asarray(differences, dtype=float)
-    means = [abs(np.mean(d * s)) for s in itertools.product((1, -1), repeat=len(d))]
-    return float(np.mean(np.array(means) >= abs(d.mean()) - 1e-12))
+# %% ../nbs/05_multimodal.ipynb #sample-run
+@lru_cache(maxsize=256)
+def sample_run(run: Path, split="test", data_dir: str | None = None) -> Sampled:
+    """A finished run's AP on the draws of a split's photographs.
+
+    data_dir: the data set, where it has moved since.
+    """
+    found = judged(run, split, data_dir)
+    return sample_ap(found.tables, stratified_weights(found.tables), found.seed)
 
 
-# %% ../nbs/05_multimodal.ipynb #paired-effect
-def paired_effect(points, drawn, seed=0) -> dict:
-    "Mean of `points` (seeds,), its two-level bootstrap interval from `drawn` (seeds, draws of photographs), p by sign flips, number of seeds."
-    drawn = np.asarray(drawn, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(drawn), size=drawn.shape)
-    low, high = np.nanquantile(np.take_along_axis(drawn, chosen, 0).mean(0), [0.025, 0.975])
-    return {
-        "effect": float(np.mean(points)),
-        "low": float(low),
-        "high": float(high),
-        "p": sign_flip(points),
-        "seeds": len(drawn),
-    }
+def sample_detector(data: FusionData, split="test") -> Sampled:
+    """The same of the detector that heads start from, by its cached queries."""
+    queries = data.splits[split]
+    results = query_results(queries, queries.logits, data.category_ids)
+    tables = judged(data.coco[split], results=results).tables
+    return sample_ap(tables, stratified_weights(tables))
 
 
 # %% ../nbs/05_multimodal.ipynb #verdict
-def verdict(effect: dict, what="text") -> str:
-    "In words, whether an effect is there: the interval must leave out 0 and p must be under .05, which takes at least 6 seeds."
-    if effect["seeds"] < 6:
-        return f"not to be told: {effect['seeds']} seeds, 6 are needed"
-    if effect["p"] < 0.05 and effect["low"] > 0:
-        return f"{what} helps, by {100 * effect['effect']:.1f} points"
-    if effect["p"] < 0.05 and effect["high"] < 0:
-        return f"{what} harms, by {-100 * effect['effect']:.1f} points"
-    return f"no effect to be seen: between {100 * effect['low']:+.1f} and {100 * effect['high']:+.1f} points"
+def verdict(effect: Effect, what="text") -> str:
+    """In words, whether there is an effect.
 
-
-# %% ../nbs/05_multimodal.ipynb #compare-runs
-def _score(run, split, row=0, metric="AP"):
-    "A run's metric and its bootstrap draws; `row` 0 is the mean over classes, then the classes in order."
-    metrics, names = (
-        read_json(Path(run) / f"metrics_{split}.json"),
-        read_json(Path(run) / "config.json")["classes"],
-    )
-    name = metric if row == 0 else f"{metric}/{names[row - 1]}"
-    value = metrics[name]
-    return math.nan if value is None else value, np.load(Path(run) / f"bootstrap_{split}.npy")[
-        ("AP", "AP50").index(metric), row
-    ]
-
-
-# %% ../nbs/05_multimodal.ipynb #compare-runs-function
-def compare_runs(runs, others, split="test", row=0, metric="AP") -> dict:
-    "Paired effect of `runs` over `others` (run directories in the same order of seeds) in one metric; `others` may be one (value, draws) for all."
-    mine = [_score(r, split, row, metric) for r in runs]
-    theirs = (
-        [others] * len(mine)
-        if isinstance(others, tuple)
-        else [_score(r, split, row, metric) for r in others]
-    )
-    return paired_effect(
-        [a - b for (a, _), (b, _) in zip(mine, theirs, strict=True)],
-        np.stack([a - b for (_, a), (_, b) in zip(mine, theirs)]),
-    )
+    The interval must leave out 0 and p must be under .05, which takes at least 6 seeds.
+    """
+    if effect.pairs < 6:
+        return f"cannot be told: {effect.pairs} seeds, 6 are needed"
+    if effect.p < 0.05 and effect.low > 0:
+        return f"{what} helps, by {100 * effect.difference:.1f} points"
+    if effect.p < 0.05 and effect.high < 0:
+        return f"{what} harms, by {-100 * effect.difference:.1f} points"
+    low, high = 100 * effect.low, 100 * effect.high
+    return f"no effect can be told from zero: between {low:+.1f} and {high:+.1f} points"
 
 
 # %% ../nbs/05_multimodal.ipynb #tables
-def seeds_of(runs: dict, head, text) -> list:
-    "The runs of one head and text, in the order of seeds."
-    return [
-        r
-        for (h, t, _), r in sorted(runs.items(), key=lambda kv: kv[0][2])
-        if (h, t) == (head, text)
-    ]
+def cells_of(runs: dict) -> dict:
+    """`{(head, text): [run, ...] in the order of seeds}` of `{(head, text, seed): run}`."""
+    cells = {}
+    for head, text, seed in runs:
+        cells.setdefault((head, text), []).append((seed, runs[head, text, seed]))
+    return {cell: [run for _, run in sorted(found)] for cell, found in cells.items()}
+
+
+def effect_columns(effect: Effect) -> dict:
+    """An effect as columns of a table; a fraction of AP, not points."""
+    columns = {"effect": effect.difference, "low": effect.low, "high": effect.high}
+    return columns | {"p": effect.p, "seeds": effect.pairs, "smallest difference": effect.smallest}
 
 
 # %% ../nbs/05_multimodal.ipynb #grid-table
-def grid_table(runs: dict, phase1: tuple, split="test") -> pd.DataFrame:
-    "A row a head and text: seeds, mean and spread of AP, AP50, difference to phase 1 (`phase1`: AP and its draws) with interval, seconds, parameters."
+def fusion_table(runs: dict, phase1: Sampled, split="test", data_dir=None) -> pd.DataFrame:
+    """One row per head and text: AP, difference to phase 1 with interval, seconds, parameters.
+
+    runs: {(head, text, seed): run}; phase1: see `sample_detector`; data_dir: see `sample_run`.
+    """
     rows = []
-    for head, text in dict.fromkeys((h, t) for h, t, _ in runs):
-        mine = seeds_of(runs, head, text)
-        ap, ap50 = ([_score(r, split, 0, m)[0] for r in mine] for m in ("AP", "AP50"))
-        effect, results = (
-            compare_runs(mine, phase1, split),
-            [read_json(r / "result.json") for r in mine],
-        )
-        rows.append(
-            {
-                "head": head,
-                "text": text,
-                "seeds": len(mine),
-                "AP": np.mean(ap),
-                "sd": np.std(ap, ddof=1) if len(ap) > 1 else math.nan,
-                "AP50": np.mean(ap50),
-                "to phase 1": effect["effect"],
-                "low": effect["low"],
-                "high": effect["high"],
-                "parameters": results[0]["parameters"],
-                "seconds": np.mean([r["seconds"] for r in results]),
-            }
-        )
+    for (head, text), found in cells_of(runs).items():
+        group = [sample_run(run, split, data_dir) for run in found]
+        ap = np.array([sampled.metric("AP")[0] for sampled in group])
+        row = {"head": head, "text": text, "seeds": len(group), "AP": ap.mean()}
+        row["sd"] = ap.std(ddof=1) if len(ap) > 1 else math.nan
+        row["AP50"] = np.mean([sampled.metric("AP50")[0] for sampled in group])
+        effect = paired_effect(group, [phase1], fixed=True)
+        row |= {"to phase 1": effect.difference, "low": effect.low, "high": effect.high}
+        results = [Run(run).result for run in found]
+        row["parameters"] = results[0]["parameters"]
+        row["seconds"] = np.mean([result["seconds"] for result in results])
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 # %% ../nbs/05_multimodal.ipynb #effect-table
-def effect_table(runs: dict, split="test") -> pd.DataFrame:
-    "A row a head and control: what the true text gives over it, paired by seed, with interval, p and verdict."
-    rows, cells = [], list(dict.fromkeys((h, t) for h, t, _ in runs))
-    for head, text in cells:
+def effect_table(runs: dict, split="test", data_dir=None) -> pd.DataFrame:
+    """One row per head and control: what the true text gives over it, paired by seed."""
+    rows = []
+    cells = cells_of(runs)
+    for (head, text), found in cells.items():
         if text in ("true", "none") or (head, "true") not in cells:
             continue
-        effect = compare_runs(seeds_of(runs, head, "true"), seeds_of(runs, head, text), split)
-        rows.append(
-            {"head": head, "true text against": text, **effect, "in words": verdict(effect)}
-        )
+        with_text = [sample_run(run, split, data_dir) for run in cells[head, "true"]]
+        control = [sample_run(run, split, data_dir) for run in found]
+        effect = paired_effect(with_text, control)
+        row = {"head": head, "true text against": text} | effect_columns(effect)
+        rows.append(row | {"in words": verdict(effect)})
     return pd.DataFrame(rows)
 
 
 # %% ../nbs/05_multimodal.ipynb #conclusion
+def _head_conclusion(words: dict, least: float) -> str:
+    """What the comparisons with both controls, `{control: verdict}`, say together."""
+    if len(words) < 2:
+        return "not compared with both controls"
+    if all(said.startswith("text helps") for said in words.values()):
+        return f"the text helps, by {100 * least:.1f} points of AP at least"
+    unsure = [said for said in words.values() if said.startswith("cannot be told")]
+    if unsure:
+        return unsure[0]
+    against = "; ".join(f"against {control} text, {said}" for control, said in words.items())
+    return f"that the text helps was not shown ({against})"
+
+
 def conclusion(effects: pd.DataFrame) -> str:
-    "One sentence a head: text has an effect where the true one beats both another class's and random orthogonal vectors."
+    """One sentence per head: text must beat both another class's and random orthogonal vectors."""
     lines = []
     for head, part in effects.groupby("head", sort=False):
-        part = part.set_index("true text against")
-        words = [part.loc[c, "in words"] for c in ("permuted", "orthogonal") if c in part.index]
-        if len(words) < 2:
-            lines.append(f"{head}: not compared with both controls")
-            continue
-        if all(w.startswith("text helps") for w in words):
-            lines.append(
-                f"{head}: the text helps, by {100 * part.loc[['permuted', 'orthogonal'], 'effect'].min():.1f} points of AP at least"
-            )
-        elif any(w.startswith("not to be told") for w in words):
-            lines.append(f"{head}: {words[0]}")
-        else:
-            lines.append(
-                f"{head}: the effect of text is not there (against permuted: {words[0]}; against orthogonal: {words[1]})"
-            )
+        controls = part[part["true text against"].isin(["permuted", "orthogonal"])]
+        words = dict(zip(controls["true text against"], controls["in words"], strict=True))
+        lines.append(f"{head}: {_head_conclusion(words, controls['effect'].min())}")
     return "\n".join(lines)
 
 
 # %% ../nbs/05_multimodal.ipynb #plot-effects
-def plot_effects(effects: pd.DataFrame) -> plt.Figure:
-    "The effect of the true text over each control, a row a head and control, with intervals; filled where the verdict is that it helps or harms."
-    fig, ax = plt.subplots(figsize=(6, 0.8 + 0.28 * len(effects)), layout="constrained")
-    colours = dict(
-        zip(dict.fromkeys(effects["true text against"]), sns.color_palette("colorblind"))
-    )
-    for y, (_, row) in enumerate(effects.iterrows()):
-        colour, sure = (
-            colours[row["true text against"]],
-            row["in words"].startswith(("text helps", "text harms")),
-        )
-        ax.errorbar(
-            100 * row["effect"],
-            y,
-            xerr=[
-                [100 * max(row["effect"] - row["low"], 0)],
-                [100 * max(row["high"] - row["effect"], 0)],
-            ],
-            fmt="o",
-            color=colour,
-            mfc=colour if sure else "white",
-            capsize=2,
-        )
-    ax.set_yticks(
-        range(len(effects)),
-        [f"{r['head']}: true - {r['true text against']}" for _, r in effects.iterrows()],
-        fontsize=7,
-    )
+def plot_text_effects(effects: pd.DataFrame, language="en") -> plt.Figure:
+    """The effect of the true text over each control of `effect_table`, with intervals.
+
+    Filled where the verdict is that it helps or harms.
+    """
+    fig, ax = plt.subplots(figsize=(6, 1 + 0.3 * len(effects)), layout="constrained")
+    controls = list(dict.fromkeys(effects["true text against"]))
+    colours = dict(zip(controls, sns.color_palette("colorblind"), strict=False))
+    titles = []
+    for y, row in enumerate(effects.to_dict("records")):
+        control = row["true text against"]
+        sure = row["in words"].startswith(("text helps", "text harms"))
+        spread = [[row["effect"] - row["low"]], [row["high"] - row["effect"]]]
+        fill = colours[control] if sure else "white"
+        style = {"fmt": "o", "capsize": 2, "color": colours[control], "mfc": fill}
+        ax.errorbar(100 * row["effect"], y, xerr=100 * np.clip(spread, 0, None), **style)
+        texts = gettext("true", language), gettext(control, language)
+        titles.append(f"{gettext(row['head'], language)}: {' - '.join(texts)}")
+    ax.set_yticks(range(len(effects)), titles)
+    ax.set_ylim(len(effects) - 0.5, -0.5)
     ax.axvline(0, color="0.4", linewidth=0.8)
-    ax.invert_yaxis()
     ax.set_xlabel(
-        "points of AP on test, mean of the seeds, 95 % interval over photographs and seeds",
-        fontsize=7,
+        gettext("points of AP on test, 95 % interval over photographs and seeds", language)
     )
-    sns.despine(fig)
-    return fig
-
-
-# %% ../nbs/05_multimodal.ipynb #plot-similarity-map
-def query_similarities(head, queries: Queries) -> torch.Tensor:
-    "Cosine (N, Q, C) of projected queries and texts, for heads that have it (contrastive, cosine)."
-    with torch.inference_mode():
-        return head.cosine(queries.embeddings.float())
-
-
-# %% ../nbs/05_multimodal.ipynb #plot-similarity-map-function
-def plot_similarity_map(
-    photograph, queries: Queries, similarity, scores, names, title=""
-) -> plt.Figure:
-    "Every query of one photograph as a dot at its box's centre, a panel a text: colour is the cosine, size the query's best score; the best box of each text is drawn."
-    columns = 3
-    fig, axes = plt.subplots(
-        -(-len(names) // columns),
-        columns,
-        figsize=(7.4, 2.5 * -(-len(names) // columns)),
-        squeeze=False,
-        layout="constrained",
-    )
-    w, h = photograph.size
-    centre, low, high = (
-        queries.boxes[:, :2] * torch.tensor([w, h]),
-        similarity.min(),
-        similarity.max(),
-    )
-    for ax in axes.flat:
-        ax.axis("off")
-    for k, (ax, name) in enumerate(zip(axes.flat, names)):
-        ax.imshow(photograph.convert("L"), cmap="gray", alpha=0.6)
-        dots = ax.scatter(
-            *centre.T,
-            c=similarity[:, k],
-            s=8 + 140 * scores.amax(-1),
-            cmap="viridis",
-            vmin=low,
-            vmax=high,
-            edgecolor="white",
-            linewidth=0.3,
-        )
-        x0, y0, x1, y1 = (
-            box_convert(queries.boxes[scores[:, k].argmax()], "cxcywh", "xyxy")
-            * torch.tensor([w, h, w, h])
-        ).tolist()
-        ax.add_patch(
-            plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.2)
-        )
-        ax.set(xlim=(0, w), ylim=(h, 0))
-        ax.set_title(f"{name}, best score {scores[:, k].max():.2f}", fontsize=7)
-    fig.colorbar(dots, ax=axes, label="cosine of query and text", shrink=0.7)
-    if title:
-        fig.suptitle(title, fontsize=8)
-    return fig
-
-
-# %% ../nbs/05_multimodal.ipynb #similarity-by-class
-def query_text_table(head, queries: Queries, classes) -> pd.DataFrame:
-    "Mean cosine of the queries that answer for a class's objects (rows) to each class's text (columns)."
-    near, (image, place) = (
-        query_similarities(head, queries),
-        (queries.query >= 0).nonzero().unbind(1),
-    )
-    mine, label = near[image, queries.query[image, place]], queries.label[image, place]
-    return pd.DataFrame(
-        [mine[label == c].mean(0).numpy() for c in range(len(classes))],
-        index=classes,
-        columns=classes,
-    )
-
-
-# %% ../nbs/05_multimodal.ipynb #class-gains
-def class_gains(runs, others, classes, split="test") -> pd.DataFrame:
-    "Effect on the AP of each class and on their mean, of `runs` over `others` (see `compare_runs`; a list of (value, draws), one a row, for one fixed model)."
-    fixed = isinstance(others, list) and isinstance(others[0], tuple)
-    rows = [
-        {"class": c, **compare_runs(runs, others[i] if fixed else others, split, i)}
-        for i, c in enumerate(["mean", *classes])
-    ]
-    return pd.DataFrame(rows)
-
-
-# %% ../nbs/05_multimodal.ipynb #plot-class-gains
-def plot_class_gains(tables: dict) -> plt.Figure:
-    "Effects of `class_gains` side by side, in points of AP, with intervals."
-    fig, axes = plt.subplots(
-        1,
-        len(tables),
-        figsize=(3.7 * len(tables), 2.8),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax, (title, table) in zip(axes[0], tables.items()):
-        y = np.arange(len(table))
-        spread = 100 * np.abs(table[["low", "high"]].to_numpy().T - table["effect"].to_numpy())
-        ax.errorbar(
-            100 * table["effect"], y, xerr=spread, fmt="o", color="black", capsize=2, markersize=4
-        )
-        ax.axvline(0, color="0.5", linewidth=0.8)
-        ax.set_yticks(
-            y, [c.replace("_", " ").split()[0].lower() for c in table["class"]], fontsize=7
-        )
-        ax.set_xlabel("points of AP", fontsize=7)
-        ax.set_title(title, fontsize=8)
-    axes[0, 0].invert_yaxis()
-    sns.despine(fig)
-    return fig
-
-
-# %% ../nbs/05_multimodal.ipynb #confusion
-def confusion(coco: dict, results: list, score=0.3, iou=0.5) -> pd.DataFrame:
-    "What each annotated object (rows) is taken for (columns): the class of the best detection on it of at least `score` and `iou`, or missed."
-    names = {c["id"]: c["name"] for c in coco["categories"]}
-    boxes = lambda rs: box_convert(
-        torch.tensor([r["bbox"] for r in rs], dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy"
-    )
-    by_image = {}
-    for r in results:
-        if r["score"] >= score:
-            by_image.setdefault(r["image_id"], []).append(r)
-    rows = []
-    for a in coco["annotations"]:
-        found = by_image.get(a["image_id"], [])
-        near = (
-            [
-                r["score"] if o >= iou else -1
-                for r, o in zip(found, box_iou(boxes([a]), boxes(found))[0].tolist())
-            ]
-            if found
-            else []
-        )
-        rows.append(
-            (
-                names[a["category_id"]],
-                names[found[int(np.argmax(near))]["category_id"]]
-                if near and max(near) >= 0
-                else "missed",
-            )
-        )
-    table = pd.crosstab(*map(pd.Series, zip(*rows)))
-    return table.reindex(
-        index=names.values(), columns=[*names.values(), "missed"], fill_value=0
-    ).rename_axis(index="annotated", columns="taken for")
-
-
-# %% ../nbs/05_multimodal.ipynb #mistaken
-def mistaken(coco: dict, results: list, pairs) -> dict:
-    "Share of the objects of one class that are taken for another, for each (class, other) that the data set has."
-    table = confusion(coco, results)
-    return {
-        f"{a} as {b}": table.loc[a, b] / max(table.loc[a].sum(), 1)
-        for a, b in pairs
-        if a in table.index and b in table.index
-    }
+    return finish(fig, language)
