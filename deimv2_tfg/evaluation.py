@@ -59,10 +59,11 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
-from .core import atomic_write, hash_bytes, read_json, write_json
-from .data import annotation_file, load_dataset
+from .core import atomic_write, hash_bytes, read_json
+from .data import load_dataset
 from .detector import load_detector, postprocess
 from .figures import finish, gettext
+from .runs import Run
 from .splits import bind_data
 from .statistics import ClassMatches
 from .transforms import collate, eval_transform
@@ -227,7 +228,7 @@ class Judged:
     evaluator: COCOeval
     metrics: dict[str, float]
     tables: list[ClassMatches]
-    run: Path | None = None
+    run: Run | None = None
     seed: int | None = None  # of the training
 
     @property
@@ -270,33 +271,17 @@ def _judge_once(annotations: dict, results: list, classes: list | None = None) -
 
 
 # %% ../nbs/03b_evaluation.ipynb #run-annotations
-def run_annotations(
-    run: str | Path, split: str = "test", data_dir: str | Path | None = None
-) -> dict:
-    """The COCO annotations that a run's results of `split` belong to.
-
-    `data_dir`: where the data set has moved to. Raises FileNotFoundError.
-    """
-    path = annotation_file(data_dir or read_json(Path(run) / "config.json")["data_dir"], split)
-    if not path.is_file():
-        name = Path(run).name
-        raise FileNotFoundError(
-            f"{path} is missing: pass data_dir if the data set of {name} has moved"
-        )
-    return read_json(path)
+def run_annotations(run, split: str = "test", data_dir: str | Path | None = None) -> dict:
+    return Run(run).annotations(split, data_dir)
 
 
-def run_results(run: str | Path, split: str = "test") -> list[dict]:
-    """The COCO results of a run on `split`; a FileNotFoundError names the call that makes them."""
-    path = Path(run) / f"predictions_{split}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: evaluate(run, data_dir, {split!r}) writes it")
-    return read_json(path)
+def run_results(run, split: str = "test") -> list[dict]:
+    return Run(run).predictions(split)
 
 
 # %% ../nbs/03b_evaluation.ipynb #judged
 def judged(
-    run_or_annotations: str | Path | dict,
+    run_or_annotations: str | Path | Run | dict,
     split: str = "test",
     data_dir: str | Path | None = None,
     results: list | None = None,
@@ -310,10 +295,10 @@ def judged(
     """
     if results is not None:
         return _judge_once(_read(run_or_annotations), results, classes)
-    run = Path(run_or_annotations)
-    annotations = run_annotations(run, split, data_dir)
-    found = _judge_once(annotations, run_results(run, split), classes)
-    return replace(found, run=run, seed=read_json(run / "config.json").get("seed"))
+    run = Run(run_or_annotations)
+    annotations = run.annotations(split, data_dir)
+    found = _judge_once(annotations, run.predictions(split), classes)
+    return replace(found, run=run, seed=run.config.get("seed"))
 
 
 # %% ../nbs/03b_evaluation.ipynb #match-tables
@@ -505,19 +490,15 @@ def open_detector(directory: str | Path) -> torch.nn.Module:
 
 
 # %% ../nbs/03b_evaluation.ipynb #trained-image-size
-def trained_image_size(run_or_checkpoint: str | Path) -> int | tuple[int, int]:
+def trained_image_size(run_or_checkpoint: str | Path | Run) -> int | tuple[int, int]:
     """Input size (side, or height and width) that a run or a detector directory was trained at.
 
-    It is `image_size` in a run's config.json, `meta.image_size` in a detector's. Raises ValueError
-    where neither is there.
+    Raises ValueError where it is not known.
     """
-    path = Path(run_or_checkpoint)
-    for file in (path / "config.json", detector_directory(path) / "config.json"):
-        config = read_json(file) if file.is_file() else {}
-        size = config.get("image_size") or config.get("meta", {}).get("image_size")
-        if size is not None:
-            return tuple(size) if isinstance(size, list) else int(size)
-    raise ValueError(f"{path}: config.json has no image_size; pass image_size")
+    size = Run(run_or_checkpoint).image_size
+    if size is None:
+        raise ValueError(f"{run_or_checkpoint}: config.json has no image_size; pass image_size")
+    return size
 
 
 # %% ../nbs/03b_evaluation.ipynb #trained-image-size-2
@@ -554,8 +535,7 @@ def evaluate(
     results = predict(model, dataset, size, batch_size, device, progress)
     metrics = judged(dataset.coco, results=results).metrics
     if checkpoint != path:
-        write_results(path / f"predictions_{split}.json", results)
-        write_json(path / f"metrics_{split}.json", metrics)
+        Run(path).save_predictions(split, results, metrics)
     return metrics
 
 

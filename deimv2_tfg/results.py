@@ -5,36 +5,23 @@
 # %% auto #0
 __all__ = [
     "LOSSES",
-    "STYLES",
-    "RECALLS",
     "FEW",
-    "PRINTED",
+    "GOOD",
+    "SINGLE",
     "NOT_COMPARED",
     "FAMILIES",
     "COMPARED",
-    "short_names",
-    "read_metrics",
     "loss_families",
     "plot_training",
-    "weighted_ap",
-    "image_strata",
-    "bootstrap_weights",
-    "mean_over_classes",
     "per_class_table",
     "plot_per_class",
     "plot_precision_recall",
     "sheet_images",
-    "draw_detections",
     "prediction_sheet",
     "group_seeds",
     "model_names",
-    "ap_draws",
-    "sign_flip_p",
-    "holm",
-    "image_swap_p",
     "named_groups",
     "judge_group",
-    "paired_columns",
     "compare",
     "read_provenance",
     "write_index",
@@ -50,389 +37,245 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from PIL import Image
+from torch import tensor
+from torchvision.ops import box_convert
 
-from deimv2_tfg.evaluation import (
-    ClassMatches,
-    Judged,
-    add_labels,
-    class_matches,
-    label,
-    precision_recall,
-    run_annotations,
-    run_cocoeval,
-    run_results,
-    summarise,
+from deimv2_tfg.figures import (
+    LINES,
+    class_style,
+    class_title,
+    draw_boxes,
+    finish,
+    gettext,
+    short_titles,
+)
+from deimv2_tfg.statistics import (
+    Sampled,
+    estimate,
+    holm,
+    image_swap_p,
+    paired_effect,
+    sample_ap,
+    seed_pairs,
+    stratified_weights,
 )
 
 from .core import Study, atomic_write, read_json
-from .data import annotation_file, class_style
 from .decisions import kept_results
-from .evaluation import judged as judged_run
-
-# %% ../nbs/07_results.ipynb #label
-add_labels(
-    {
-        "epoch": ("epoch", "época"),
-        "loss": ("loss", "pérdida"),
-        "total": ("total", "total"),
-        "loss_terms": ("weighted loss", "pérdida ponderada"),
-        "denoising": ("denoising queries", "consultas con ruido"),
-        "lr": ("learning rate", "tasa de aprendizaje"),
-        "val": ("on val", "en validación"),
-        "mean": ("mean of the classes", "media de las clases"),
-        "objects": ("objects", "objetos"),
-        "truth": ("annotated", "anotado"),
-        "predicted": ("predicted", "predicho"),
-        "score": ("score", "puntuación"),
-        "interval": (
-            "AP, with 95 % interval over images",
-            "AP, con intervalo del 95 % sobre imágenes",
-        ),
-        "working_point": ("score {:.2f}", "puntuación {:.2f}"),
-        "few": ("fewer than {} objects", "menos de {} objetos"),
-        "loss_mal": ("class (MAL)", "clase (MAL)"),
-        "loss_bbox": ("box (L1)", "caja (L1)"),
-        "loss_giou": ("box (GIoU)", "caja (GIoU)"),
-        "loss_fgl": ("edges (FGL)", "bordes (FGL)"),
-        "loss_ddf": ("edges (DDF)", "bordes (DDF)"),
-    }
-)
-
-
-def short_names(classes: list) -> list[str]:
-    """Class names that fit beside a box: the first word, in small letters; the whole name where that is not unique."""
-    first = [c.replace("_", " ").split()[0].lower() for c in classes]
-    return [s if first.count(s) == 1 else c.lower() for s, c in zip(first, classes)]
-
-
-# %% ../nbs/07_results.ipynb #read-metrics
-def read_metrics(run: str | Path, split: str | None = None) -> pd.DataFrame:
-    """The lines of a run's metrics.jsonl, one a row, of all splits or one. An unfinished last line is left out."""
-    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    frame = pd.DataFrame([row for row in rows if split in (None, row["split"])])
-    return frame.dropna(axis="columns", how="all")
-
+from .evaluation import Judged, judged, run_annotations, run_results
+from .runs import Run
 
 # %% ../nbs/07_results.ipynb #loss-families
-LOSSES = ("loss_mal", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf")
+LOSSES = {
+    "loss_mal": "class (MAL)",
+    "loss_bbox": "box (L1)",
+    "loss_giou": "box (GIoU)",
+    "loss_fgl": "edges (FGL)",
+    "loss_ddf": "edges (DDF)",
+}
 
 
 def loss_families(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Sum of the weighted terms of each of the five losses over all heads, and of all denoising terms; a row an epoch."""
+    """Weighted terms of each of the five losses summed over all heads, and all denoising terms.
+
+    One row per epoch of `Run.metrics`; columns epoch, total, the names of LOSSES, denoising.
+    """
     terms = [c for c in metrics.columns if c.startswith("train/loss_")]
     noisy = [c for c in terms if "_dn_" in c]
-    families = {
-        name: metrics[[c for c in terms if c.startswith(f"train/{name}") and c not in noisy]].sum(
-            axis="columns", min_count=1
-        )
-        for name in LOSSES
-    }
-    return pd.DataFrame(
-        {
-            "epoch": metrics["epoch"],
-            "total": metrics["train/loss"],
-            **families,
-            "denoising": metrics[noisy].sum(axis="columns", min_count=1),
-        }
-    )
+    families = metrics[["epoch"]].assign(total=metrics["train/loss"])
+    for name in LOSSES:
+        own = [c for c in terms if c.startswith(f"train/{name}") and c not in noisy]
+        families[name] = metrics[own].sum(axis="columns", min_count=1)
+    families["denoising"] = metrics[noisy].sum(axis="columns", min_count=1)
+    return families
 
 
-# %% ../nbs/07_results.ipynb #lines
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+# %% ../nbs/07_results.ipynb #plot-losses
+def _draw_lines(ax: plt.Axes, frame: pd.DataFrame, names: dict[str, str]) -> None:
+    """Columns of `frame` over its epochs, by `names`; few points are marked."""
+    colors = ["black", *sns.color_palette("colorblind")]
+    styles = zip(colors, [*LINES, (0, (8, 2))], strict=False)
+    for (column, name), (color, dashes) in zip(names.items(), styles, strict=False):
+        drawn = frame[["epoch", column]].dropna()
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.2, "markersize": 3}
+        style["marker"] = "o" if len(drawn) < 4 else None
+        ax.plot(drawn["epoch"], drawn[column], label=name, **style)
 
 
-def _lines(ax, frame, x, columns, language, **more):
-    for column, color, style in zip(columns, ["black", *sns.color_palette("colorblind")], STYLES):
-        drawn = frame[[x, column]].dropna()
-        ax.plot(
-            drawn[x],
-            drawn[column],
-            linestyle=style,
-            color=color,
-            linewidth=1.2,
-            label=label(column.removeprefix("val/"), language),
-            marker="o" if len(drawn) < 4 else None,
-            markersize=3,
-            **more,
-        )
-    ax.legend(fontsize=6, frameon=False)
+# %% ../nbs/07_results.ipynb #draw-losses
+def _draw_losses(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
+    families = loss_families(train)
+    words = {"total": "total", **LOSSES, "denoising": "denoising queries"}
+    _draw_lines(ax, families, {k: gettext(word, language) for k, word in words.items()})
+    values = families.drop(columns="epoch")
+    lowest, highest = values[values > 0].min().min(), values.max().max()
+    room = 25  # above the lines, for the legend
+    ax.set(yscale="log", ylim=(0.7 * lowest, room * highest))
+    ax.set_ylabel(gettext("weighted loss", language))
+    ax.legend(ncols=2, loc="upper right")
 
 
-# %% ../nbs/07_results.ipynb #lines-2
-def plot_training(run: str | Path, language: str = "en") -> plt.Figure:
-    """Loss by family, learning rate, and AP on val over the epochs of a run."""
-    train, val = (read_metrics(run, split) for split in ("train", "val"))
-    fig, (losses, rate, ap) = plt.subplots(
-        1, 3, figsize=(7.4, 2.5), width_ratios=(1.25, 0.8, 1), layout="constrained"
-    )
-    families, top = loss_families(train), train["train/loss"].max()
-    _lines(losses, families, "epoch", ["total", *LOSSES, "denoising"], language)
-    lowest = families.drop(columns="epoch").where(lambda f: f > 0).min().min()
-    losses.set(
-        yscale="log",
-        ylabel=label("loss_terms", language),
-        ylim=(max(0.7 * lowest, 1e-3 * top), 25 * top),
-    )  # room for the legend
-    losses.legend(fontsize=5.5, frameon=False, ncols=2, loc="upper right")
-    rate.plot(train["epoch"], train["train/lr"], color="black", linewidth=1.2)
-    rate.set(ylabel=label("lr", language), ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    _lines(
-        ap,
-        val.reindex(columns=["epoch", "val/AP50", "val/AP"]),
-        "epoch",
-        ["val/AP50", "val/AP"],
-        language,
-    )
-    ap.set(ylabel=f"AP {label('val', language)}", ylim=(0, 1))
-    for ax in (losses, rate, ap):
-        ax.set_xlabel(label("epoch", language))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    sns.despine(fig)
-    return fig
+# %% ../nbs/07_results.ipynb #plot-training
+def _draw_rate(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
+    ax.plot(train["epoch"], train["train/lr"], color="black", linewidth=1.2)
+    ax.set(ylabel=gettext("learning rate", language), ylim=(0, None))
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-# %% ../nbs/07_results.ipynb #detections-before
-RECALLS = np.linspace(0, 1, 101)
-
-
-def _detections_before(matches: ClassMatches, hits: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    upto = np.zeros((len(hits) + 1, len(matches.objects)))
-    np.add.at(upto, (np.searchsorted(hits, np.flatnonzero(counted)), matches.image[counted]), 1)
-    return upto[:-1].cumsum(axis=0)
-
-
-# %% ../nbs/07_results.ipynb #detections-before-2
-def weighted_ap(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
-    """AP of one class at each IoU threshold for weighted images: weights (images, draws) -> (thresholds, draws).
-
-    Whole weights give what pycocotools gives where images are repeated that often; nan where no object is drawn.
-    """
-    weights = np.asarray(weights, dtype=float)
-    objects = matches.objects @ weights
-    ap = np.full((len(matches.matched), weights.shape[1]), np.nan)
-    for row, matched, ignored in zip(ap, matches.matched, matches.ignored):
-        hits = np.flatnonzero(matched & ~ignored)
-        found = weights[matches.image[hits]].cumsum(axis=0)
-        precision = found / np.maximum(_detections_before(matches, hits, ~ignored) @ weights, 1)
-        highest = np.maximum.accumulate(precision[::-1])[::-1]
-        reached = np.searchsorted(
-            RECALLS, found / np.maximum(objects, 1), side="right"
-        )  # recall points up to here
-        row[:] = np.where(
-            objects > 0,
-            (highest * np.diff(reached, axis=0, prepend=0)).sum(axis=0) / len(RECALLS),
-            np.nan,
-        )
-    return ap
-
-
-# %% ../nbs/07_results.ipynb #image-strata
-def image_strata(tables: list[ClassMatches]) -> np.ndarray:
-    """For each image, in id order, the rarest class (by objects) that it shows; -1 without an object."""
-    objects = np.stack([t.objects for t in tables])
-    rarity = np.where(objects > 0, objects.sum(axis=1, keepdims=True), np.iinfo(int).max)
-    return np.where(objects.any(axis=0), rarity.argmin(axis=0), -1)
-
-
-# %% ../nbs/07_results.ipynb #image-strata-2
-def bootstrap_weights(
-    images: int, draws: int = 2000, seed: int = 0, strata: np.ndarray | None = None
-) -> np.ndarray:
-    """How often each image is drawn, (images, draws), within each of `strata` (images,) as often as it has images."""
-    rng, weights = np.random.default_rng(seed), np.zeros((images, draws), dtype=int)
-    strata = np.zeros(images, dtype=int) if strata is None else strata
-    for stratum in np.unique(strata):
-        its = np.flatnonzero(strata == stratum)
-        weights[its] = rng.multinomial(len(its), np.full(len(its), 1 / len(its)), size=draws).T
-    return weights
+def plot_training(metrics: pd.DataFrame, language: str = "en") -> plt.Figure:
+    """Loss by family, learning rate, and AP on val over the epochs of `Run(run).metrics()`."""
+    train, val = (metrics[metrics["split"] == split] for split in ("train", "val"))
+    fig, (losses, rate, ap) = plt.subplots(1, 3, figsize=(7.4, 2.6), width_ratios=(1.4, 0.8, 1))
+    _draw_losses(losses, train.dropna(axis="columns", how="all"), language)
+    _draw_rate(rate, train, language)
+    names = {"val/AP50": "AP50", "val/AP": "AP"}
+    _draw_lines(ap, val.reindex(columns=["epoch", *names]), names)
+    ap.set(ylabel=f"AP {gettext('on val', language)}", ylim=(0, 1))
+    ap.legend()
+    for ax in fig.axes:
+        ax.set_xlabel(gettext("epoch", language))
+        ax.locator_params(axis="x", integer=True)
+    return finish(fig, language)
 
 
 # %% ../nbs/07_results.ipynb #interval
-FEW = 10
+FEW = 10  # objects of a class below which its AP is flagged
+GOOD = ("NORMAL",)  # classes of good parts, left out of the second mean
+SINGLE = "bias-corrected"  # kind of interval of a single AP; differences take percentiles
 
 
-def _interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    values = values[np.isfinite(values)]
-    return (
-        tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist())
-        if values.size
-        else (float("nan"), float("nan"))
-    )
+def _with_ends(name: str, value: float, low: float, high: float) -> dict:
+    return {name: value, f"{name} low": low, f"{name} high": high}
+
+
+def _ap_columns(
+    sampled: list[Sampled], name: str = "", leave_out: tuple = (), seed: int = 0
+) -> dict:
+    """AP and AP50 (of class `name`, or the mean over classes), each followed by its interval."""
+    columns = {}
+    for metric in ("AP", "AP50"):
+        of = f"{metric}/{name}" if name else metric
+        found = estimate(sampled, of, seed, leave_out, SINGLE)
+        columns |= _with_ends(metric, found.value, found.low, found.high)
+    return columns
 
 
 # %% ../nbs/07_results.ipynb #interval-2
-def _ap_columns(ap: float, ap50: float, draws: np.ndarray) -> dict:
-    """`draws` (thresholds, B): AP and AP50, each followed by its interval."""
-    (low, high), (low50, high50) = _interval(draws.mean(axis=0)), _interval(draws[0])
-    return {
-        "AP": ap,
-        "AP low": low,
-        "AP high": high,
-        "AP50": ap50,
-        "AP50 low": low50,
-        "AP50 high": high50,
-    }
-
-
-def mean_over_classes(draws: list) -> np.ndarray:
-    """Mean over the classes that have an object in a draw, as COCO does; each (thresholds, B)."""
-    stacked = np.stack(draws)
-    valid = np.isfinite(stacked)
-    return np.where(
-        valid.any(axis=0),
-        np.where(valid, stacked, 0).sum(axis=0) / np.maximum(valid.sum(axis=0), 1),
-        np.nan,
-    )
+def _table_row(name: str, tables: list, sampled: list, leave_out: tuple = ()) -> dict:
+    """The row of one class, or of the mean over several."""
+    objects = sum(int(t.objects.sum()) for t in tables)
+    shown = np.any([t.objects > 0 for t in tables], axis=0)
+    single = len(tables) == 1 and tables[0].name == name
+    columns = _ap_columns(sampled, name if single else "", leave_out)
+    images = int(shown.sum()) if single else len(shown)
+    note = f"fewer than {FEW} objects" if single and objects < FEW else ""
+    return {"class": name, "objects": objects, "images": images, **columns, "note": note}
 
 
 # %% ../nbs/07_results.ipynb #interval-3
 def per_class_table(
-    run: str | Path, split: str = "test", data_dir: str | Path | None = None, draws: int = 2000
+    run: str | Path,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    draws: int = 2000,
+    leave_out: tuple = GOOD,
 ) -> pd.DataFrame:
-    """A row a class and one for their mean: objects, images, AP and AP50 with 95 % bootstrap intervals, and a note where objects are few."""
-    judge = run_cocoeval(run_annotations(run, split, data_dir), run_results(run, split))
-    metrics, tables = (
-        summarise(judge),
-        [class_matches(judge, k) for k in range(len(judge.params.catIds))],
-    )
-    weights = bootstrap_weights(len(judge.params.imgIds), draws, strata=image_strata(tables))
-    sampled = [weighted_ap(t, weights) for t in tables]
-    rows = [
-        {
-            "class": t.name,
-            "objects": int(t.objects.sum()),
-            "images": int((t.objects > 0).sum()),
-            **_ap_columns(metrics[f"AP/{t.name}"], metrics[f"AP50/{t.name}"], s),
-            "note": label("few").format(FEW) if t.objects.sum() < FEW else "",
-        }
-        for t, s in zip(tables, sampled)
-    ]
-    rows.append(
-        {
-            "class": "mean",
-            "objects": sum(r["objects"] for r in rows),
-            "images": len(judge.params.imgIds),
-            **_ap_columns(metrics["AP"], metrics["AP50"], mean_over_classes(sampled)),
-            "note": "",
-        }
-    )
+    """One row per class and their mean: objects, images, AP and AP50 with 95 % intervals, a note.
+
+    Intervals are over images; the note flags classes of few objects. Where the data set has classes
+    of `leave_out`, a last row is the mean without them.
+    """
+    tables = judged(run, split, data_dir).tables
+    sampled = [sample_ap(tables, stratified_weights(tables, draws))]
+    rows = [_table_row(t.name, [t], sampled) for t in tables]
+    rows.append(_table_row("mean", tables, sampled))
+    left = [t for t in tables if t.name not in leave_out]
+    if len(left) < len(tables):
+        name = f"mean without {', '.join(leave_out)}"
+        rows.append(_table_row(name, left, sampled, leave_out))
     return pd.DataFrame(rows)
 
 
 # %% ../nbs/07_results.ipynb #plot-per-class
+def _row_title(name: str, language: str) -> str:
+    """The title of a row of `per_class_table`: a class, or a mean over classes."""
+    if not name.startswith("mean"):
+        return class_title(name, language)
+    mean, left = gettext("mean of the classes", language), name.removeprefix("mean without ")
+    return mean if left == name else f"{mean} {gettext('without', language)} {left}"
+
+
+# %% ../nbs/07_results.ipynb #plot-per-class-2
 def plot_per_class(table: pd.DataFrame, language: str = "en") -> plt.Figure:
-    """AP and AP50 of a `per_class_table` with their intervals: a row a class, with its number of objects."""
-    fig, ax = plt.subplots(figsize=(6.2, 0.42 * len(table) + 0.8), layout="constrained")
-    for shift, name, marker, color in (
-        (-0.14, "AP50", "s", sns.color_palette("colorblind")[0]),
-        (0.14, "AP", "o", "black"),
-    ):
-        spread = np.abs(
-            table[[f"{name} low", f"{name} high"]].to_numpy().T - table[name].to_numpy()
-        )
-        ax.errorbar(
-            table[name],
-            np.arange(len(table)) + shift,
-            xerr=spread,
-            fmt=marker,
-            color=color,
-            markersize=4,
-            capsize=2,
-            linewidth=1,
-            label=name,
-        )
-    ax.set_yticks(
-        range(len(table)),
-        [f"{label(row['class'], language)} ({row['objects']})" for _, row in table.iterrows()],
-        fontsize=7,
-    )
-    ax.axhline(len(table) - 1.5, color="0.7", linewidth=0.8)
+    """AP and AP50 of a `per_class_table` with intervals: one row per class, objects in brackets."""
+    fig, ax = plt.subplots(figsize=(6.2, 0.42 * len(table) + 0.8))
+    for shift, name, marker, color in ((-0.14, "AP50", "s", "C0"), (0.14, "AP", "o", "black")):
+        ends = table[[f"{name} low", f"{name} high"]].sub(table[name], axis="index")
+        y = np.arange(len(table)) + shift
+        style = {"fmt": marker, "color": color, "markersize": 4, "capsize": 2, "linewidth": 1}
+        ax.errorbar(table[name], y, xerr=ends.abs().T.to_numpy(), label=name, **style)
+    titles = [_row_title(name, language) for name in table["class"]]
+    counts = [f"{t} ({n})" for t, n in zip(titles, table["objects"], strict=True)]
+    ax.set_yticks(range(len(table)), counts)
+    means = int(table["class"].str.startswith("mean").sum())
+    ax.axhline(len(table) - means - 0.5, color="0.7", linewidth=0.8)
     ax.invert_yaxis()
-    ax.set(xlim=(0, 1.03), xlabel=label("interval", language))
+    ax.set_xlim(0, 1.03)
+    ax.set_xlabel(gettext("AP, with 95 % interval over images", language))
     ax.grid(axis="x", color="0.9")
-    ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    sns.despine(fig)
-    return fig
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return finish(fig, language)
 
 
 # %% ../nbs/07_results.ipynb #plot-precision-recall
-def plot_precision_recall(
-    run: str | Path,
-    split: str = "test",
-    data_dir: str | Path | None = None,
-    iou: float = 0.5,
-    score: float = 0.5,
-    language: str = "en",
-) -> plt.Figure:
-    """Precision-recall curves of each class at one IoU, their mean, and the point of each at a common score.
+def _draw_curve(ax: plt.Axes, part: pd.DataFrame, style: dict, score: float) -> None:
+    """One class's curve, with a mark at its last point of at least `score`."""
+    ax.plot(part["recall"], part["precision"], **style)
+    point = part[part["score"] >= score].tail(1)
+    mark = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": style["color"]}
+    ax.plot(point["recall"], point["precision"], **mark)
 
-    The curve behind it: `precision_recall(run_annotations(run, split), run_results(run, split), iou)`.
-    """
-    curve = precision_recall(run_annotations(run, split, data_dir), run_results(run, split), iou)
-    fig, ax = plt.subplots(figsize=(6.2, 3.4), layout="constrained")
+
+# %% ../nbs/07_results.ipynb #plot-precision-recall-2
+def plot_precision_recall(
+    curve: pd.DataFrame, score: float = 0.5, iou: float = 0.5, language: str = "en"
+) -> plt.Figure:
+    """Curves of `precision_recall` at one IoU, their mean, and each one's point at a score."""
+    fig, ax = plt.subplots(figsize=(6.2, 3.4))
     for k, (name, part) in enumerate(curve.groupby("class", sort=False)):
-        ax.plot(
-            part["recall"],
-            part["precision"],
-            **class_style(k),
-            linewidth=1.3,
-            label=f"{name}  {part['precision'].mean():.2f}",
-        )
-        kept = part[part["score"] >= score]
-        ax.plot(
-            kept["recall"].tail(1),
-            kept["precision"].tail(1),
-            marker="o",
-            markersize=5,
-            markeredgecolor="black",
-            color=class_style(k)["color"],
-        )
+        title = f"{class_title(name, language)}  {part['precision'].mean():.2f}"
+        _draw_curve(ax, part, class_style(k) | {"linewidth": 1.3, "label": title}, score)
     mean = curve.groupby("recall")["precision"].mean()
-    ax.plot(
-        mean.index,
-        mean,
-        color="black",
-        linewidth=2,
-        label=f"{label('mean', language)}  {mean.mean():.2f}",
-    )
-    ax.plot(
-        [],
-        [],
-        "o",
-        color="white",
-        markeredgecolor="black",
-        label=label("working_point", language).format(score),
-    )
-    ax.set(
-        xlabel=label("recall", language),
-        ylabel=label("precision", language),
-        xlim=(0, 1.01),
-        ylim=(0, 1.02),
-    )
-    ax.legend(
-        fontsize=7,
-        frameon=False,
-        loc="upper left",
-        bbox_to_anchor=(1, 1),
-        title=f"AP{100 * iou:.0f}",
-        title_fontsize=7,
-    )
-    sns.despine(fig)
-    return fig
+    title = f"{gettext('mean of the classes', language)}  {mean.mean():.2f}"
+    ax.plot(mean.index, mean, color="black", linewidth=2, label=title)
+    point = gettext("score {:.2f}", language).format(score)
+    ax.plot([], [], "o", color="white", markeredgecolor="black", label=point)
+    ax.set(xlim=(0, 1.01), ylim=(0, 1.02))
+    ax.set_xlabel(gettext("recall", language))
+    ax.set_ylabel(gettext("precision", language))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), title=f"AP{100 * iou:.0f}")
+    return finish(fig, language)
 
 
 # %% ../nbs/07_results.ipynb #sheet-images
+def _images_by_class(annotations: dict) -> list[list[int]]:
+    """Ids of the images of each class, in id order; last those without an object."""
+    shown = {c: set() for c in sorted(c["id"] for c in annotations["categories"])}
+    for a in annotations["annotations"]:
+        shown[a["category_id"]].add(a["image_id"])
+    empty = {i["id"] for i in annotations["images"]} - set().union(*shown.values())
+    return [sorted(ids) for ids in (*shown.values(), empty) if ids]
+
+
+# %% ../nbs/07_results.ipynb #sheet-images-2
 def sheet_images(annotations: dict, n: int = 8, seed: int = 0) -> list[int]:
-    """Ids of `n` images, drawn by `seed` from each class in turn (images without an object, where there are any, come as one more class)."""
+    """Ids of `n` images, drawn by `seed` from each class in turn.
+
+    Images without an object, where there are any, come as one more class.
+    """
     rng = np.random.default_rng(seed)
-    shown = {
-        c["id"]: {a["image_id"] for a in annotations["annotations"] if a["category_id"] == c["id"]}
-        for c in sorted(annotations["categories"], key=lambda c: c["id"])
-    }
-    shown[None] = {i["id"] for i in annotations["images"]} - set().union(*shown.values())
-    queues, chosen = [rng.permutation(sorted(ids)).tolist() for ids in shown.values() if ids], []
+    queues = [rng.permutation(ids).tolist() for ids in _images_by_class(annotations)]
+    chosen: list[int] = []
     while len(chosen) < min(n, len(annotations["images"])):
         for queue in queues:
             while queue and queue[-1] in chosen:
@@ -442,115 +285,59 @@ def sheet_images(annotations: dict, n: int = 8, seed: int = 0) -> list[int]:
     return chosen
 
 
-# %% ../nbs/07_results.ipynb #tag
-PRINTED = 400  # pixels of a photograph's longer side in a sheet
+# %% ../nbs/07_results.ipynb #boxes-of
+def _drawn(photograph: Image.Image, found: list, labels: dict, names: list) -> Image.Image:
+    """The photograph with COCO boxes (`xywh` pixels), and their scores where they have one."""
+    boxes = tensor([f["bbox"] for f in found]).reshape(-1, 4)
+    corners = box_convert(boxes, "xywh", "xyxy")
+    indexes = [labels[f["category_id"]] for f in found]
+    scores = [f.get("score") for f in found]
+    return draw_boxes(photograph, corners.numpy(), indexes, names, scores, side=480)
 
 
-def _tag(ax, text: str, box: tuple, size: tuple, color):
-    (x0, y0, x1, y1), (width, height) = box, size
-    left, over = x0 < 0.55 * width, y0 > 0.1 * height
-    y = (
-        y0 if over else max(y0, 0) if y1 - y0 > 0.25 * height else y1
-    )  # over the box, inside it, or under a small one
-    ink = "white" if np.dot(color, (0.299, 0.587, 0.114)) < 0.55 else "black"
-    ax.text(
-        max(x0, 0) if left else min(x1, width),
-        y,
-        text,
-        fontsize=5.5,
-        color=ink,
-        ha="left" if left else "right",
-        va="bottom" if over else "top",
-        bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
-    )
-
-
-# %% ../nbs/07_results.ipynb #tag-2
-def draw_detections(ax, photograph: Image.Image, found: list, labels: list, names: list) -> None:
-    """Show a photograph, reduced, with COCO boxes (`xywh` pixels of the original): name, and score where there is one.
-
-    labels: the label of each of `found`; names: the text for each label.
-    """
-    scale = min(1, PRINTED / max(photograph.size))
-    small = photograph.resize([max(1, round(side * scale)) for side in photograph.size])
-    ax.imshow(small)
-    for f, k in zip(found, labels, strict=True):
-        style, (x, y, w, h) = class_style(k), (v * scale for v in f["bbox"])
-        for stroke in (
-            {"linewidth": 2.4, "edgecolor": "white", "alpha": 0.6},
-            {"linewidth": 1.5, "edgecolor": style["color"], "linestyle": style["linestyle"]},
-        ):
-            ax.add_patch(plt.Rectangle((x, y), w, h, fill=False, **stroke))
-        _tag(
-            ax,
-            names[k] + (f" {f['score']:.2f}" if "score" in f else ""),
-            (x, y, x + w, y + h),
-            small.size,
-            style["color"],
-        )
-    margin = 0.012 * max(small.size)  # boxes on the border, and a little beyond it, stay visible
-    ax.set(xlim=(-margin, small.width + margin), ylim=(small.height + margin, -margin), anchor="N")
-    ax.axis("off")
+# %% ../nbs/07_results.ipynb #sheet-axes
+def _sheet_axes(n: int) -> np.ndarray:
+    """Axes (n, 2) of a sheet of pairs, two pairs per row."""
+    rows = -(-n // 2)
+    shares = (1, 1, 0.06, 1, 1)
+    size = (7.4, 1.9 * rows + 0.2)
+    _, axes = plt.subplots(rows, 5, figsize=size, width_ratios=shares, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return axes[:, [0, 1, 3, 4]].reshape(-1, 2)
 
 
 # %% ../nbs/07_results.ipynb #prediction-sheet
 def prediction_sheet(
     run: str | Path,
-    data_dir: str | Path | None = None,
-    split: str = "test",
-    n: int = 8,
+    images: list[int],
     threshold: float = 0.5,
-    seed: int = 0,
-    language: str = "en",
-    images: list | None = None,
     points: pd.DataFrame | None = None,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    language: str = "en",
 ) -> plt.Figure:
-    """Photographs in pairs: annotations on the left, predictions with a score of at least `threshold` on the right.
+    """Photographs by id in pairs: annotations on the left, predictions on the right.
 
-    images: ids to show, default `n` drawn by `seed`; points: thresholds by class (`working_points`) instead of the one.
+    Predictions are those with a score of at least `threshold`, or of the thresholds by class
+    (`points`, see `working_points`).
     """
-    annotations, results = run_annotations(run, split, data_dir), run_results(run, split)
-    results = (
-        [r for r in results if r["score"] >= threshold]
-        if points is None
-        else kept_results(annotations, results, points)
-    )
-    categories = sorted(annotations["categories"], key=lambda c: c["id"])
-    labels, names = (
-        {c["id"]: k for k, c in enumerate(categories)},
-        short_names([c["name"] for c in categories]),
-    )
-    folder = (
-        annotation_file(data_dir or read_json(Path(run) / "config.json")["data_dir"], split).parent
-        / "images"
-    )
-    files, chosen = (
-        {i["id"]: i["file_name"] for i in annotations["images"]},
-        images or sheet_images(annotations, n, seed),
-    )
-    rows = -(-len(chosen) // 2)
-    fig, axes = plt.subplots(
-        rows,
-        5,
-        figsize=(7.4, 1.9 * rows + 0.2),
-        width_ratios=(1, 1, 0.06, 1, 1),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat:
-        ax.axis("off")
-    for image_id, pair in zip(chosen, axes[:, [0, 1, 3, 4]].reshape(-1, 2)):
-        with Image.open(folder / files[image_id]) as file:
-            photograph = file.convert("RGB")
-        for ax, boxes, title in zip(
-            pair,
-            (annotations["annotations"], sorted(results, key=lambda r: r["score"])),
-            ("truth", "predicted"),
-        ):
-            shown = [b for b in boxes if b["image_id"] == image_id]
-            draw_detections(ax, photograph, shown, [labels[b["category_id"]] for b in shown], names)
-            ax.set_title(label(title, language), fontsize=7, pad=2)
-    return fig
+    coco, found = Run(run).annotations(split, data_dir), Run(run).predictions(split)
+    classes = [c["name"] for c in coco["categories"]]
+    points = pd.DataFrame({"class": classes, "threshold": threshold}) if points is None else points
+    found = sorted(kept_results(coco, found, points), key=lambda r: r["score"])
+    categories = sorted(coco["categories"], key=lambda c: c["id"])
+    labels = {c["id"]: k for k, c in enumerate(categories)}
+    names = short_titles([c["name"] for c in categories], language)
+    folder = Path(data_dir or Run(run).data_dir) / split / "images"
+    files = {i["id"]: folder / i["file_name"] for i in coco["images"]}
+    for image_id, pair in zip(images, _sheet_axes(len(images)), strict=False):
+        columns = (("annotated", coco["annotations"]), ("predicted", found))
+        for ax, (title, boxes) in zip(pair, columns, strict=True):
+            own = [b for b in boxes if b["image_id"] == image_id]
+            ax.imshow(_drawn(Image.open(files[image_id]), own, labels, names))
+            ax.set_title(gettext(title, language), pad=2)
+    return plt.gcf()
 
 
 # %% ../nbs/07_results.ipynb #group-seeds
@@ -558,15 +345,16 @@ NOT_COMPARED = ("seed", "data_dir", "runs_dir", "num_workers")
 
 
 def group_seeds(runs: list) -> list[list[Path]]:
-    """Runs whose configurations differ in the seed (or in places on disk) only, together, in order of appearance; a run without a configuration is alone."""
-    groups = {}
+    """Runs whose configurations differ in the seed (or in places on disk) only, together.
+
+    In order of appearance; a run without a configuration is alone.
+    """
+    groups: dict[str, list[Path]] = {}
     for run in map(Path, runs):
-        config = (
-            read_json(run / "config.json")
-            if (run / "config.json").is_file()
-            else {"missing": str(run)}
-        )
-        shared = {"family": "detector"} | {k: v for k, v in config.items() if k not in NOT_COMPARED}
+        config = Run(run).config or {"missing": str(run)}
+        shared = {"family": "detector"} | config
+        for field in NOT_COMPARED:
+            shared.pop(field, None)
         groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -575,251 +363,180 @@ def group_seeds(runs: list) -> list[list[Path]]:
 FAMILIES = {"detector": "DEIMv2", "faster_rcnn": "Faster R-CNN", "fusion": "DEIMv2 with text,"}
 
 
+def _model_name(config: dict) -> str:
+    """Family, model or head, and input size of a configuration."""
+    family = config.get("family", "detector")
+    kind = FAMILIES.get(family, str(family).replace("_", " "))
+    model = config.get("model") or config.get("head") or ""
+    name = f"{kind} {model.replace('_', ' ')}".strip()
+    size = config.get("image_size")
+    if isinstance(size, (list, tuple)):
+        size = " x ".join(map(str, size))
+    return f"{name}, {size} px" if size else name
+
+
+def _differing(configs: list[dict]) -> list[str]:
+    """Fields that all of these have and differ in (one that some lack is younger than they)."""
+    shared = [f for f in configs[0] if all(f in c for c in configs) and f not in NOT_COMPARED]
+    return [f for f in shared if len({json.dumps(c[f]) for c in configs}) > 1]
+
+
+# %% ../nbs/07_results.ipynb #group-seeds-3
 def model_names(configs: list[dict]) -> list[str]:
-    """A name for each configuration: family, model and input size, and whatever else tells those apart that would be called the same."""
-    kind = lambda c: FAMILIES.get(
-        c.get("family", "detector"), str(c.get("family")).replace("_", " ")
-    )
-    size = lambda s: " x ".join(map(str, s)) if isinstance(s, (list, tuple)) else s
-    names = [
-        " ".join(
-            filter(None, [kind(c), str(c.get("model") or c.get("head") or "").replace("_", " ")])
-        )
-        + (f", {size(c['image_size'])} px" if c.get("image_size") else "")
-        for c in configs
-    ]
-    for name in {n for n in names if names.count(n) > 1}:
-        same = [k for k, n in enumerate(names) if n == name]
-        shared = [
-            key
-            for key in configs[same[0]]
-            if key not in NOT_COMPARED and all(key in configs[k] for k in same)
-        ]  # a field that one lacks is younger than its code
-        differing = [key for key in shared if len({json.dumps(configs[k][key]) for k in same}) > 1]
-        for k in same:
-            names[k] += "".join(f", {key} {configs[k].get(key)}" for key in differing)
+    """A name for each configuration: family, model, input size, and what tells like ones apart."""
+    plain = [_model_name(c) for c in configs]
+    names = list(plain)
+    for k, config in enumerate(configs):
+        same = [c for c, name in zip(configs, plain, strict=True) if name == plain[k]]
+        if len(same) > 1:
+            names[k] += "".join(f", {f} {config[f]}" for f in _differing(same))
     return names
 
 
-# %% ../nbs/07_results.ipynb #run-draws-3
-def ap_draws(tables: list[ClassMatches], weights: np.ndarray) -> np.ndarray:
-    """Mean AP over classes for weighted images: (images, draws) -> (thresholds, draws)."""
-    return mean_over_classes([weighted_ap(t, weights) for t in tables])
-
-
-# %% ../nbs/07_results.ipynb #sign-flip
-def sign_flip_p(differences, most: int = 16) -> float:
-    """Two-sided p of paired differences under random signs: all 2^n of them, or 2^`most` drawn ones; nan for fewer than two."""
-    d = np.asarray(differences, dtype=float)
-    if len(d) < 2:
-        return float("nan")
-    if len(d) <= most:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
-    else:
-        signs = np.vstack(
-            [np.ones(len(d)), np.random.default_rng(0).choice([-1, 1], size=(2**most - 1, len(d)))]
-        )
-    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12).mean())
-
-
-# %% ../nbs/07_results.ipynb #sign-flip-2
-def holm(p) -> np.ndarray:
-    """Holm's adjusted p values of a family of tests; nan are no tests and stay nan."""
-    p, adjusted = np.asarray(p, dtype=float), np.full(len(p), np.nan)
-    order = [k for k in np.argsort(p) if np.isfinite(p[k])]
-    for rank, k in enumerate(order):
-        before = adjusted[order[rank - 1]] if rank else 0.0
-        adjusted[k] = min(1.0, max(before, (len(order) - rank) * p[k]))
-    return adjusted
-
-
-# %% ../nbs/07_results.ipynb #image-swap
-def _both(a: ClassMatches, b: ClassMatches) -> ClassMatches:
-    """The tables of two models as one over 2 x I images: those of `a`, then those of `b`."""
-    scores = np.concatenate([a.scores, b.scores])
-    order = np.argsort(-scores, kind="mergesort")
-    image = np.concatenate([a.image, b.image + len(a.objects)])[order]
-    matched, ignored = (
-        np.concatenate([getattr(a, k), getattr(b, k)], axis=1)[:, order]
-        for k in ("matched", "ignored")
-    )
-    return ClassMatches(
-        a.name, scores[order], image, matched, ignored, np.concatenate([a.objects, b.objects])
-    )
-
-
-# %% ../nbs/07_results.ipynb #image-swap-2
-def image_swap_p(pairs: list[tuple[list, list]], draws: int = 2000, seed: int = 0) -> float:
-    """Two-sided p of a difference in AP between two models when their results are swapped at random on each image.
-
-    pairs: for each pair of runs the match tables of the one and of the other; the swaps are the same for all pairs.
-    """
-    images = len(pairs[0][0][0].objects)
-    swap = np.random.default_rng(seed).integers(0, 2, size=(images, draws))
-    swap[:, 0] = 0  # the first is what was observed
-    one, other = np.vstack([1 - swap, swap]), np.vstack([swap, 1 - swap])
-    difference = np.zeros(draws)
-    for first, second in pairs:
-        mixed = [_both(a, b) for a, b in zip(first, second, strict=True)]
-        difference += (ap_draws(mixed, one) - ap_draws(mixed, other)).mean(axis=0)
-    return float((np.abs(difference) >= abs(difference[0]) - 1e-12).mean())
-
-
 # %% ../nbs/07_results.ipynb #named-groups
-def named_groups(runs) -> dict[str, list[Path]]:
-    """Runs by the name of their model: a mapping of name to runs (or None) as it is, a list grouped by configuration."""
+def named_groups(runs: list | dict) -> dict[str, list[Path]]:
+    """Runs by the name of their model: a list is grouped by configuration, a mapping is as it is.
+
+    Values of a mapping: a run, a list of runs, or None.
+    """
     if isinstance(runs, dict):
-        return {
-            name: [Path(r) for r in ([its] if isinstance(its, (str, Path)) else its or [])]
-            for name, its in runs.items()
-        }
+        lists = {n: [r] if isinstance(r, (str, Path)) else r or [] for n, r in runs.items()}
+        return {name: [Path(r) for r in group] for name, group in lists.items()}
     groups = group_seeds(runs)
-    configs = [
-        read_json(g[0] / "config.json") if (g[0] / "config.json").is_file() else None
-        for g in groups
-    ]
-    called = iter(model_names([c for c in configs if c]))
-    names = [next(called) if c else g[0].name for c, g in zip(configs, groups)]
-    return {n if names.count(n) == 1 else f"{n} ({g[0].name})": g for n, g in zip(names, groups)}
+    configs = [Run(group[0]).config for group in groups]
+    called = iter(model_names([config for config in configs if config]))
+    named = {}
+    for group, config in zip(groups, configs, strict=True):
+        name = next(called) if config else group[0].name
+        named[f"{name} ({group[0].name})" if name in named else name] = group
+    return named
 
 
 # %% ../nbs/07_results.ipynb #named-groups-2
-def judge_group(runs: list[Path], split: str, data_dir) -> tuple[list[Judged], str]:
+def judge_group(
+    runs: list[Path], split: str, data_dir: str | Path | None
+) -> tuple[list[Judged], str]:
     """The runs of one model that have predictions, judged, and a note on those that have none."""
-    there = [
-        r
-        for r in runs
-        if (r / f"predictions_{split}.json").is_file() and (r / "config.json").is_file()
-    ]
+    there = [r for r in runs if Run(r).has_predictions(split) and Run(r).config]
     missing = len(runs) - len(there)
-    note = (
-        ""
-        if runs and not missing
-        else "not run"
-        if not runs or not any(r.is_dir() for r in runs)
-        else f"{missing} of {len(runs)} not evaluated on {split}"
-    )
-    return [judged_run(r, split, data_dir) for r in there], note
+    note = f"{missing} of {len(runs)} not evaluated on {split}" if missing else ""
+    if not any(r.is_dir() for r in runs):
+        note = "not run"
+    return [judged(r, split, data_dir) for r in there], note
 
 
 # %% ../nbs/07_results.ipynb #compare
-def _seed_picks(n: int, draws: int, seed: int) -> np.ndarray:
-    """Shares of each of n seeds in each draw, (n, draws)."""
-    return np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1 / n), size=draws).T / n
+@dataclass(frozen=True)
+class _Model:
+    """The evaluated runs of a model, and their AP on the draws of the images."""
+
+    judged: list[Judged]
+    sampled: list[Sampled]
+
+
+def _sample_models(groups: list[list[Judged]], draws: int, seed: int) -> list[_Model]:
+    """The models on the same draws. Raises ValueError where they were not asked for the same."""
+    every = [j for group in groups for j in group]
+    other = [j.run.name for j in every if j.objects != every[0].objects]
+    if other:
+        here = every[0].run.name
+        raise ValueError(f"{', '.join(other)}: evaluated on other objects than {here}")
+    weights = stratified_weights(every[0].tables, draws, seed) if every else None
+    models = []
+    for group in groups:
+        sampled = [sample_ap(j.tables, weights, j.seed) for j in group]
+        models.append(_Model(group, sampled))
+    return models
+
+
+# %% ../nbs/07_results.ipynb #compare-own
+def _own_columns(model: _Model, seed: int, without: tuple) -> dict:
+    """What a model's row says of itself: counts, AP and AP50, and AP without some classes."""
+    tables = model.judged[0].tables
+    columns = {"images": len(tables[0].objects)}
+    columns["objects"] = sum(int(t.objects.sum()) for t in tables)
+    columns |= _ap_columns(model.sampled, seed=seed)
+    values = estimate(model.sampled, seed=seed).values
+    columns["AP sd"] = values.std(ddof=1) if len(values) > 1 else np.nan
+    if without:
+        left = estimate(model.sampled, "AP", seed, without, SINGLE)
+        columns |= _with_ends(f"AP without {', '.join(without)}", left.value, left.low, left.high)
+    return columns
+
+
+# %% ../nbs/07_results.ipynb #compare-against
+def _image_swap(model: _Model, first: _Model, draws: int, seed: int) -> float:
+    """p over images, of the pairs with the same seed; where there are none, in their order."""
+    pairs = seed_pairs(model.judged, first.judged)
+    pairs = pairs or [(k, k) for k in range(min(len(model.judged), len(first.judged)))]
+    tables = [(model.judged[a].tables, first.judged[b].tables) for a, b in pairs]
+    return image_swap_p(tables, draws, seed)
+
+
+def _against(model: _Model, first: _Model, draws: int, seed: int, without: tuple) -> dict:
+    """What tells a model's AP from the first one's: differences with intervals, and tests."""
+    effect = paired_effect(model.sampled, first.sampled, seed=seed)
+    columns = _with_ends("difference", effect.difference, effect.low, effect.high)
+    columns |= {"pairs": effect.pairs, "p seeds": effect.p, "smallest difference": effect.smallest}
+    columns["p images"] = _image_swap(model, first, draws, seed)
+    if without:
+        left = paired_effect(model.sampled, first.sampled, seed=seed, leave_out=without)
+        name = f"difference without {', '.join(without)}"
+        columns |= _with_ends(name, left.difference, left.low, left.high)
+    return columns
 
 
 # %% ../nbs/07_results.ipynb #compare-2
-def _over_seeds(samples: list, seed: int) -> np.ndarray:
-    """Draws of the mean over seeds: each (thresholds, B) -> (thresholds, B)."""
-    return np.einsum(
-        "stb,sb->tb", np.stack(samples), _seed_picks(len(samples), samples[0].shape[1], seed)
-    )
-
-
-def paired_columns(
-    group: list[Judged], samples: list, first: list[Judged], first_samples: list, seed: int = 0
-) -> dict:
-    """Difference in AP of a model to the first: interval, pairs of seeds, p over seeds and over images, smallest difference that could be shown.
-
-    `samples` are the draws (thresholds, B) of each run. Where both have the same seeds the draws are paired by seed, else by image only; `p seeds` is of the seeds in common.
-    """
-    at, first_at = ({j.seed: k for k, j in enumerate(js)} for js in (group, first))
-    pairs = [(at[s], first_at[s]) for s in at if s in first_at]
-    if len(pairs) == len(group) == len(first):
-        drawn = _over_seeds([samples[a] - first_samples[b] for a, b in pairs], seed).mean(axis=0)
-    else:
-        drawn = (_over_seeds(samples, seed) - _over_seeds(first_samples, seed + 1)).mean(axis=0)
-    differences = [group[a].metrics["AP"] - first[b].metrics["AP"] for a, b in pairs]
-    mean = lambda js: float(np.mean([j.metrics["AP"] for j in js]))
-    low, high = _interval(drawn)
-    together = [(group[a].tables, first[b].tables) for a, b in pairs] or [
-        (a.tables, b.tables) for a, b in zip(group, first)
-    ]
-    return {
-        "difference": mean(group) - mean(first),
-        "difference low": low,
-        "difference high": high,
-        "pairs": len(pairs),
-        "p seeds": sign_flip_p(differences),
-        "p images": image_swap_p(together, len(drawn), seed),
-        "smallest difference": float((1.96 + 0.8416) * drawn.std(ddof=1)),
-    }
-
-
-COMPARED = (
-    "run",
-    "model",
-    "seeds",
-    "images",
-    "objects",
-    "AP",
-    "AP low",
-    "AP high",
-    "AP sd",
-    "AP50",
-    "AP50 low",
-    "AP50 high",
-    "difference",
-    "difference low",
-    "difference high",
-    "pairs",
-    "p seeds",
-    "p seeds Holm",
-    "p images",
-    "p images Holm",
-    "smallest difference",
+COMPARED = [
+    *("run", "model", "seeds", "images", "objects"),
+    *("AP", "AP low", "AP high", "AP sd", "AP50", "AP50 low", "AP50 high"),
+    *("difference", "difference low", "difference high", "pairs"),
+    *("p seeds", "p seeds Holm", "p images", "p images Holm", "smallest difference"),
     "note",
-)
+]
+
+
+def _adjusted(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `compare` in the order of COMPARED, p values adjusted, counts as integers."""
+    more = [column for column in table.columns if column not in COMPARED]
+    table = table.reindex(columns=[*COMPARED, *more])
+    for p in ("p seeds", "p images"):
+        table[f"{p} Holm"] = holm(table[p])
+    return table.astype({"images": "Int64", "objects": "Int64", "pairs": "Int64"})
 
 
 # %% ../nbs/07_results.ipynb #compare-3
 def compare(
-    runs, split: str = "test", draws: int = 2000, data_dir: str | Path | None = None, seed: int = 0
+    runs: list | dict,
+    split: str = "test",
+    draws: int = 2000,
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+    leave_out: tuple = GOOD,
 ) -> pd.DataFrame:
-    """A row a model: AP and AP50 as means over seeds, with 95 % bootstrap intervals over images (stratified) and seeds, and what tells its AP from the first row's.
+    """One row per model: AP and AP50 as means over seeds, and what tells it from the first row's.
 
-    runs: a list of run directories, grouped by configuration, or {name: [run, ...] or None}. A row without predictions is missing, not zero.
-    `AP sd` is over seeds. Raises ValueError where runs were not judged on the same objects.
+    runs: a list of run directories, grouped by configuration, or {name: [run, ...] or None}. A row
+    without predictions is missing, not zero. Intervals are 95 %, over images and seeds; `AP sd` is
+    over seeds. `p` are by sign flips over seeds and by swaps over images, then adjusted over the
+    rows; `smallest difference` is what the sign flips could have shown. Where the data set has
+    classes of `leave_out`, AP and difference without them follow. Raises ValueError where runs
+    were not evaluated on the same objects.
     """
-    groups = {name: judge_group(its, split, data_dir) for name, its in named_groups(runs).items()}
-    judged = [j for group, _ in groups.values() for j in group]
-    if other := [j.run.name for j in judged if j.objects != judged[0].objects]:
-        raise ValueError(
-            f"{', '.join(other)}: judged on other objects than {judged[0].run.name}; they cannot be compared"
-        )
-    weights = (
-        bootstrap_weights(
-            len(judged[0].tables[0].objects), draws, seed, image_strata(judged[0].tables)
-        )
-        if judged
-        else None
-    )
-    samples = {
-        name: [ap_draws(j.tables, weights) for j in group] for name, (group, _) in groups.items()
-    }
-    rows, start = [], next(iter(groups), None)
-    for (name, (group, note)), its in zip(groups.items(), named_groups(runs).values()):
-        row = {
-            "run": its[0].name if its else None,
-            "model": name,
-            "seeds": len(group),
-            "note": note,
-        }
+    named = named_groups(runs)
+    groups = [judge_group(paths, split, data_dir) for paths in named.values()]
+    models = _sample_models([group for group, _ in groups], draws, seed)
+    classes = next((m.judged[0].classes for m in models if m.judged), [])
+    without = tuple(c for c in classes if c in leave_out)
+    rows = []
+    for (name, paths), (group, note), model in zip(named.items(), groups, models, strict=True):
+        row = {"run": paths[0].name if paths else None, "model": name, "seeds": len(group)}
         if group:
-            ap, ap50 = ([j.metrics[k] for j in group] for k in ("AP", "AP50"))
-            row |= {
-                "images": len(weights),
-                "objects": sum(sum(o) for _, o in group[0].objects),
-                **_ap_columns(np.mean(ap), np.mean(ap50), _over_seeds(samples[name], seed)),
-                "AP sd": np.std(ap, ddof=1) if len(ap) > 1 else np.nan,
-            }
-            if name != start and groups[start][0]:
-                row |= paired_columns(group, samples[name], groups[start][0], samples[start], seed)
-        rows.append(row)
-    table = pd.DataFrame(rows).reindex(columns=COMPARED)
-    for p in ("p seeds", "p images"):
-        table[f"{p} Holm"] = holm(table[p])
-    return table.astype({"images": "Int64", "objects": "Int64", "pairs": "Int64"})
+            row |= _own_columns(model, seed, without)
+        if group and rows and models[0].judged:
+            row |= _against(model, models[0], draws, seed, without)
+        rows.append(row | {"note": note})
+    return _adjusted(pd.DataFrame(rows))
 
 
 # %% ../nbs/07_results.ipynb #read-provenance

@@ -224,7 +224,8 @@ def estimate(
     """A metric of a model that was trained with several seeds, all sampled on the same draws."""
     values, draws = _values_and_draws(group, metric, leave_out)
     value = float(values.mean())
-    low, high = interval(_over_seeds(draws, seed), value, kind)
+    ends = interval(_over_seeds(draws, seed), value, kind)
+    low, high = np.clip(ends, 0, 1).tolist()
     return Estimate(value, low, high, values)
 
 
