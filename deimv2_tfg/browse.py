@@ -17,7 +17,8 @@ from .data import annotation_file
 from .decisions import kept_results, working_points
 from .deployment import annotate
 from .errors import photograph_table
-from .results import run_annotations, run_results, short_names
+from .figures import short_titles
+from .runs import Run
 
 # %% ../nbs/07d_browse.ipynb #br-pile
 SHOWN = {
@@ -34,14 +35,14 @@ class Pile:
 
     def __init__(self, run: str | Path, data_dir: str | Path, split: str = "test"):
         self.annotations, self.results = (
-            run_annotations(run, split, data_dir),
-            run_results(run, split),
+            Run(run).annotations(split, data_dir),
+            Run(run).predictions(split),
         )
         self.folder = annotation_file(data_dir, split).parent / "images"
         self.categories = sorted(self.annotations["categories"], key=lambda c: c["id"])
         self.classes = [c["name"] for c in self.categories]
         self.points = working_points(
-            run_annotations(run, "val", data_dir), run_results(run, "val")
+            Run(run).annotations("val", data_dir), Run(run).predictions("val")
         )[["class", "threshold"]]
 
 
@@ -74,7 +75,7 @@ def shown_photographs(
 # %% ../nbs/07d_browse.ipynb #br-draw
 def pair(pile: Pile, image_id, threshold: float | None = None, side: int = 640) -> Image.Image:
     """Annotations and, to their right, predictions over the threshold, drawn on one photograph."""
-    labels, names = {c["id"]: k for k, c in enumerate(pile.categories)}, short_names(pile.classes)
+    labels, names = {c["id"]: k for k, c in enumerate(pile.categories)}, short_titles(pile.classes)
     with Image.open(
         pile.folder
         / next(i["file_name"] for i in pile.annotations["images"] if i["id"] == image_id)

@@ -31,7 +31,7 @@ from scipy.stats import binomtest
 
 from .decisions import kept_results, working_points
 from .evaluation import add_labels, label, run_cocoeval
-from .results import short_names
+from .figures import short_titles
 
 # %% ../nbs/07a_errors.ipynb #err-labels
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
@@ -227,7 +227,7 @@ def plot_budget(table: pd.DataFrame, language: str = "en") -> plt.Figure:
             label=label(kind, language),
         )
     names = [
-        *short_names(table["class"].tolist()[:-1]),
+        *short_titles(table["class"].tolist()[:-1]),
         label("mean", language).replace(" ", "\n", 1),
     ]
     ax.set_xticks(

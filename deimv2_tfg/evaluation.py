@@ -17,8 +17,6 @@ __all__ = [
     "summarise",
     "class_matches",
     "Judged",
-    "run_annotations",
-    "run_results",
     "judged",
     "match_tables",
     "coco_metrics",
@@ -268,15 +266,6 @@ def _judge_once(annotations: dict, results: list, classes: list | None = None) -
             _KEPT.pop(next(iter(_KEPT)))
         _KEPT[key] = _judge(annotations, results, classes)
     return _KEPT[key]
-
-
-# %% ../nbs/03b_evaluation.ipynb #run-annotations
-def run_annotations(run, split: str = "test", data_dir: str | Path | None = None) -> dict:
-    return Run(run).annotations(split, data_dir)
-
-
-def run_results(run, split: str = "test") -> list[dict]:
-    return Run(run).predictions(split)
 
 
 # %% ../nbs/03b_evaluation.ipynb #judged

@@ -23,8 +23,6 @@ __all__ = [
     "named_groups",
     "judge_group",
     "compare",
-    "read_provenance",
-    "write_index",
 ]
 
 # %% ../nbs/07_results.ipynb #663dd787
@@ -60,9 +58,8 @@ from deimv2_tfg.statistics import (
     stratified_weights,
 )
 
-from .core import Study, atomic_write, read_json
 from .decisions import kept_results
-from .evaluation import Judged, judged, run_annotations, run_results
+from .evaluation import Judged, judged
 from .runs import Run
 
 # %% ../nbs/07_results.ipynb #loss-families
@@ -537,65 +534,3 @@ def compare(
             row |= _against(model, models[0], draws, seed, without)
         rows.append(row | {"note": note})
     return _adjusted(pd.DataFrame(rows))
-
-
-# %% ../nbs/07_results.ipynb #read-provenance
-def read_provenance(study: Study) -> pd.DataFrame:
-    """What `save_figure` and `save_table` noted in a study's directory: a row a file, by kind and name."""
-    found = [(p.stem, read_json(p)) for p in sorted(study.figures.glob("*.json"))]
-    rows = [
-        {"name": name, **p}
-        for name, p in found
-        if isinstance(p, dict) and {"kind", "caption"} <= set(p)
-    ]
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "name",
-            "kind",
-            "caption",
-            "profile",
-            "data",
-            "seed",
-            "runs",
-            "time",
-            "commit",
-            "dirty",
-        ],
-    ).sort_values(["kind", "name"], ignore_index=True)
-
-
-# %% ../nbs/07_results.ipynb #read-provenance-2
-def _index_line(study: Study, row: pd.Series) -> str:
-    kinds = [
-        s for s in ("png", "pdf", "csv", "tex") if (study.figures / f"{row['name']}.{s}").is_file()
-    ]
-    files = ", ".join(f"[{s}]({row['name']}.{s})" for s in kinds)
-    runs = ", ".join(row["runs"]) if isinstance(row["runs"], list) and row["runs"] else "--"
-    commit = (
-        f"{row['commit'][:9]}{' + changes' if row['dirty'] else ''}"
-        if isinstance(row["commit"], str)
-        else "--"
-    )
-    return f"| {row['name']} | {row['caption']} | {files} | {runs} | {commit} | {str(row['time'])[:16]} |"
-
-
-# %% ../nbs/07_results.ipynb #read-provenance-3
-def write_index(study: Study) -> Path:
-    """Write index.md in the study's directory: every figure and table with its caption, files, runs, commit and time."""
-    rows = read_provenance(study)
-    lines = [
-        f"# {study.name}",
-        "",
-        f"Profile {study.profile.name}, data {study.data_dir.name if study.data_dir else 'built-in synthetic'}, seed {study.seed}.",
-    ]
-    for kind in ("figure", "table"):
-        lines += [
-            "",
-            f"## {kind.capitalize()}s",
-            "",
-            "| name | what | files | runs | commit | made (UTC) |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [_index_line(study, row) for _, row in rows[rows["kind"] == kind].iterrows()]
-    return atomic_write(study.figures / "index.md", "\n".join(lines) + "\n")

@@ -238,8 +238,9 @@ def test_loss_families_add_heads_and_denoising_up(root):
 
 def test_missing_files_say_what_to_do(root):
     run = make_run(root, "one")
+    (run / "predictions_test.json").rename(run / "predictions_val.json")
     with pytest.raises(FileNotFoundError, match="evaluate"):
-        judged(run, "val", root)
+        judged(run, "test", root)
     with pytest.raises(FileNotFoundError, match="data_dir"):
         judged(run, "test", root.parent / "gone")
     with pytest.raises(ValueError, match="language"):
