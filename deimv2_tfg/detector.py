@@ -137,7 +137,9 @@ class DetectorConfig:
     @classmethod
     def of(cls, stored: dict) -> "DetectorConfig":
         """The configuration that JSON keeps: lists are tuples again."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        fields = dict(stored)
+        for name in ("features", "points"):
+            fields[name] = tuple(stored[name])
         return cls(**fields)
 
     @property
@@ -264,8 +266,9 @@ def _correct(model, config):
     inner = model.model
     inner.conv_encoder = Backbone(config)
     inner.enc_output = nn.Identity()
-    count = len(inner.encoder.aifi[0].layers)
-    inner.encoder.aifi[0].layers = nn.ModuleList(EncoderLayer(config) for _ in range(count))
+    transformer = inner.encoder.aifi[0]
+    layers = [EncoderLayer(config) for _ in transformer.layers]
+    transformer.layers = nn.ModuleList(layers)
     for head in [*_box_heads(model), inner.decoder.query_pos_head]:
         head.act = nn.SiLU()
 
@@ -325,15 +328,14 @@ def _xavier(linear, gain=1.0):
     nn.init.zeros_(linear.bias)
 
 
-# %% ../nbs/03_detector.ipynb #reset-attention
 def _reset_attention(model):
-    layers = [*model.model.encoder.aifi[0].layers, *model.model.decoder.layers]
-    for layer in layers:
+    decoder = model.model.decoder.layers
+    for layer in (*model.model.encoder.aifi[0].layers, *decoder):
         attention = layer.self_attn
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             _xavier(linear, math.sqrt(0.5))
         nn.init.zeros_(attention.o_proj.bias)
-    for layer in model.model.decoder.layers:
+    for layer in decoder:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
             _xavier(linear)
         model._init_weights(layer.encoder_attn)
@@ -428,7 +430,8 @@ def anchor_logits(shapes: tuple, device="cpu") -> tuple[torch.Tensor, torch.Tens
 
     The second tensor says which are usable, (1, N, 1). `shapes` is ((h, w), ...), fine to coarse.
     """
-    levels = [_anchors(*shape, 0.05 * 2**i) for i, shape in enumerate(shapes)]
+    sides = [0.05 * 2**level for level in range(len(shapes))]
+    levels = [_anchors(*shape, side) for shape, side in zip(shapes, sides, strict=True)]
     anchors = torch.cat(levels)[None].to(device)
     usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
     logits = (anchors / (1 - anchors)).log()
@@ -479,8 +482,9 @@ def corners_to_boxes(corners, refs, offsets, reg_scale) -> torch.Tensor:
     expected offset of an edge is in units of the reference's width or height over `reg_scale`.
     """
     with torch.autocast(corners.device.type, enabled=False):
-        distance = corners.float().unflatten(-1, (4, -1)).softmax(-1) @ offsets
-        left, top, right, bottom = (0.5 + distance / reg_scale.abs()).unbind(-1)
+        edges = corners.float().unflatten(-1, (4, -1)).softmax(-1)
+        distance = edges @ offsets / reg_scale.abs()
+        left, top, right, bottom = (0.5 + distance).unbind(-1)
         cx, cy, w, h = refs.unbind(-1)
         moved_x = cx + (right - left) * w / 2
         moved_y = cy + (bottom - top) * h / 2
@@ -535,7 +539,8 @@ def noisy_boxes(boxes: torch.Tensor, negative: torch.Tensor, scale: float = 1.0)
     size = boxes[..., 2:].repeat(1, 1, 2)
     part = torch.rand_like(boxes) + negative[None, :, None]
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    edges = box_convert(boxes, "cxcywh", "xyxy") + part * sign * size / 2 * scale
+    move = part * sign * size / 2 * scale
+    edges = box_convert(boxes, "cxcywh", "xyxy") + move
     return box_convert(edges.clamp(0, 1), "xyxy", "cxcywh").abs()
 
 
@@ -543,14 +548,15 @@ def noisy_boxes(boxes: torch.Tensor, negative: torch.Tensor, scale: float = 1.0)
 def _padded(targets, fill):
     "Labels (B, n) and boxes (B, n, 4) of a batch, n the most targets of an image, in a few copies."
     counts = [len(t["labels"]) for t in targets]
-    device = targets[0]["labels"].device
-    labels = torch.cat([t["labels"] for t in targets] + [torch.tensor([fill]).to(device)])
-    boxes = torch.cat([t["boxes"].float() for t in targets] + [torch.zeros(1, 4, device=device)])
-    places = torch.full((len(counts), max(counts)), len(labels) - 1)
+    places = torch.full((len(counts), max(counts)), sum(counts))  # the last one is the padding
     for image, count in enumerate(counts):
         start = sum(counts[:image])
         places[image, :count] = torch.arange(start, start + count)
-    places = places.to(device, non_blocking=True)
+    padding = targets[0]["labels"].new_full((1,), fill)
+    labels = torch.cat([*(t["labels"] for t in targets), padding])
+    nowhere = targets[0]["boxes"].new_zeros(1, 4)
+    boxes = torch.cat([*(t["boxes"] for t in targets), nowhere]).float()
+    places = places.to(labels.device, non_blocking=True)
     return labels[places], boxes[places]
 
 
@@ -573,9 +579,11 @@ def denoising_queries(
     labels, boxes = _padded(targets, num_classes)
     labels = labels.repeat(1, 2 * groups)
     boxes = boxes.repeat(1, 2 * groups, 1)
-    swap = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & (labels < num_classes)
+    swap = torch.rand_like(boxes[..., 0]) < label_noise / 2
+    swap = swap & (labels < num_classes)
     labels = torch.where(swap, torch.randint_like(labels, num_classes), labels)
-    negative = torch.arange(2 * groups * n, device=labels.device) // n % 2 == 1
+    copy = torch.arange(2 * groups * n, device=labels.device) // n
+    negative = copy % 2 == 1
     starts = torch.arange(groups)[:, None] * 2 * n
     positive = [(starts + torch.arange(count)).flatten() for count in counts]
     book = {"dn_num_group": groups, "dn_positive_idx": positive}
@@ -599,12 +607,13 @@ def attention_mask(num_split: list[int], num_group: int, device="cpu") -> torch.
 # %% ../nbs/03_detector.ipynb #split
 def _split(decoded, n, every_layer) -> dict:
     "The last layer's matching queries, and all layers' outputs without and with the first `n`."
-    parts = {"logits": decoded["logits"][-1][:, n:], "pred_boxes": decoded["boxes"][-1][:, n:]}
-    parts["query_embeddings"] = decoded["hidden"][:, n:]
+    last = {"logits": decoded["logits"][-1], "pred_boxes": decoded["boxes"][-1]}
+    last["query_embeddings"] = decoded["hidden"]
+    parts = {name: value[:, n:] for name, value in last.items()}
     if not every_layer:
         return parts
     layers = {f"layer_{name}": decoded[name] for name in ("logits", "boxes", "corners")}
-    layers["layer_refs"] = decoded["refs"].expand(len(decoded["boxes"]), -1, -1, -1)
+    layers["layer_refs"] = decoded["refs"].expand_as(decoded["boxes"])
     layers |= {name: decoded[name] for name in ("pre_logits", "pre_boxes")}
     for name, value in layers.items():
         parts[name] = value[..., n:, :]
@@ -665,8 +674,8 @@ def postprocess(output: DetectorOutput, sizes, top_k: int = 300) -> list[dict]:
     labels = index % logits.shape[-1]
     query = index // logits.shape[-1]
     boxes = box_convert(output.pred_boxes.float(), "cxcywh", "xyxy")
-    height, width = torch.as_tensor(sizes, device=boxes.device, dtype=boxes.dtype).unbind(-1)
-    boxes = boxes * torch.stack([width, height, width, height], -1)[:, None]
+    sizes = torch.as_tensor(sizes, device=boxes.device, dtype=boxes.dtype)
+    boxes = boxes * sizes.flip(-1).repeat(1, 2)[:, None]
     rows = zip(scores, labels, _rows(boxes, query[..., None]), strict=True)
     return [{"scores": s, "labels": label, "boxes": box} for s, label, box in rows]
 
@@ -686,8 +695,10 @@ def save_detector(model: Detector, directory, classes=None, **meta) -> Path:
     if names:
         config["id2label"] = dict(enumerate(names))
         config["label2id"] = {name: i for i, name in enumerate(names)}
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    data = safetensors.torch.save(state, {"format": "pt"})
+    state = model.state_dict()
+    for name, value in state.items():
+        state[name] = value.detach().cpu().contiguous()
+    data = safetensors.torch.save(dict(state), {"format": "pt"})
     atomic_write(directory / "model.safetensors", data)
     write_json(directory / "config.json", config)
     return directory
