@@ -153,7 +153,7 @@ class DetectorConfig:
 
 # %% ../nbs/03_detector.ipynb #tfgdeimv2config
 class TfgDeimv2Config(Deimv2Config):
-    """The library's configuration, renamed: its uncorrected class shall not load our weights."""
+    """The library's configuration, renamed so that its own class never loads our weights."""
 
     model_type = "deimv2_tfg"
 
