@@ -21,7 +21,7 @@ from deimv2_tfg import runs, training
 from deimv2_tfg.criterion import NonFiniteLossError
 from deimv2_tfg.guard import diagnose, random_state, replay
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.runs import CheckpointError, TrainingStopped, load_state, save_state
+from deimv2_tfg.runs import CheckpointError, Run, TrainingStopped, load_state, save_state
 from deimv2_tfg.training import (
     DEIMV2,
     find_run,
