@@ -151,7 +151,7 @@ def one_at_a_time(path) -> FileLock:
 def to_jsonable(x):
     """`x` as plain JSON values.
 
-    Dataclasses and mappings become dicts, arrays and tensors lists, paths text, NaN and infinity None.
+    Dataclasses and mappings become dicts, arrays and tensors lists, paths text, NaN None.
     """
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return to_jsonable(dataclasses.asdict(x))

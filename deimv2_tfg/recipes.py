@@ -122,10 +122,8 @@ def check_fields(config, allowed: dict):
 
 
 # %% ../nbs/03f_recipes.ipynb #choices
-MODELS = (
-    *("atto", "femto", "pico", "n", "s", "m", "l", "x"),
-    *("thesis_m", "lite", "small", "tiny"),
-)  # configurations of the detector chapter
+# Configurations of the detector chapter
+MODELS = tuple("atto femto pico n s m l x thesis_m lite small tiny".split())
 BASELINES = ("resnet18", "efficientnet_b0")  # backbones of chapter 6's Faster R-CNN
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 LR_RULES = {
@@ -304,13 +302,13 @@ class IterationRecipe:
     epochs: int | None = None
     lr: float | None = None
     backbone_lr: float | None = None  # an absolute rate
+    flat_epochs: int | None = None  # after which the rate falls
+    plain_epochs: int | None = None  # the last ones, without augmentation
     warmup_steps: int | None = None
     ema_steps: int | None = None  # memory of the EMA: 1 / (1 - decay)
-    flat_epochs: int | None = None
-    plain_epochs: int | None = None  # the last ones, without augmentation
     image_size: int = 640
     model: str = "m"
-    augmentation: tuple = ()  # (field of TrainConfig, value)
+    augmentation: dict = dataclasses.field(default_factory=dict)  # fields of TrainConfig
 
     @property
     def missing(self) -> list[str]:
@@ -320,44 +318,15 @@ class IterationRecipe:
 
 
 # %% ../nbs/03f_recipes.ipynb #recipes
-REFERENCE = IterationRecipe(
-    batch_size=32,
-    epochs=102,
-    lr=5e-4,
-    backbone_lr=2.5e-5,
-    warmup_steps=2000,
-    ema_steps=10_000,
-    flat_epochs=49,
-    plain_epochs=12,
-    augmentation=(
-        ("mosaic", 0.5),
-        ("mixup", 0.5),
-        ("copy_blend", 0.5),
-        ("zoom_out", 0.5),
-        ("iou_crop", 0.8),
-        ("multi_scale", 0.25),
-        ("vertical_flips", False),
-    ),
-)
+_STEPS = {"warmup_steps": 2000, "ema_steps": 10_000}  # of both recipes that are known
+_COCO = {"mosaic": 0.5, "mixup": 0.5, "copy_blend": 0.5, "zoom_out": 0.5, "iou_crop": 0.8}
+_COCO |= {"multi_scale": 0.25, "vertical_flips": False}
+_THESIS = {"photometric": 0.3, "iou_crop": 0.5, "mixup": 0.15, "zoom_out": 0.5}
+_THESIS |= {"vertical_flips": False}
 
-# %% ../nbs/03f_recipes.ipynb #recipes-2
+REFERENCE = IterationRecipe(32, 102, 5e-4, 2.5e-5, 49, 12, augmentation=_COCO, **_STEPS)
 SECOND_RUN = IterationRecipe(
-    batch_size=2,
-    epochs=100,
-    lr=4e-4,
-    backbone_lr=4e-5,
-    warmup_steps=2000,
-    ema_steps=10_000,
-    flat_epochs=70,
-    plain_epochs=10,
-    model="thesis_m",
-    augmentation=(
-        ("photometric", 0.3),
-        ("iou_crop", 0.5),
-        ("mixup", 0.15),
-        ("zoom_out", 0.5),
-        ("vertical_flips", False),
-    ),
+    2, 100, 4e-4, 4e-5, 70, 10, model="thesis_m", augmentation=_THESIS, **_STEPS
 )
 RECIPES = {
     "reference, COCO": REFERENCE,
@@ -394,7 +363,7 @@ def fractions_of(
         "plain": recipe.plain_epochs / recipe.epochs,
         "ema": recipe.ema_steps / steps,
     }
-    return TrainConfig(data_dir, **fields | dict(recipe.augmentation) | changes)
+    return TrainConfig(data_dir, **fields | recipe.augmentation | changes)
 
 
 # %% ../nbs/03f_recipes.ipynb #check-recipe
@@ -467,7 +436,7 @@ def load_recipe(recipe, kind: type = TrainConfig, **changes):
 
 
 def config_of(run, kind: type = TrainConfig, **changes):
-    """The configuration of a run's `config.json`, with `changes`; what else is stored is left out."""
+    """The configuration of a run's config.json, with `changes`; other keys are left out."""
     known = [f.name for f in dataclasses.fields(kind)]
     stored = {name: value for name, value in Run(run).config.items() if name in known}
     return kind(**stored | changes)

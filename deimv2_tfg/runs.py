@@ -19,6 +19,7 @@ __all__ = [
     "RunAbout",
     "Run",
     "find_runs",
+    "finished_run",
     "Log",
     "CheckpointError",
     "to_bytes",
@@ -45,6 +46,7 @@ import platform
 import shutil
 import subprocess
 import warnings
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -203,15 +205,7 @@ def weights_hash(path) -> str:
 
 
 # %% ../nbs/00b_runs.ipynb #environment
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "pycocotools",
-    "numpy",
-    "deimv2_tfg",
-)
+PACKAGES = "torch torchvision transformers accelerate pycocotools numpy deimv2_tfg".split()
 
 
 def _git(*args) -> str | None:
@@ -234,7 +228,7 @@ def _version(package) -> str | None:
 
 # %% ../nbs/00b_runs.ipynb #environment-2
 def environment(**more) -> dict:
-    """What a result is made with: time, commit, dirty flag, versions, device; and `more` as it is."""
+    """What a result is made with: time, commit, versions, device; and `more` as it is."""
     import torch
 
     status = _git("status", "--porcelain", "--", "deimv2_tfg", "nbs", "settings.ini")
@@ -254,23 +248,17 @@ def environment(**more) -> dict:
 
 
 # %% ../nbs/00b_runs.ipynb #run-files
+@dataclass(frozen=True)
 class RunFiles:
     """A directory of a run as JSON files by name; a file that is not there is empty."""
 
-    def __init__(self, path):
-        self.path = Path(path)
+    path: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", Path(self.path))
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r})"
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, RunFiles) and self.path == other.path
-
-    def __hash__(self) -> int:
-        return hash(self.path)
 
     @property
     def name(self) -> str:
@@ -301,7 +289,7 @@ class RunAbout(RunFiles):
 
     @property
     def result(self) -> dict:
-        """What it ended in (`best_val_AP`, `epochs`, `steps`, `seconds`, ...); {} before its end."""
+        """What it ended in (`best_val_AP`, `epochs`, `steps`, `seconds`, ...), {} before."""
         result = self.read("result.json")
         if "val_AP" in result:
             result.setdefault("best_val_AP", result["val_AP"])
@@ -426,6 +414,24 @@ def find_runs(folder, kind: str | None = None, **config) -> list[Run]:
         if matching and kind in (None, run.family):
             found.append(run)
     return found
+
+
+# %% ../nbs/00b_runs.ipynb #finished-run
+def finished_run(run, data_dir) -> Path:
+    """`run`, if it is a finished run on this data set: trained elsewhere, or by older code.
+
+    Raises `ValueError` where it is not.
+    """
+    run = Run(Path(run).expanduser().resolve())
+    files = ("config.json", "env.json", "result.json", "best")
+    if missing := [name for name in files if not (run.path / name).exists()]:
+        raise ValueError(f"{run.path} is not a finished run: {', '.join(missing)} missing")
+    trained = run.environment.get("data_hash")
+    here = data_hash(data_dir)
+    if trained != here:
+        holds = f"{Path(data_dir).name} holds ({here})"
+        raise ValueError(f"{run.name} was trained on other data ({trained}) than {holds}")
+    return run.path
 
 
 # %% ../nbs/00b_runs.ipynb #log

@@ -55,8 +55,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from deimv2_tfg.training import (
     DEIMV2,
-    augmented,
-    epoch_batches,
     find_run,
     make_ema,
     parameter_groups,
@@ -66,6 +64,7 @@ from deimv2_tfg.training import (
     training_step,
 )
 
+from .batches import augmented, epoch_batches
 from .core import open_study, read_json, seed_everything
 from .criterion import transformers_arguments, transformers_terms
 from .data import CacheError, load_dataset, photograph_cache

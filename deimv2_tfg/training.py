@@ -17,14 +17,9 @@ __all__ = [
     "shares_of",
     "Step",
     "training_step",
-    "EpochView",
-    "augmented",
-    "size_of_step",
-    "epoch_batches",
     "pick_precision",
     "start_accelerator",
     "recompute",
-    "TrainerData",
     "Trainer",
     "set_rate",
     "batches_of",
@@ -36,7 +31,6 @@ __all__ = [
     "row_of",
     "train_batch",
     "train_epoch",
-    "share_of",
     "predict_val",
     "keep_as_best",
     "validate",
@@ -49,7 +43,6 @@ __all__ = [
     "end_run",
     "check_model",
     "train",
-    "finished_run",
     "finished_before",
     "phase1_config",
     "phase1_run",
@@ -76,7 +69,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from deimv2_tfg.core import (
     Study,
@@ -107,6 +100,7 @@ from deimv2_tfg.runs import (
     data_hash,
     environment,
     find_runs,
+    finished_run,
     full_disk_named,
     keep_best,
     load_state,
@@ -117,22 +111,16 @@ from deimv2_tfg.runs import (
     save_state,
     weights_hash,
 )
-from deimv2_tfg.transforms import (
-    MixingDataset,
-    TrainTransform,
-    at_fraction,
-    at_size,
-    collate,
-    input_sizes,
-)
 
+from .batches import augmented, epoch_batches, share_of, size_of_step
 from .criterion import Criterion, NonFiniteLossError, average_over_processes
-from .data import DetectionDataset, load_dataset, photograph_cache, require_dataset
+from .data import load_dataset, photograph_cache, require_dataset
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
 from .recipes import MODELS, TrainConfig, check_recipe, lr_factor, scaled_lr
 from .splits import bind_data
 from .synthetic import study_data
+from .transforms import at_fraction, at_size, input_sizes
 from .weights import LoadReport, init_weights
 
 
@@ -299,7 +287,7 @@ def _mean_terms(terms: list[dict], shares: list[float]) -> dict:
     """Each term of the batch from those of its parts; a part may lack a term."""
     whole = sum(shares[: len(terms)])
     means = {}
-    for part, share in zip(terms, shares):
+    for part, share in zip(terms, shares, strict=False):  # a failed step has fewer terms
         for name, value in part.items():
             means[name] = means.get(name, 0) + value * share
     return {name: value / whole for name, value in means.items()}
@@ -350,85 +338,6 @@ def training_step(
     return Step(_mean_terms(terms, shares), grad_norm, failure, found)
 
 
-# %% ../nbs/04_training_stability.ipynb #epochview
-class EpochView(Dataset):
-    """A data set as one epoch sees it: a fixed order, and for each photograph its own random numbers.
-
-    Item k is `dataset[order[k]]`: (pixel_values (3, H, W), target), with target
-    {"labels": (n,), "boxes": (n, 4) cxcywh in [0, 1], "image_id": int}. Only torch's generator is
-    seeded for an item, and it is put back afterwards.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int, epoch: int):
-        self.dataset = dataset
-        self.seed = seed
-        self.epoch = epoch
-        generator = torch.Generator().manual_seed(self._seed("order"))
-        self.order = torch.randperm(len(dataset), generator=generator).tolist()
-
-    def _seed(self, what) -> int:
-        return int(hash_bytes(f"{self.seed}/{self.epoch}/{what}".encode(), length=15), 16)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, dict]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed(self.order[k]))
-            return self.dataset[self.order[k]]
-
-
-# %% ../nbs/04_training_stability.ipynb #augmented
-def augmented(dataset: DetectionDataset, config: TrainConfig) -> MixingDataset:
-    """The training photographs as the configuration augments and mixes them."""
-    change = TrainTransform(
-        config.image_size,
-        vertical=config.vertical_flips,
-        quarter_turns=config.quarter_turns,
-        photometric=config.photometric,
-        zoom_out=config.zoom_out,
-        iou_crop=config.iou_crop,
-    )
-    chances = (config.mosaic, config.mixup, config.copy_blend)
-    return MixingDataset(dataset, change, config.image_size, *chances)
-
-
-def size_of_step(config: TrainConfig, sizes: list[int], step: int) -> int:
-    """The input size of a step, from the seed and the step alone: the same in all processes."""
-    drawn = int(hash_bytes(f"{config.seed}/{step}/size".encode(), length=8), 16)
-    return sizes[drawn % len(sizes)]
-
-
-# %% ../nbs/04_training_stability.ipynb #epoch-batches
-def _batch_indices(images: int, batch: int, first=0, rank=0, processes=1) -> list[list[int]]:
-    """This process's part of every batch of an epoch, from batch `first` on.
-
-    A last batch that is not full is left out; there is always one batch.
-    """
-    batch = min(batch, images)
-    if batch % processes:
-        raise ValueError(f"a batch of {batch} does not divide among {processes} processes")
-    starts = range(first * batch, images - batch + 1, batch)
-    return [list(range(start + rank, start + batch, processes)) for start in starts]
-
-
-def epoch_batches(
-    dataset: Dataset, config: TrainConfig, epoch: int, first=0, rank=0, processes=1
-) -> DataLoader:
-    """The batches of one epoch, from batch `first` on, as `collate` gives them.
-
-    Of several processes, each gets every `processes`-th photograph of a batch.
-    """
-    return DataLoader(
-        EpochView(dataset, config.seed, epoch),
-        batch_sampler=_batch_indices(len(dataset), config.batch_size, first, rank, processes),
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-    )
-
-
 # %% ../nbs/04_training_stability.ipynb #pick-precision
 def pick_precision(config: TrainConfig) -> str:
     """accelerate's mixed precision: `auto` is bf16 on a GPU that has it, else float32."""
@@ -474,23 +383,39 @@ COUNTERS = {
 }
 
 
-class TrainerData:
+def _open_data(trainer):
     """The photographs of a training, and how long it is."""
+    config = trainer.config
+    for split in ("train", "val"):
+        cache = photograph_cache(config.cache, config.cache_gb, config.cache_dir)
+        setattr(trainer, f"{split}_set", load_dataset(config.data_dir, split, cache=cache))
+    trainer.view = augmented(trainer.train_set, config)
+    trainer.sizes = input_sizes(config.image_size, config.multi_scale)
+    trainer.steps_per_epoch = max(1, len(trainer.train_set) // config.batch_size)
+    trainer.total = trainer.steps_per_epoch * config.epochs
 
-    def __init__(self, config: TrainConfig):
-        sets = []
-        for split in ("train", "val"):
-            cache = photograph_cache(config.cache, config.cache_gb, config.cache_dir)
-            sets.append(load_dataset(config.data_dir, split, cache=cache))
-        self.train_set, self.val_set = sets
-        self.view = augmented(self.train_set, config)
-        self.sizes = input_sizes(config.image_size, config.multi_scale)
-        self.steps_per_epoch = max(1, len(self.train_set) // config.batch_size)
-        self.total = self.steps_per_epoch * config.epochs
+
+# %% ../nbs/04_training_stability.ipynb #trainer-network
+def _build_network(trainer):
+    """Network, EMA and optimizer, on the device."""
+    config = trainer.config
+    accelerator = trainer.accelerator
+    device = accelerator.device
+    model = trainer.family.build(config, trainer.train_set.num_classes)
+    trainer.start = getattr(model, "start", None)
+    trainer.ema = make_ema(model, config.ema * trainer.total).to(device)
+    if config.checkpointing:
+        recompute(trainer.family.blocks(model))
+    if accelerator.num_processes > 1 and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    groups = parameter_groups(model, config, trainer.family.backbone)
+    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
+    trainer.model, trainer.optimizer = accelerator.prepare(model, optimizer)
+    trainer.rates = [group["lr"] for group in trainer.optimizer.param_groups]
 
 
 # %% ../nbs/04_training_stability.ipynb #trainer-2
-class Trainer(TrainerData):
+class Trainer:
     """All that a training holds while it runs: data, network, optimizer, EMA, counters.
 
     Seeds the process. Raises what the family's `build` raises: `WeightsError` where the first
@@ -503,27 +428,13 @@ class Trainer(TrainerData):
         self.family = family
         self.accelerator = start_accelerator(config)
         seed_everything(config.seed)
-        super().__init__(config)
-        self._build()
+        _open_data(self)
+        _build_network(self)
         self.compute_losses = family.losses(config, self.train_set.num_classes)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rows = []  # of the epoch so far: (names, values on the device) of each step
         self.log = None
         for name, value in COUNTERS.items():
             setattr(self, name, value)
-
-    def _build(self):
-        config, device = self.config, self.accelerator.device
-        model = self.family.build(config, self.train_set.num_classes)
-        self.start = getattr(model, "start", None)
-        self.ema = make_ema(model, config.ema * self.total).to(device)
-        if config.checkpointing:
-            recompute(self.family.blocks(model))
-        if self.accelerator.num_processes > 1 and device.type == "cuda":
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        groups = parameter_groups(model, config, self.family.backbone)
-        optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     @property
     def main(self) -> bool:
@@ -732,21 +643,7 @@ def train_epoch(trainer: Trainer, stop=lambda: False) -> dict | None:
     return summary
 
 
-# %% ../nbs/04_training_stability.ipynb #share-of
-def share_of(dataset: DetectionDataset, rank: int, processes: int) -> DetectionDataset:
-    """Every `processes`-th photograph of a data set, from `rank` on, untransformed.
-
-    Together the shares are the whole, once.
-    """
-    if processes == 1:
-        return dataset
-    images = dataset.coco["images"][rank::processes]
-    kept = {image["id"] for image in images}
-    annotations = [a for a in dataset.coco["annotations"] if a["image_id"] in kept]
-    coco = dataset.coco | {"images": images, "annotations": annotations}
-    return DetectionDataset(dataset.root, dataset.split, coco, cache=dataset.cache)
-
-
+# %% ../nbs/04_training_stability.ipynb #predict-val
 def predict_val(trainer: Trainer) -> list[dict]:
     """COCO results (xywh pixels) of the EMA weights on val, each process its share."""
     accelerator = trainer.accelerator
@@ -940,24 +837,7 @@ def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
     return run.path
 
 
-# %% ../nbs/04_training_stability.ipynb #phase1-config
-def finished_run(run, data_dir) -> Path:
-    """`run`, if it is a finished run on this data set: trained elsewhere, or by older code.
-
-    Raises `ValueError` where it is not.
-    """
-    run = Run(Path(run).expanduser().resolve())
-    files = ("config.json", "env.json", "result.json", "best")
-    if missing := [name for name in files if not (run.path / name).exists()]:
-        raise ValueError(f"{run.path} is not a finished run: {', '.join(missing)} missing")
-    trained = run.environment.get("data_hash")
-    here = data_hash(data_dir)
-    if trained != here:
-        holds = f"{Path(data_dir).name} holds ({here})"
-        raise ValueError(f"{run.name} was trained on other data ({trained}) than {holds}")
-    return run.path
-
-
+# %% ../nbs/04_training_stability.ipynb #finished-before
 def finished_before(config: TrainConfig, family: Family) -> Path | None:
     """The newest finished run of a configuration on its data, whatever code trained it.
 

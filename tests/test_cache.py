@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from deimv2_tfg import data
+from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import (
     CACHES,
     CacheError,
@@ -23,7 +24,7 @@ from deimv2_tfg.data import (
 )
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import load_state
-from deimv2_tfg.training import augmented, epoch_batches, find_run, train
+from deimv2_tfg.training import find_run, train
 
 
 @pytest.fixture

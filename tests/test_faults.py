@@ -25,10 +25,10 @@ from deimv2_tfg.runs import CheckpointError, Run, TrainingStopped, load_state, s
 from deimv2_tfg.training import (
     DEIMV2,
     find_run,
+    make_ema,
     parameter_groups,
     train,
     training_step,
-    make_ema,
 )
 
 COUNT = {}

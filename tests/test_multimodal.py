@@ -28,7 +28,6 @@ from deimv2_tfg.fusion import (
 )
 from deimv2_tfg.multimodal import (
     FusedDetector,
-    FusionConfig,
     effect_table,
     fusion_data,
     fusion_table,
@@ -41,11 +40,12 @@ from deimv2_tfg.multimodal import (
     train_fusion,
     verdict,
 )
+from deimv2_tfg.recipes import FusionConfig, TrainConfig
 from deimv2_tfg.results import compare
 from deimv2_tfg.runs import Run, data_hash
 from deimv2_tfg.statistics import Effect
 from deimv2_tfg.text import class_texts, load_descriptions
-from deimv2_tfg.training import TrainConfig, train
+from deimv2_tfg.training import train
 
 CLASSES = list(load_descriptions())
 

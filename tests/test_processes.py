@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from deimv2_tfg import training
 from deimv2_tfg.runs import Run
-from deimv2_tfg.training import DEIMV2, Trainer, epoch_batches, in_parts, set_rate, train, training_step, validate
+from deimv2_tfg.training import DEIMV2, Trainer, in_parts, set_rate, train, training_step, validate
+from deimv2_tfg.batches import epoch_batches
 from deimv2_tfg.recipes import TrainConfig
 
 data, out = sys.argv[1], Path(sys.argv[2])

@@ -202,7 +202,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
     "Of what the family's own count divides; parts of one and three photographs, with unlike numbers of boxes."
     from deimv2_tfg.baselines import FASTER_RCNN
     from deimv2_tfg.recipes import TrainConfig
-    from deimv2_tfg.training import DEIMV2, count_boxes, shares_of, training_step, make_ema
+    from deimv2_tfg.training import DEIMV2, count_boxes, make_ema, shares_of, training_step
 
     def toy(model, x, targets, epoch):
         return {
@@ -245,16 +245,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
 
 
 def test_class_terms_of_a_detector_in_parts(smoke_data):
+    from deimv2_tfg.batches import augmented, epoch_batches
     from deimv2_tfg.data import load_dataset
     from deimv2_tfg.recipes import TrainConfig
-    from deimv2_tfg.training import (
-        DEIMV2,
-        augmented,
-        count_boxes,
-        epoch_batches,
-        training_step,
-        make_ema,
-    )
+    from deimv2_tfg.training import DEIMV2, count_boxes, make_ema, training_step
 
     config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=6, clip=0)
     x, targets = next(
