@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from deimv2_tfg import cli
 from deimv2_tfg.core import read_json, write_json
 from deimv2_tfg.data import SPLITS, annotation_file, check_dataset, load_dataset
-from deimv2_tfg.doctor import ERROR, KINDS, fix_dataset, write_report
+from deimv2_tfg.doctor import fix_dataset, write_report
+from deimv2_tfg.findings import KINDS
 from deimv2_tfg.photographs import base_name, copy_recall, look_at_all, same_pairs
 from deimv2_tfg.synthetic import make_dataset
 
@@ -266,6 +269,16 @@ entry("area-missing", "annotations[0].area", lambda v: v.coco["annotations"][0].
 entry("crowd-missing", "annotations[0].iscrowd", lambda v: v.coco["annotations"][0].pop("iscrowd"))
 ann("crowd-invalid", "annotations[0].iscrowd", iscrowd=2)
 ann("crowd", "annotations[0].iscrowd", iscrowd=1)
+entry(
+    "id-type",
+    "annotations[0].image_id",
+    lambda v: v.coco["annotations"][0].update(image_id=float(v.its["id"])),
+)
+entry(
+    "crowd-most",
+    "annotations",
+    lambda v: [a.update(iscrowd=1) for a in v.coco["annotations"]],
+)
 entry("nothing-annotated", "annotations", lambda v: v.coco["annotations"].clear())
 entry("no-categories", "categories", lambda v: v.coco["categories"].clear())
 entry("category-incomplete", "categories[0]", lambda v: v.coco["categories"][0].pop("name"))
@@ -330,6 +343,17 @@ def gaps(v):
             c["id"] = 1 + 2 * c["id"]
         for a in coco["annotations"]:
             a["category_id"] = 1 + 2 * a["category_id"]
+        write_json(annotation_file(v.root, split), coco)
+
+
+@damage("category-parent", JSON, "categories")
+def heading(v):
+    "How Roboflow exports: a category 0 above all others, without objects."
+    for split in SPLITS:
+        coco = read_json(annotation_file(v.root, split))
+        for c in coco["categories"]:
+            c["supercategory"] = "defects"
+        coco["categories"].append({"id": 100, "name": "defects", "supercategory": "none"})
         write_json(annotation_file(v.root, split), coco)
 
 
@@ -405,6 +429,19 @@ def deep(v):
     Image.fromarray(np.asarray(v.open().convert("L")).astype(np.uint16) * 257).save(v.photo, "PNG")
 
 
+@damage("mode-16-bit", PHOTO, "mode")
+def deep_colours(v):
+    "16 bits a channel, which Pillow reads as 8 without a word."
+    v.photo.write_bytes(png_of_16_bits(96, 72))
+
+
+@damage("exif-tag", "val/images/turned.jpg", "EXIF orientation")
+def tagged_without_boxes(v):
+    exif = Image.Exif()
+    exif[274] = 3
+    plant(v, "val", "turned.jpg", Image.effect_noise((80, 60), 60), exif=exif)
+
+
 @damage("mode-float", PHOTO, "mode")
 def floating(v):
     Image.fromarray(np.asarray(v.open().convert("L"), np.float32)).save(v.photo, "TIFF")
@@ -451,6 +488,20 @@ def small(v):
 @damage("photo-flat", PHOTO)
 def flat(v):
     Image.new("RGB", v.open().size, (90, 90, 90)).save(v.photo)
+
+
+def png_of_16_bits(width, height):
+    "Bytes of an RGB PNG with 16 bits a channel, dim as a 12-bit camera writes it."
+    rows = np.random.default_rng(0).integers(0, 4096, (height, width, 3)).astype(">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+
+    def chunk(name, data):
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
+
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def plant(v, split, name, image, boxes=None, **options):
@@ -535,6 +586,7 @@ def named_across(v):
 @damage("name-augmented", "val/images/part_hflip.png")
 def named_within(v):
     plant(v, "val", "part_hflip.png", Image.effect_noise((90, 70), 60))
+    plant(v, "val", "part.png", Image.effect_noise((90, 70), 60))
 
 
 @damage("name-in-two-splits", "test/images/shared.png")
@@ -661,9 +713,7 @@ FIXABLE = [
     "box-empty:entry",
     "box-outside:entry",
     "box-negative:entry",
-    "box-fraction:entry",
     "box-over-edge:entry",
-    "box-twice:entry",
     "area-wrong:entry",
     "area-missing:entry",
     "crowd-missing:entry",
