@@ -77,7 +77,7 @@ from deimv2_tfg.photographs import (
     same_pairs,
 )
 
-from .core import atomic_write, progress, to_jsonable
+from .core import atomic_write, to_jsonable
 
 # %% ../nbs/00h_doctor.ipynb #photograph-kinds
 for _kind, _way_out in WAYS_OUT.items():
@@ -416,7 +416,7 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
         link_images(root / split / "images", out / split / "images")
     changes = []
     mends = report.mends
-    for _ in progress(range(ROUNDS), "correcting", delay=2):
+    for _ in range(ROUNDS):
         made = _apply(out, mends)
         if not made:
             break
