@@ -687,12 +687,12 @@ def _require_packages(*names: str) -> None:
             raise NeedsPackage(f"export takes the package {name}: pip install 'deimv2_tfg[export]'")
 
 
-@torch.no_grad()
 def _write_graph(model: Detector, notes: dict, opset: int, path: Path) -> None:
     """The network as ONNX with `notes` as metadata, each a text or JSON."""
     # two photographs: with one, the exporter would take the batch for a constant
     example = torch.randn(2, 3, notes["height"], notes["width"])
-    model(example)
+    with torch.no_grad():
+        model(example)
     with patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"):
         program = torch.onnx.export(
             Exported(model).eval(),
