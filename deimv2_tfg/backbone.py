@@ -78,7 +78,7 @@ def vit_features(vit: DINOv3ViTBackbone, pixel_values: torch.Tensor) -> list[tor
 # %% ../nbs/02_backbone.ipynb #plain-gradient
 def plain_gradient(x: torch.Tensor) -> torch.Tensor:
     """`x` (B, C, H, W), whose gradient will arrive row by row in memory."""
-    if len(x) == 1 and x.requires_grad and not torch.compiler.is_compiling():
+    if x.requires_grad and not torch.compiler.is_compiling() and len(x) == 1:
         x.register_hook(torch.Tensor.contiguous)
     return x
 
