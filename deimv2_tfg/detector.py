@@ -455,7 +455,7 @@ def select_queries(model: Detector, memory: torch.Tensor, shapes: tuple) -> tupl
     count = min(model.config.num_queries, memory.shape[1])
     chosen = scores.amax(-1).topk(count, dim=1).indices[..., None]
     content = _rows(memory, chosen)
-    priors = _rows(anchors.expand(len(memory), -1, -1), chosen)
+    priors = _rows(anchors.expand(memory.shape[0], -1, -1), chosen)
     box_logits = model.model.enc_bbox_head(content).float() + priors
     return content.detach(), box_logits, _rows(scores, chosen)
 
