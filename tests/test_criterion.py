@@ -46,42 +46,46 @@ def load_reference(name):
     return outputs, targets, meta
 
 
+class Rule:
+    "Numbers from a rule (RandomState), so that only the expected terms need to be stored."
+
+    def __init__(self):
+        self.rng = np.random.RandomState(5)
+
+    def normal(self, *shape):
+        return torch.from_numpy(self.rng.standard_normal(shape)).float()
+
+    def boxes(self, *shape):
+        smaller = torch.tensor([0, 0, -1.0, -1.0])
+        return (self.normal(*shape, 4) + smaller).sigmoid()
+
+    def heads(self, layers, queries, classes):
+        return {
+            "layer_logits": self.normal(layers, 3, queries, classes),
+            "layer_boxes": self.boxes(layers, 3, queries),
+            "layer_corners": self.normal(layers, 3, queries, 132),
+            "layer_refs": self.boxes(layers, 3, queries),
+            "pre_logits": self.normal(3, queries, classes),
+            "pre_boxes": self.boxes(3, queries),
+        }
+
+
 def small_case():
-    """Outputs and targets from a rule (RandomState), so that only the expected terms need to be stored: 3 images with 2, 0 and 1 targets."""
-    rng = np.random.RandomState(5)
+    "Outputs and targets of 3 images with 2, 0 and 1 targets."
+    rule = Rule()
     counts, classes, queries, layers, groups = (2, 0, 1), 3, 8, 3, 2
-    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape)).float()
-    boxes = lambda *shape: (normal(*shape, 4) + torch.tensor([0, 0, -1.0, -1.0])).sigmoid()
-    outputs = {
-        "enc_logits": normal(3, queries, classes),
-        "enc_boxes": boxes(3, queries),
-        "up": torch.tensor([0.5]),
-        "reg_scale": torch.tensor([4.0]),
-    }
-    for kind, n in (("", queries), ("dn_", 2 * max(counts) * groups)):
-        outputs |= {
-            kind + "layer_logits": normal(layers, 3, n, classes),
-            kind + "layer_boxes": boxes(layers, 3, n),
-            kind + "layer_corners": normal(layers, 3, n, 132),
-            kind + "layer_refs": boxes(layers, 3, n),
-            kind + "pre_logits": normal(3, n, classes),
-            kind + "pre_boxes": boxes(3, n),
-        }
-    outputs |= {
-        "dn_num_group": groups,
-        "dn_positive_idx": [
-            torch.cat([torch.arange(n) + g * 2 * max(counts) for g in range(groups)])
-            for n in counts
-        ],
-    }
-    targets = [
-        {
-            "labels": torch.from_numpy(rng.randint(0, classes, n)),
-            "boxes": boxes(n),
-            "image_id": 10 + i,
-        }
-        for i, n in enumerate(counts)
-    ]
+    outputs = {"enc_logits": rule.normal(3, queries, classes), "enc_boxes": rule.boxes(3, queries)}
+    outputs |= {"up": torch.tensor([0.5]), "reg_scale": torch.tensor([4.0])}
+    outputs |= rule.heads(layers, queries, classes)
+    noisy = rule.heads(layers, 2 * max(counts) * groups, classes)
+    outputs |= {f"dn_{name}": value for name, value in noisy.items()}
+    starts = torch.arange(groups)[:, None] * 2 * max(counts)
+    outputs["dn_num_group"] = groups
+    outputs["dn_positive_idx"] = [(starts + torch.arange(n)).flatten() for n in counts]
+    targets = []
+    for i, n in enumerate(counts):
+        labels = torch.from_numpy(rule.rng.randint(0, classes, n))
+        targets.append({"labels": labels, "boxes": rule.boxes(n), "image_id": 10 + i})
     return outputs, targets
 
 
@@ -114,10 +118,9 @@ def test_small_frozen_vectors(epoch):
 
 def test_the_matcher_changes_at_its_epoch():
     outputs, targets = small_case()
-    value = lambda epoch: {
-        n: float(v) for n, v in Criterion(3, change_epoch=7)(outputs, targets, epoch).items()
-    }
-    assert value(6) == value(0) and value(7) == value(100) and value(6) != value(7)
+    criterion = Criterion(3, change_epoch=7)
+    first, before, at, after = (criterion(outputs, targets, epoch) for epoch in (0, 6, 7, 100))
+    assert before == first and at == after and before != at
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -180,7 +183,8 @@ def test_union_against_a_plain_loop():
     for _, i, q, t in pairs.T:
         votes.setdefault((i, q), []).append(t)
     expected = {
-        (i, q, min(set(ts), key=lambda t: (-ts.count(t), t))) for (i, q), ts in votes.items()
+        (i, q, min(t for t in ts if ts.count(t) == max(map(ts.count, ts))))
+        for (i, q), ts in votes.items()
     }
     assert set(map(tuple, union_of_matches(pairs, 7).T)) == expected
     assert union_of_matches(np.zeros((4, 0), np.int64), 7).shape == (3, 0)
@@ -297,20 +301,17 @@ def test_what_is_detached():
     for name in ("layer_boxes", "layer_corners", "layer_logits", "layer_refs"):
         outputs[name].requires_grad_()
     losses = Criterion(3)(outputs, targets)
-    grad = lambda term, name: torch.autograd.grad(
-        losses[term], outputs[name], retain_graph=True, materialize_grads=True
-    )[0]
-    assert (
-        not grad("loss_mal", "layer_boxes").any()
-        and not grad("loss_fgl", "layer_boxes").any()
-        and not grad("loss_fgl", "layer_refs").any()
-    )
+
+    def grad(term, name):
+        kept = {"retain_graph": True, "materialize_grads": True}
+        return torch.autograd.grad(losses[term], outputs[name], **kept)[0]
+
+    assert not grad("loss_mal", "layer_boxes").any()
+    assert not grad("loss_fgl", "layer_boxes").any()
+    assert not grad("loss_fgl", "layer_refs").any()
     teacher = grad("loss_ddf_aux_0", "layer_corners")
-    assert (
-        teacher[0].any()
-        and not teacher[1:].any()
-        and not grad("loss_ddf_aux_0", "layer_logits").any()
-    )
+    assert teacher[0].any() and not teacher[1:].any()
+    assert not grad("loss_ddf_aux_0", "layer_logits").any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -363,48 +364,60 @@ def test_nothing_waits_for_the_device(monkeypatch):
     outputs, targets = random_outputs(batch=2, queries=30, groups=3)
     transfers = []
     to_host = torch.Tensor.cpu
-    monkeypatch.setattr(
-        torch.Tensor, "cpu", lambda self: transfers.append(self.numel()) or to_host(self)
-    )
-    monkeypatch.setattr(
-        "deimv2_tfg.criterion.check_terms", lambda *_: None
-    )  # on a GPU the trainer calls it, when it logs
+
+    def noted(tensor):
+        transfers.append(tensor.numel())
+        return to_host(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", noted)
+    # on a GPU the trainer checks the terms, when it logs
+    monkeypatch.setattr("deimv2_tfg.criterion.check_terms", lambda *_: None)
     with Looks() as looks:
         Criterion(6)(outputs, targets)
     assert looks.seen == [] and len(transfers) == 1
 
 
+def part_of(outputs, part):
+    "The outputs of some of the images."
+    cut = {}
+    for name, value in outputs.items():
+        if "layer_" in name:
+            cut[name] = value[:, part]
+        elif name.startswith(("pre", "enc", "dn_pre")) or name == "dn_positive_idx":
+            cut[name] = value[part]
+        else:
+            cut[name] = value
+    return cut
+
+
 def test_normalisers_are_shared_by_processes(monkeypatch):
-    """The mean over two processes is the loss of the whole batch; `all_reduce` is played by adding what the other process counted."""
+    """The mean over two processes is the loss of the whole batch.
+
+    `all_reduce` is played by adding what the other process counted.
+    """
     outputs, targets = small_case()
-    per_image = lambda n, v, part: (
-        v[part]
-        if n.startswith(("pre", "enc", "dn_pre")) or n == "dn_positive_idx"
-        else v[:, part]
-        if "layer_" in n
-        else v
-    )
-    parts = [
-        ({n: per_image(n, v, part) for n, v in outputs.items()}, targets[part])
-        for part in (slice(0, 1), slice(1, 3))
-    ]
+    parts = [(part_of(outputs, p), targets[p]) for p in (slice(0, 1), slice(1, 3))]
     counted = []
+    others = []
+
+    def all_reduce(counts):
+        counted.append(counts.clone())
+        if others:
+            counts.add_(others.pop(0))
+
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda counts: counted.append(counts.clone()))
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     for part in parts:
         Criterion(3)(*part)
-    losses = []
-    for part, other in zip(parts, reversed(counted[:2])):
-        monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.add_(other))
-        losses.append(Criterion(3)(*part))
+    others[:] = [counted[1], counted[0]]
+    first, second = (Criterion(3)(*part) for part in parts)
     monkeypatch.undo()
     for name, value in Criterion(3)(outputs, targets).items():
         if "_ddf" in name:
             continue  # a mean over the queries of a process, not a sum over targets
-        assert math.isclose(
-            (losses[0][name] + losses[1][name]).item() / 2, value.item(), rel_tol=1e-4
-        ), name
+        both = (first[name] + second[name]).item() / 2
+        assert math.isclose(both, value.item(), rel_tol=1e-4), name
 
 
 def test_a_process_group_of_one_changes_nothing(tmp_path):

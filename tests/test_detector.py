@@ -1,4 +1,4 @@
-"""The detector against the reference implementation's numbers, frozen vectors, and files that must not load."""
+"""The detector against the reference's numbers, frozen vectors, and files that must not load."""
 
 import json
 import pickle
@@ -196,7 +196,7 @@ def test_training_outputs_and_gradients():
 
 
 def test_gradient_of_one_photograph_is_that_of_the_same_one_twice():
-    "A batch of one brings gradients of ambiguous strides to the coarsest map, which torch's batch norm on a CPU takes for another layout."
+    "Gradients of ambiguous strides, which torch's batch norm on a CPU takes for another layout."
     torch.manual_seed(0)
     model, x = build_detector(DetectorConfig.tiny()), torch.randn(1, 3, 64, 64)
     for module in model.modules():
@@ -235,7 +235,7 @@ def test_first_loss(name, size, least):
 
 
 def original_state(model):
-    "A model's state in original names; these are read from the reference's list, so it is for shapes with M's layout or less."
+    "A model's state in original names, which are read from the reference's list for M."
     own, state = model.state_dict(), {}
     for p in json.loads((REFERENCE / "deimv2_m.json").read_text())["params"]:
         new = list(rename_weights({p["key"]: torch.zeros(6)}, DETECTOR_RULES)[0])
@@ -397,34 +397,43 @@ def test_convert(tmp_path):
     )
 
 
-def test_starting_points_say_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(
-        "deimv2_tfg.weights.cached_file",
-        lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
-    )
-    tiny, m = build_detector(DetectorConfig.tiny()), DetectorConfig.m()
+def no_network(*args, **kwargs):
+    raise OSError("no network")
 
-    for init, config, words in (
-        ("dinov3", m, "vittplus_distill.pt"),
-        ("coco", m, "cannot be reached"),
-        ("coco", tiny.detector_config, "nothing was published"),
-        ("someone/weights", m, "cannot be reached"),
-        ("mistyped.pth", m, "no such file"),
-    ):
-        with pytest.raises(WeightsError, match=words):
-            find_weights(init, config)
+
+M, TINY = DetectorConfig.m(), DetectorConfig.tiny()
+
+
+@pytest.mark.parametrize(
+    "init, config, words",
+    [
+        ("dinov3", M, "vittplus_distill.pt"),
+        ("coco", M, "cannot be reached"),
+        ("coco", TINY, "nothing was published"),
+        ("someone/weights", M, "cannot be reached"),
+        ("mistyped.pth", M, "no such file"),
+    ],
+)
+def test_starting_points_say_what_is_missing(tmp_path, monkeypatch, init, config, words):
+    monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("deimv2_tfg.weights.cached_file", no_network)
+    with pytest.raises(WeightsError, match=words):
+        find_weights(init, config)
+
+
+def test_starting_points_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
     (tmp_path / "vittplus_distill.pt").write_bytes(b"")
-    assert find_weights("dinov3", m) == tmp_path / "vittplus_distill.pt"
-    save_detector(tiny, tmp_path / "run")
-    assert (
-        len(
-            init_weights(
-                build_detector(DetectorConfig.tiny(num_classes=2)), tmp_path / "run"
-            ).reinitialised
-        )
-        == 7
-    )
+    assert find_weights("dinov3", M) == tmp_path / "vittplus_distill.pt"
+    save_detector(build_detector(TINY), tmp_path / "run")
+    other = build_detector(DetectorConfig.tiny(num_classes=2))
+    assert len(init_weights(other, tmp_path / "run").reinitialised) == 7
+
+
+def test_variants_know_their_names():
+    for name in ("m", "thesis_m", "s", "small", "tiny"):
+        assert getattr(DetectorConfig, name)(3, num_queries=7).variant == name
+    assert DetectorConfig.m(width=128).variant is None
 
 
 def test_postprocess():
