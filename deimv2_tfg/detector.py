@@ -202,7 +202,7 @@ def library_config(c: DetectorConfig) -> TfgDeimv2Config:
 class DetectorOutput(ModelOutput):
     """What the detector gives; also a mapping without the entries that are None.
 
-    Batch B, queries Q, denoising queries N, classes C, width D, layers L (last layer last), bins 33.
+    Batch B, queries Q, denoising queries N, classes C, width D, layers L (last one last), bins 33.
     Boxes are cxcywh in [0, 1]; all but `query_embeddings` is float32. The first three are always
     there. `layer_*`, `pre_*` and `enc_*` come in training mode or with targets, `dn_*` (shaped like
     their namesakes, N for Q) only with denoising queries.
