@@ -112,6 +112,7 @@ from deimv2_tfg.runs import (
     weights_hash,
 )
 
+# %% ../nbs/04_training_stability.ipynb #imports-of-the-package
 from .batches import augmented, epoch_batches, share_of, size_of_step
 from .criterion import Criterion, NonFiniteLossError, average_over_processes
 from .data import load_dataset, photograph_cache, require_dataset
