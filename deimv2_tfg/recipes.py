@@ -443,11 +443,10 @@ def config_of(run, kind: type = TrainConfig, **changes):
 
 
 def write_recipe(path, config, note: str = "") -> Path:
-    """Write what a configuration changes of the defaults as YAML, under a comment."""
+    """Write the fields of a configuration that are not None as YAML, under a comment."""
     fields = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            fields[f.name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    for name, value in vars(config).items():
+        if value is not None:
+            fields[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     comment = "".join(f"# {line}\n" for line in note.splitlines())
     return atomic_write(path, comment + yaml.safe_dump(fields, sort_keys=False))

@@ -544,7 +544,7 @@ def refuse_stopped(run):
     run = Run(run)
     if not (report := run.stopped):
         return
-    tried = f"{report['reason']}; {report['returns']} returns at half the rate did not help"
+    tried = f"{report['reason']}; {report['returns']} rollbacks to half the rate did not help"
     kept = "The last good state is in last/, what failed in incidents.jsonl"
     advice = "Change the recipe (lr, precision, clip), or delete stopped.json to resume from there"
     raise TrainingStopped(f"{run.path}: stopped. {tried}. {kept}. {advice}")

@@ -23,7 +23,6 @@ __all__ = [
 ]
 
 # %% ../nbs/01e_splits.ipynb #imports
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -34,6 +33,7 @@ import pandas as pd
 from .core import hash_bytes, read_json, write_json
 from .data import SPLITS, DatasetError, annotation_file, check_dataset, require_dataset
 from .photographs import base_name, clusters
+from .runs import file_digest
 
 
 # %% ../nbs/01e_splits.ipynb #photograph-table
@@ -222,10 +222,7 @@ def file_digests(root, splits=SPLITS) -> dict:
                 for i in read_json(annotation_file(root, split))["images"]
             ),
         ]
-        found |= {
-            p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in files
-        }
+        found |= {p.relative_to(root).as_posix(): file_digest(p) for p in files}
     return dict(sorted(found.items()))
 
 

@@ -310,7 +310,7 @@ def test_several_in_a_row_return_to_the_last_state_at_half_the_rate(config, monk
 def test_a_run_that_cannot_be_saved_stops_with_a_report(config, monkeypatch):
     poison(monkeypatch, lambda k: k >= 3)
     with (
-        pytest.raises(TrainingStopped, match="lower|returns at half the rate"),
+        pytest.raises(TrainingStopped, match="rollbacks to half the rate"),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", UserWarning)
