@@ -6,38 +6,27 @@
 __all__ = [
     "DECODER",
     "CACHES",
-    "LINES",
     "coco_targets",
-    "decode",
+    "cxcywh_to_xyxy",
     "Photographs",
     "PhotographsInMemory",
-    "write_pixels",
-    "read_pixels",
     "CacheError",
     "PhotographsOnDisk",
     "photograph_cache",
     "DetectionDataset",
     "load_dataset",
-    "class_style",
-    "cxcywh_to_xyxy",
-    "draw_boxes",
-    "sample_sheet",
-    "class_table",
     "box_table",
+    "class_table",
     "size_table",
     "plot_classes",
     "plot_sizes",
     "photograph_statistics",
-    "box_shapes",
-    "plot_statistics",
     "in_words",
 ]
 
 # %% ../nbs/01_data.ipynb #95d39687
 import errno
 import io
-import json
-import math
 import shutil
 import struct
 import warnings
@@ -51,6 +40,7 @@ import seaborn as sns
 import torch
 from PIL import Image, features
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
 from deimv2_tfg.doctor import (
     SPLITS,
@@ -63,51 +53,62 @@ from deimv2_tfg.doctor import (
 )
 
 from .core import atomic_write, hash_bytes, one_at_a_time, project_root
+from .figures import class_style, finish, gettext
+from .photographs import read_json_file, read_photograph
 
 
 # %% ../nbs/01_data.ipynb #coco-targets
-def coco_targets(annotations, image, labels):
-    "`labels` (n,) int64 and `boxes` (n, 4) float32, cxcywh in [0, 1], of one image's COCO annotations; boxes are clipped to the image."
-    kept = [a for a in annotations if not a.get("iscrowd", 0)]
-    xywh = torch.tensor([a["bbox"] for a in kept], dtype=torch.float64).reshape(-1, 4)
-    size = torch.tensor([image["width"], image["height"]], dtype=torch.float64)
-    low, high = (xywh[:, :2] / size).clamp(0, 1), ((xywh[:, :2] + xywh[:, 2:]) / size).clamp(0, 1)
-    boxes = torch.cat([(low + high) / 2, high - low], 1).float()
+def coco_targets(annotations: list[dict], image: dict, labels: dict[int, int]) -> dict:
+    """The target of one image from its COCO annotations and `labels` (category id: label).
+
+    `labels` (n,) int64; `boxes` (n, 4) float32, cxcywh in [0, 1], clipped to the image; `image_id`;
+    `size` (height, width) in pixels.
+    """
+    width, height = image["width"], image["height"]
+    objects = [a for a in annotations if not a.get("iscrowd", 0)]
+    xywh = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
+    edges = torch.tensor([width, height, width, height], dtype=torch.float64)
+    xyxy = (box_convert(xywh, "xywh", "xyxy") / edges).clamp(0, 1)
     return {
-        "labels": torch.tensor([labels[a["category_id"]] for a in kept], dtype=torch.int64),
-        "boxes": boxes,
+        "labels": torch.tensor([labels[a["category_id"]] for a in objects], dtype=torch.int64),
+        "boxes": box_convert(xyxy, "xyxy", "cxcywh").float(),
         "image_id": image["id"],
-        "size": (image["height"], image["width"]),
+        "size": (height, width),
     }
 
 
-# %% ../nbs/01_data.ipynb #decode
-def decode(file) -> Image.Image:
-    "A photograph in RGB."
-    with Image.open(file) as f:
-        return f.convert("RGB")
+# %% ../nbs/01_data.ipynb #cxcywh-to-xyxy
+def cxcywh_to_xyxy(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(n, 4) cxcywh in [0, 1] to xyxy in pixels of an image of `size` (height, width)."""
+    height, width = size
+    edges = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    return box_convert(boxes, "cxcywh", "xyxy") * edges
 
 
+# %% ../nbs/01_data.ipynb #photographs
 class Photographs:
-    "Opens photographs, and keeps none."
+    """Opens photographs, and keeps none."""
 
-    def check(self, sizes: dict):
-        "Raises `CacheError` where the photographs (path: bytes when decoded) do not fit."
+    def check(self, sizes: dict[Path, int]):
+        """Raises `CacheError` where the photographs (path: bytes when decoded) do not fit."""
 
-    def __call__(self, path) -> Image.Image:
-        return decode(path)
+    def __call__(self, path: Path) -> Image.Image:
+        return read_photograph(path)
 
 
+# %% ../nbs/01_data.ipynb #photographs-in-memory
 class PhotographsInMemory(Photographs):
-    "Opens photographs and keeps them as long as the budget (bytes) lasts."
+    """Opens photographs and keeps them as long as the budget (bytes) lasts."""
 
-    def __init__(self, budget):
-        self.budget, self.used, self.kept = budget, 0, {}
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.used = 0
+        self.kept = {}
 
-    def __call__(self, path):
+    def __call__(self, path: Path) -> Image.Image:
         if path in self.kept:
             return self.kept[path]
-        photograph = decode(path)
+        photograph = read_photograph(path)
         size = 3 * photograph.width * photograph.height
         if self.used + size <= self.budget:
             self.kept[path] = photograph
@@ -116,445 +117,315 @@ class PhotographsInMemory(Photographs):
 
 
 # %% ../nbs/01_data.ipynb #pixels-file
-DECODER = f"Pillow {Image.__version__}, JPEG {features.version('jpg')}".encode()
+DECODER = f"Pillow {Image.__version__}, JPEG {features.version('jpg')}, upright".encode()
 
 
-def write_pixels(path, photograph):
-    "A photograph's bytes behind a head of 16: mark, width, height, checksum of all but the mark."
-    size, pixels = struct.pack("<II", *photograph.size), photograph.tobytes()
-    atomic_write(
-        path, b"RGB1" + size + struct.pack("<I", zlib.crc32(pixels, zlib.crc32(size))) + pixels
-    )
+def _checksum(size: bytes, pixels: bytes) -> int:
+    return zlib.crc32(pixels, zlib.crc32(size))
 
 
-def read_pixels(path) -> Image.Image | None:
-    "The photograph in such a file; None where there is none, or (with a warning) one that is damaged."
+def _write_pixels(path: Path, photograph: Image.Image):
+    """A photograph's bytes behind a head of 16: mark, width, height, checksum of the rest."""
+    size = struct.pack("<II", *photograph.size)
+    pixels = photograph.tobytes()
+    checksum = struct.pack("<I", _checksum(size, pixels))
+    atomic_write(path, b"RGB1" + size + checksum + pixels)
+
+
+# %% ../nbs/01_data.ipynb #read-pixels
+def _read_pixels(path: Path) -> Image.Image | None:
+    """The photograph in such a file; None where it is missing, or (with a warning) damaged."""
     try:
         raw = memoryview(path.read_bytes())
     except FileNotFoundError:
         return None
-    w, h, checksum = struct.unpack("<III", raw[4:16]) if len(raw) > 16 else (0, 0, 0)
-    if (
-        raw[:4] == b"RGB1"
-        and len(raw) == 16 + 3 * w * h
-        and zlib.crc32(raw[16:], zlib.crc32(raw[4:12])) == checksum
-    ):
-        return Image.fromarray(np.frombuffer(raw, np.uint8, offset=16).reshape(h, w, 3))
-    warnings.warn(f"{path} is damaged; the photograph is decoded again and the file replaced")
+    if raw[:4] == b"RGB1" and len(raw) > 16:
+        width, height, checksum = struct.unpack("<III", raw[4:16])
+        whole = len(raw) == 16 + 3 * width * height
+        if whole and _checksum(raw[4:12], raw[16:]) == checksum:
+            pixels = np.frombuffer(raw, np.uint8, offset=16)
+            return Image.fromarray(pixels.reshape(height, width, 3))
+    warnings.warn(f"{path} is damaged; the photograph is decoded again", stacklevel=2)
+    return None
 
 
 # %% ../nbs/01_data.ipynb #on-disk
 class CacheError(ValueError):
-    "A cache that cannot be as it was asked for; the message says what fits."
+    """A cache that cannot be as it was asked for; the message says what fits."""
 
 
+def _mib(n: float) -> str:
+    return f"{max(0, n) / 2**20:,.2f} MiB"
+
+
+# %% ../nbs/01_data.ipynb #photographsondisk
 class PhotographsOnDisk(Photographs):
-    "Opens photographs and keeps them in a folder that processes share, up to a budget (bytes) for all that is in it, and to `spare` bytes of free disk."
+    """Opens photographs and keeps them in a folder that processes share.
 
-    def __init__(self, folder, budget, spare=2**28):
-        self.folder, self.budget, self.spare, self.full = Path(folder), budget, spare, False
+    `budget`: bytes for all that is in the folder; `spare`: bytes of the disk that stay free.
+    """
+
+    def __init__(self, folder, budget: int, spare: int = 2**28):
+        self.folder = Path(folder)
+        self.budget = budget
+        self.spare = spare
+        self.full = False
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, content: bytes):
+    def file(self, content: bytes) -> Path:
         return self.folder / f"{hash_bytes(content, DECODER, length=24)}.rgb"
 
-    def used(self):
+    def used(self) -> int:
         return sum(p.stat().st_size for p in self.folder.glob("*.rgb"))
 
-    def left(self):
-        return min(self.budget - self.used(), shutil.disk_usage(self.folder).free - self.spare)
+    def left(self) -> int:
+        free = shutil.disk_usage(self.folder).free
+        return min(self.budget - self.used(), free - self.spare)
 
-    def check(self, sizes):
-        needed, left = (
-            sum(
-                size
-                for path, size in sizes.items()
-                if path.is_file() and not self.file(path.read_bytes()).exists()
-            ),
-            self.left(),
-        )
-        mib = lambda n: f"{max(0, n) / 2**20:,.2f} MiB"
-        if needed > left:
-            raise CacheError(
-                f"{self.folder}: decoded photographs of {mib(needed)} are still to be kept, and there is room for {mib(left)}: of the budget of {mib(self.budget)}, {mib(self.used())} are taken; of the disk, "
-                f'{mib(shutil.disk_usage(self.folder).free)} are free, of which {mib(self.spare)} stay so. Raise cache_gb, empty the folder, choose another cache_dir, or cache="memory"'
-            )
-
-    def __call__(self, path):
+    def __call__(self, path: Path) -> Image.Image:
         content = Path(path).read_bytes()
-        photograph = read_pixels(kept := self.file(content))
+        kept = self.file(content)
+        photograph = _read_pixels(kept)
         if photograph is None:
-            self.keep(kept, photograph := decode(io.BytesIO(content)))
+            photograph = read_photograph(io.BytesIO(content), path)
+            self.keep(kept, photograph)
         return photograph
 
-    def keep(self, file, photograph):
+    def keep(self, file: Path, photograph: Image.Image):
         if self.full:
             return
         try:
             with one_at_a_time(self.folder):
                 self.full = 3 * photograph.width * photograph.height + 16 > self.left()
                 if not self.full:
-                    write_pixels(file, photograph)
+                    _write_pixels(file, photograph)
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self.full = True
         if self.full:
-            warnings.warn(
-                f"{self.folder}: full; photographs that are not in it are decoded each time"
-            )
+            message = f"{self.folder}: full; photographs that are not in it are decoded each time"
+            warnings.warn(message, stacklevel=2)
+
+    def check(self, sizes: dict[Path, int]):
+        needed = 0
+        for path, size in sizes.items():
+            if path.is_file() and not self.file(path.read_bytes()).exists():
+                needed += size
+        if needed <= self.left():
+            return
+        free = shutil.disk_usage(self.folder).free
+        raise CacheError(
+            f"{self.folder}: decoded photographs of {_mib(needed)} are still to be kept, and there"
+            f" is room for {_mib(self.left())}: of the budget of {_mib(self.budget)},"
+            f" {_mib(self.used())} are taken; of the disk, {_mib(free)} are free, of which"
+            f" {_mib(self.spare)} stay so. Raise cache_gb, empty the folder, choose another"
+            ' cache_dir, or cache="memory"'
+        )
 
 
 # %% ../nbs/01_data.ipynb #photograph-cache
 CACHES = ("memory", "disk", "off")
 
 
-def photograph_cache(kind="memory", gib=1.0, folder=None) -> Photographs:
-    "What opens the photographs of a data set, with a budget in GiB; `folder` (for `disk`): None is `runs/cache`, which all data sets share."
+def photograph_cache(kind: str = "memory", gib: float = 1.0, folder=None) -> Photographs:
+    """What opens the photographs of a data set, with a budget in GiB.
+
+    `folder` (for `disk`): None is `runs/cache`, which all data sets share. Raises `CacheError`.
+    """
     if kind not in CACHES:
         raise CacheError(f"cache={kind!r}: choose one of {', '.join(CACHES)}")
+    budget = int(gib * 2**30)
     if kind == "disk":
-        return PhotographsOnDisk(folder or project_root() / "runs" / "cache", int(gib * 2**30))
-    return PhotographsInMemory(int(gib * 2**30)) if kind == "memory" else Photographs()
+        return PhotographsOnDisk(folder or project_root() / "runs" / "cache", budget)
+    return PhotographsInMemory(budget) if kind == "memory" else Photographs()
 
 
 # %% ../nbs/01_data.ipynb #detectiondataset
 class DetectionDataset(Dataset):
-    "One split: item i is (photograph, target), or what `transform(photograph, target)` makes of them."
+    """One split of a data set; item i is (photograph, target), or what `transform` makes of them.
 
-    def __init__(self, root, split, coco, transform=None, cache: Photographs | None = None):
-        self.root, self.split, self.coco, self.transform, self.cache = (
-            Path(root),
-            split,
-            coco,
-            transform,
-            cache or photograph_cache(),
-        )
+    photograph: PIL image in RGB, upright. target:
+    `{"labels": (n,) int64, "boxes": (n, 4) cxcywh in [0, 1], "image_id": int, "size": (H, W)}`,
+    n >= 0. `.classes`: names by label; `.category_ids`: the json's ids by label.
+    """
+
+    def __init__(self, root, split: str, coco: dict, transform=None, cache=None):
+        self.root = Path(root)
+        self.split = split
+        self.coco = coco
+        self.transform = transform
+        self.cache = cache or photograph_cache()
         categories = sorted(coco["categories"], key=lambda c: c["id"])
-        self.category_ids, self.classes = (
-            [c["id"] for c in categories],
-            [c["name"] for c in categories],
-        )
+        self.category_ids = [c["id"] for c in categories]
+        self.classes = [c["name"] for c in categories]
         self.images = coco["images"]
-        labels, by_image = (
-            {c: i for i, c in enumerate(self.category_ids)},
-            {image["id"]: [] for image in self.images},
-        )
-        for a in coco["annotations"]:
-            by_image[a["image_id"]].append(a)
-        self.targets = [coco_targets(by_image[image["id"]], image, labels) for image in self.images]
-        self.cache.check(
-            {
-                self.image_path(i): 3 * image["width"] * image["height"]
-                for i, image in enumerate(self.images)
-            }
-        )
+        self.targets = self._targets()
+        self.cache.check({self.image_path(i): self._bytes(i) for i in range(len(self))})
 
-    def __len__(self):
+    def _targets(self) -> list[dict]:
+        labels = {c: i for i, c in enumerate(self.category_ids)}
+        by_image = {image["id"]: [] for image in self.images}
+        for a in self.coco["annotations"]:
+            by_image[a["image_id"]].append(a)
+        return [coco_targets(by_image[image["id"]], image, labels) for image in self.images]
+
+    def _bytes(self, i: int) -> int:
+        """Of photograph i when decoded."""
+        return 3 * self.images[i]["width"] * self.images[i]["height"]
+
+    def __len__(self) -> int:
         return len(self.images)
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return len(self.classes)
 
-    def image_path(self, i):
+    def image_path(self, i: int) -> Path:
         return self.root / self.split / "images" / self.images[i]["file_name"]
 
-    def photograph(self, i) -> Image.Image:
-        "Photograph i in RGB; not to be changed in place."
+    def photograph(self, i: int) -> Image.Image:
+        """Photograph i in RGB; not to be changed in place. Raises `PhotographError`."""
         return self.cache(self.image_path(i))
 
-    def __getitem__(self, i):
-        photograph, target = self.photograph(i), dict(self.targets[i])
+    def __getitem__(self, i: int):
+        photograph = self.photograph(i)
+        target = dict(self.targets[i])
         return self.transform(photograph, target) if self.transform else (photograph, target)
 
 
 # %% ../nbs/01_data.ipynb #load-dataset
 def load_dataset(
-    root, split="train", transform=None, splits=SPLITS, cache: Photographs | None = None
+    root, split: str = "train", transform=None, splits=SPLITS, cache: Photographs | None = None
 ) -> DetectionDataset:
-    "Open one split after checking the whole data set (or only `splits`). Raises `DatasetError` with every problem found, `CacheError` where a cache on disk has no room."
-    root = require_dataset(root, tuple(splits) if split in splits else (*splits, split))
-    return DetectionDataset(
-        root,
-        split,
-        json.loads(annotation_file(root, split).read_text(encoding="utf-8")),
-        transform,
-        cache,
-    )
+    """Open one split after the closed look at the whole data set (or at `splits` only).
 
-
-# %% ../nbs/01_data.ipynb #class-style
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-
-
-def class_style(label: int) -> dict:
-    "Colour and line of a class in every figure."
-    return {
-        "color": sns.color_palette("colorblind")[label % 10],
-        "linestyle": LINES[label % len(LINES)],
-    }
-
-
-def cxcywh_to_xyxy(boxes, size):
-    "(n, 4) cxcywh in [0, 1] to xyxy in pixels of an image of `size` (height, width)."
-    centre, extent = boxes[:, :2], boxes[:, 2:]
-    return torch.cat([centre - extent / 2, centre + extent / 2], 1) * torch.tensor(
-        [size[1], size[0]] * 2, dtype=boxes.dtype
-    )
-
-
-# %% ../nbs/01_data.ipynb #draw-boxes
-def draw_boxes(ax, image, boxes, labels, classes, scores=None):
-    "Show a photograph with boxes (xyxy pixels), each with its class and, where given, its score."
-    ax.imshow(image)
-    for k, ((x0, y0, x1, y1), label) in enumerate(zip(np.asarray(boxes).reshape(-1, 4), labels)):
-        style = class_style(int(label))
-        ax.add_patch(
-            plt.Rectangle(
-                (x0, y0),
-                x1 - x0,
-                y1 - y0,
-                fill=False,
-                linewidth=1.6,
-                edgecolor=style["color"],
-                linestyle=style["linestyle"],
-            )
-        )
-        text = classes[int(label)] + (f" {scores[k]:.2f}" if scores is not None else "")
-        ax.text(
-            x0,
-            max(y0, 0),
-            text,
-            fontsize=5.5,
-            color="white",
-            va="bottom",
-            clip_on=True,
-            bbox={"facecolor": style["color"], "edgecolor": "none", "pad": 0.6},
-        )
-    ax.set(xticks=[], yticks=[])
-    return ax
-
-
-# %% ../nbs/01_data.ipynb #sample-sheet
-def sample_sheet(dataset, per_class=3, seed=0):
-    "A figure of photographs with their boxes: a row a class, drawn by `seed` among the photographs that show it."
-    rng = np.random.default_rng(seed)
-    fig, axes = plt.subplots(
-        dataset.num_classes,
-        per_class,
-        figsize=(2.1 * per_class, 2.0 * dataset.num_classes),
-        squeeze=False,
-        layout="constrained",
-    )
-    for label, row in enumerate(axes):
-        having = [i for i, t in enumerate(dataset.targets) if label in t["labels"].tolist()]
-        chosen = rng.permutation(having)[:per_class]
-        for ax in row:
-            ax.axis("off")
-        for ax, i in zip(row, chosen):
-            ax.axis("on")
-            target = dataset.targets[i]
-            draw_boxes(
-                ax,
-                dataset.photograph(i),
-                cxcywh_to_xyxy(target["boxes"], target["size"]),
-                target["labels"],
-                dataset.classes,
-            )
-        row[0].set_title(dataset.classes[label], fontsize=7, loc="left")
-    return fig
-
-
-# %% ../nbs/01_data.ipynb #class-table
-def class_table(datasets: dict) -> pd.DataFrame:
-    "Images with a class and objects of it, by split: rows are classes, columns (split, images) and (split, objects)."
-    columns = {}
-    for split, ds in datasets.items():
-        labels = [t["labels"] for t in ds.targets]
-        columns[f"{split} images"] = [
-            sum(int((l == c).any()) for l in labels) for c in range(ds.num_classes)
-        ] + [len(ds)]
-        columns[f"{split} objects"] = [
-            sum(int((l == c).sum()) for l in labels) for c in range(ds.num_classes)
-        ] + [sum(len(l) for l in labels)]
-    return pd.DataFrame(
-        columns, index=pd.Index([*next(iter(datasets.values())).classes, "all"], name="class")
-    )
+    Raises `DatasetError` with every problem, `CacheError` where a cache on disk has no room.
+    """
+    root = require_dataset(root, dict.fromkeys((*splits, split)))
+    coco = read_json_file(annotation_file(root, split))
+    return DetectionDataset(root, split, coco, transform, cache)
 
 
 # %% ../nbs/01_data.ipynb #box-table
-def box_table(datasets: dict, image_size: int) -> pd.DataFrame:
-    "One row a box: split, class, and its size as the square root of its area: relative to the image, and in pixels at the network's input."
-    rows = [
-        (split, ds.classes[l], math.sqrt(w * h), math.sqrt(w * h) * image_size)
-        for split, ds in datasets.items()
-        for t in ds.targets
-        for l, (_, _, w, h) in zip(t["labels"].tolist(), t["boxes"].tolist())
-    ]
-    return pd.DataFrame(rows, columns=["split", "class", "relative size", "input pixels"])
+def box_table(datasets: dict[str, DetectionDataset], image_size: int) -> pd.DataFrame:
+    """One row per box of the datasets (by split), with its shape and its size.
+
+    `relative size`: square root of its share of the photograph's area; `input pixels`: the same at
+    a square network input of `image_size`; `width / height` in pixels of the photograph.
+    """
+    parts = []
+    for split, dataset in datasets.items():
+        for i, target in enumerate(dataset.targets):
+            height, width = target["size"]
+            _, _, w, h = target["boxes"].double().T.numpy()
+            classes = [dataset.classes[label] for label in target["labels"].tolist()]
+            about = {"split": split, "image": i, "class": classes, "relative size": np.sqrt(w * h)}
+            shape = {"width / height": w * width / (h * height), "share of the photograph": w * h}
+            parts.append(pd.DataFrame(about | shape))
+    table = pd.concat(parts, ignore_index=True)
+    table.insert(4, "input pixels", table["relative size"] * image_size)
+    return table
+
+
+# %% ../nbs/01_data.ipynb #class-table
+def class_table(boxes: pd.DataFrame, datasets: dict[str, DetectionDataset]) -> pd.DataFrame:
+    """Images with a class and objects of it, by split; the last row is of all classes."""
+    columns = {}
+    for split, dataset in datasets.items():
+        its = boxes[boxes["split"] == split].groupby("class")["image"]
+        images = its.nunique().reindex(dataset.classes, fill_value=0)
+        objects = its.size().reindex(dataset.classes, fill_value=0)
+        columns[f"{split} images"] = [*images, len(dataset)]
+        columns[f"{split} objects"] = [*objects, objects.sum()]
+    names = [*next(iter(datasets.values())).classes, "all"]
+    return pd.DataFrame(columns, index=pd.Index(names, name="class"))
 
 
 def size_table(boxes: pd.DataFrame) -> pd.DataFrame:
-    "Box sizes at the network's input by class: quartiles, and the shares under 8, 16 and 32 pixels."
+    """Box sizes at the network's input: quartiles, and the shares under 8, 16 and 32 pixels."""
     grouped = boxes.groupby("class", sort=False)["input pixels"]
-    return pd.DataFrame(
-        {
-            "boxes": grouped.size(),
-            "smallest": grouped.min(),
-            "25 %": grouped.quantile(0.25),
-            "median": grouped.median(),
-            "75 %": grouped.quantile(0.75),
-        }
-        | {
-            f"under {px} px": grouped.apply(lambda s, px=px: float((s < px).mean()))
-            for px in (8, 16, 32)
-        }
-    )
+    table = grouped.describe()[["count", "min", "25%", "50%", "75%"]].astype({"count": int})
+    table.columns = ["boxes", "smallest", "25 %", "median", "75 %"]
+    for px in (8, 16, 32):
+        small = boxes["input pixels"] < px
+        table[f"under {px} px"] = small.groupby(boxes["class"], sort=False).mean()
+    return table
 
 
 # %% ../nbs/01_data.ipynb #plot-classes
-def plot_classes(table: pd.DataFrame):
-    "Objects of each class by split, as bars."
-    objects = (
-        table.drop(index="all")
-        .filter(like="objects")
-        .rename(columns=lambda c: c.removesuffix(" objects"))
-    )
+def plot_classes(table: pd.DataFrame, language: str = "en") -> plt.Figure:
+    """Objects of each class by split, as bars; `table`: of `class_table`."""
+    objects = table.drop(index="all").filter(like="objects")
+    objects.columns = [gettext(c.removesuffix(" objects"), language) for c in objects]
     fig, ax = plt.subplots(figsize=(6.2, 2.8), layout="constrained")
-    objects.plot.barh(
-        ax=ax, width=0.8, color=["0.25", "0.55", "0.8"], edgecolor="black", linewidth=0.4
-    )
+    greys = ["0.25", "0.55", "0.8"]
+    objects.plot.barh(ax=ax, width=0.8, color=greys, edgecolor="black", linewidth=0.4)
     for bars in ax.containers:
-        ax.bar_label(bars, fontsize=6, padding=1)
+        ax.bar_label(bars, padding=1, fontsize=6)
     ax.invert_yaxis()
-    ax.set(xlabel="objects", ylabel="")
-    ax.legend(title="split", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
+    ax.set(xlabel=gettext("objects", language), ylabel="")
+    ax.legend(title=gettext("split", language), loc="upper left", bbox_to_anchor=(1, 1))
+    return finish(fig, language)
 
 
 # %% ../nbs/01_data.ipynb #plot-sizes
-def plot_sizes(boxes: pd.DataFrame, classes=None):
-    "Box size at the network's input by class, every box a dot, with the quartiles; `classes` in the order of their labels, so that colours are those of the boxes."
+def plot_sizes(boxes: pd.DataFrame, classes=None, language: str = "en") -> plt.Figure:
+    """Box size at the network's input by class: every box a dot, with the quartiles.
+
+    `classes`: names in the order of their labels, so that colours are those of the boxes.
+    """
+    order = list(classes or dict.fromkeys(boxes["class"]))
+    colours = {name: class_style(label)["color"] for label, name in enumerate(order)}
     fig, ax = plt.subplots(figsize=(6.2, 2.8), layout="constrained")
-    order, colours = list(classes or dict.fromkeys(boxes["class"])), {}
-    for label, name in enumerate(order):
-        colours[name] = class_style(label)["color"]
-    sns.stripplot(
-        boxes,
-        x="input pixels",
-        y="class",
-        hue="class",
-        order=order,
-        hue_order=order,
-        palette=colours,
-        size=2,
-        alpha=0.5,
-        legend=False,
-        ax=ax,
-        zorder=0,
-    )
-    sns.boxplot(
-        boxes,
-        x="input pixels",
-        y="class",
-        order=order,
-        fill=False,
-        color="black",
-        linewidth=0.9,
-        fliersize=0,
-        width=0.6,
-        ax=ax,
-    )
+    place = {"x": "input pixels", "y": "class", "order": order, "ax": ax}
+    dots = {"hue": "class", "hue_order": order, "palette": colours, "legend": False}
+    sns.stripplot(boxes, **place, **dots, size=2, alpha=0.5, zorder=0)
+    line = {"color": "black", "linewidth": 0.9, "fliersize": 0, "width": 0.6}
+    sns.boxplot(boxes, **place, **line, fill=False)
     for px in (8, 16, 32):
         ax.axvline(px, color="0.6", linewidth=0.7, linestyle=":")
     ax.set_xscale("log", base=2)
-    ax.set(
-        xlabel="side of the box at the network's input, square root of the area (pixels)", ylabel=""
-    )
+    side = "side of the box at the network's input, square root of the area (pixels)"
+    ax.set(xlabel=gettext(side, language), ylabel="")
     ax.xaxis.set_major_formatter("{x:.0f}")
-    return fig
+    return finish(fig, language)
 
 
 # %% ../nbs/01_data.ipynb #statistics
-def photograph_statistics(datasets: dict) -> pd.DataFrame:
-    "One row a photograph: split, width, height, objects, and classes shown."
-    return pd.DataFrame(
+def photograph_statistics(datasets: dict[str, DetectionDataset]) -> pd.DataFrame:
+    """One row per photograph: split, width, height, objects, and classes shown."""
+    rows = []
+    for split, dataset in datasets.items():
+        for target in dataset.targets:
+            height, width = target["size"]
+            labels = target["labels"].tolist()
+            rows.append((split, width, height, len(labels), len(set(labels))))
+    return pd.DataFrame(rows, columns=["split", "width", "height", "objects", "classes"])
+
+
+def in_words(photographs: pd.DataFrame, boxes: pd.DataFrame) -> str:
+    """`photograph_statistics` and `box_table` as sentences."""
+    objects = photographs["objects"]
+    if not len(boxes):
+        return f"{len(photographs)} photographs show no object."
+    side = np.sqrt(photographs["width"] * photographs["height"]).median()
+    ratio = boxes["width / height"]
+    area = 100 * boxes["share of the photograph"]
+    long = 100 * (np.maximum(ratio, 1 / ratio) > 3).mean()
+    medians = area.groupby(boxes["class"], sort=False).median().sort_values()
+    ranges = [f"{photographs[k].min()} to {photographs[k].max()}" for k in ("width", "height")]
+    return "\n".join(
         [
-            (split, i["width"], i["height"], len(t["labels"]), len(set(t["labels"].tolist())))
-            for split, ds in datasets.items()
-            for i, t in zip(ds.images, ds.targets)
-        ],
-        columns=["split", "width", "height", "objects", "classes"],
-    )
-
-
-def box_shapes(datasets: dict) -> pd.DataFrame:
-    "One row a box: split, class, width over height in pixels, and its share of the photograph's area."
-    rows = [
-        (split, ds.classes[l], w * t["size"][1] / (h * t["size"][0]), w * h)
-        for split, ds in datasets.items()
-        for t in ds.targets
-        for l, (_, _, w, h) in zip(t["labels"].tolist(), t["boxes"].tolist())
-    ]
-    return pd.DataFrame(
-        rows, columns=["split", "class", "width / height", "share of the photograph"]
-    )
-
-
-# %% ../nbs/01_data.ipynb #plot-statistics
-def plot_statistics(photographs: pd.DataFrame, shapes: pd.DataFrame, classes):
-    "Four panels: objects a photograph, sizes of photographs, shape of boxes by class, share of the photograph by class."
-    fig, axes = plt.subplots(2, 2, figsize=(7.4, 5), layout="constrained")
-    counts = photographs["objects"].value_counts().sort_index()
-    bars = axes[0, 0].bar(counts.index, counts, color="0.4")
-    axes[0, 0].bar_label(bars, fontsize=6)
-    axes[0, 0].set(xlabel="objects in a photograph", ylabel="photographs")
-    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
-    for split, marker in zip(photographs["split"].unique(), "o^s"):
-        its = photographs[photographs["split"] == split]
-        axes[0, 1].plot(
-            its["width"],
-            its["height"],
-            marker,
-            markersize=3,
-            alpha=0.4,
-            label=split,
-            markeredgewidth=0,
-        )
-    axes[0, 1].set(xlabel="width (pixels)", ylabel="height (pixels)")
-    axes[0, 1].legend(fontsize=6)
-    for ax, column in zip(axes[1], ("width / height", "share of the photograph")):
-        for label, name in enumerate(classes):
-            its = shapes.loc[shapes["class"] == name, column]
-            if len(its):
-                sns.ecdfplot(its, ax=ax, label=name, **class_style(label))
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter("")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(xlabel=f"{column} of a box", ylabel="share of the class's boxes")
-    axes[1, 1].legend(fontsize=5.5)
-    return fig
-
-
-# %% ../nbs/01_data.ipynb #in-words
-def in_words(photographs: pd.DataFrame, shapes: pd.DataFrame) -> str:
-    "The four panels as sentences."
-    side, ratio, area = (
-        np.sqrt(photographs["width"] * photographs["height"]),
-        shapes["width / height"],
-        shapes["share of the photograph"],
-    )
-    by_class = area.groupby(shapes["class"], sort=False).median().sort_values()
-    return (
-        "\n".join(
-            [
-                f"{len(photographs)} photographs show {photographs['objects'].sum()} objects: {photographs['objects'].mean():.2f} on average, at most {photographs['objects'].max()}; {(photographs['objects'] == 0).sum()} show none and {(photographs['classes'] > 1).sum()} show several classes.",
-                f"Photographs measure {photographs['width'].min()} to {photographs['width'].max()} by {photographs['height'].min()} to {photographs['height'].max()} pixels; the median side (root of the area) is {side.median():.0f}.",
-                f"{100 * (np.maximum(ratio, 1 / ratio) > 3).mean():.0f} % of the boxes are more than three times as long as wide; the median box covers {100 * area.median():.1f} % of its photograph, a tenth cover less than {100 * area.quantile(0.1):.1f} %.",
-                f"The smallest class is {by_class.index[0]} (median {100 * by_class.iloc[0]:.1f} %), the largest {by_class.index[-1]} ({100 * by_class.iloc[-1]:.1f} %).",
-            ]
-        )
-        if len(shapes)
-        else f"{len(photographs)} photographs show no object."
+            f"{len(photographs)} photographs show {objects.sum()} objects: {objects.mean():.2f} on"
+            f" average, at most {objects.max()}; {(objects == 0).sum()} show none and"
+            f" {(photographs['classes'] > 1).sum()} show several classes.",
+            f"Photographs measure {ranges[0]} by {ranges[1]} pixels; the median side (root of the"
+            f" area) is {side:.0f}.",
+            f"{long:.0f} % of the boxes are more than three times as long as wide; the median box"
+            f" covers {area.median():.1f} % of its photograph, a tenth cover less than"
+            f" {area.quantile(0.1):.1f} %.",
+            f"The smallest class is {medians.index[0]} (median {medians.iloc[0]:.1f} %), the"
+            f" largest {medians.index[-1]} ({medians.iloc[-1]:.1f} %).",
+        ]
     )

@@ -18,10 +18,10 @@ from deimv2_tfg.data import (
     CacheError,
     PhotographsInMemory,
     PhotographsOnDisk,
-    decode,
     load_dataset,
     photograph_cache,
 )
+from deimv2_tfg.photographs import read_photograph
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import load_state
 from deimv2_tfg.training import find_run, train
@@ -75,7 +75,7 @@ def test_the_same_weights_and_the_same_run_from_all_three(smoke_data, tmp_path):
 
 
 def test_a_damaged_file_is_told_of_and_made_again(on_disk, photograph):
-    right, rng = decode(photograph).tobytes(), random.Random(0)
+    right, rng = read_photograph(photograph).tobytes(), random.Random(0)
     assert on_disk(photograph).tobytes() == right
     (kept,) = on_disk.folder.glob("*.rgb")
     whole = kept.read_bytes()
@@ -99,7 +99,7 @@ def test_another_photograph_under_the_old_name_size_and_time(on_disk, photograph
     content[-200] ^= 1
     photograph.write_bytes(content)
     os.utime(photograph, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert on_disk(photograph).tobytes() == decode(photograph).tobytes() != before
+    assert on_disk(photograph).tobytes() == read_photograph(photograph).tobytes() != before
 
 
 def test_a_budget_is_checked_before_anything_is_decoded(smoke_data, tmp_path, monkeypatch):
@@ -141,8 +141,8 @@ def test_a_disk_that_fills_up_meanwhile_costs_time_and_no_photograph(
 
     monkeypatch.setattr(data, "atomic_write", full)
     with pytest.warns(UserWarning, match="full"):
-        assert on_disk(photograph).tobytes() == decode(photograph).tobytes()
-    assert on_disk(photograph).tobytes() == decode(photograph).tobytes() and not list(
+        assert on_disk(photograph).tobytes() == read_photograph(photograph).tobytes()
+    assert on_disk(photograph).tobytes() == read_photograph(photograph).tobytes() and not list(
         on_disk.folder.glob("*.rgb")
     )  # not warned of twice
 

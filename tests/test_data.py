@@ -179,7 +179,7 @@ def test_augmentation_keeps_boxes_on_their_objects(tmp_path):
 def test_statistics_in_words_and_few_objects(photographs):
     edit(photographs, "test", lambda c: c["annotations"].clear())
     datasets = {s: load_dataset(photographs, s) for s in SPLITS}
-    words = data.in_words(data.photograph_statistics(datasets), data.box_shapes(datasets))
+    words = data.in_words(data.photograph_statistics(datasets), data.box_table(datasets, 64))
     assert (
         "3 photographs show 4 objects" in words
         and "1 show none and 2 show several classes" in words
