@@ -122,8 +122,8 @@ def check_fields(config, allowed: dict):
 
 
 # %% ../nbs/03f_recipes.ipynb #choices
-# Configurations of the detector chapter
-MODELS = tuple("atto femto pico n s m l x thesis_m lite small tiny".split())
+# Configurations of the detector chapter (its VARIANTS)
+MODELS = ("s", "m", "thesis_m", "small", "tiny")
 BASELINES = ("resnet18", "efficientnet_b0")  # backbones of chapter 6's Faster R-CNN
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 LR_RULES = {

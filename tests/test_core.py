@@ -1,89 +1,68 @@
-"""Paths, hashes, runs and provenance."""
+"""Profiles, places, and files that are written whole or not at all."""
 
-import json
+import subprocess
+import sys
 
-import matplotlib.pyplot as plt
-import pandas as pd
+import numpy as np
 import pytest
+import torch
 
-from deimv2_tfg.core import atomic_write, open_study, save_figure, save_table, to_jsonable
-from deimv2_tfg.runs import code_hash, data_hash, reachable_code, source_hash
+from deimv2_tfg.core import (
+    append_line,
+    atomic_write,
+    keep_lines,
+    open_study,
+    read_json,
+    read_lines,
+    to_jsonable,
+)
 
 
 def test_profiles_and_names(monkeypatch):
     assert open_study().profile.name == "smoke"
     monkeypatch.delenv("IN_TEST")
-    assert open_study().profile.name == "demo" and open_study(data_dir="x/set").name.startswith(
-        "set_"
-    )
+    assert open_study().profile.name == "demo"
+    assert open_study(data_dir="x/set").name.startswith("set_")
     with pytest.raises(ValueError, match="smoke, demo, compact, thesis"):
         open_study("tiny")
-
-
-def test_a_figure_and_a_table_are_saved_with_their_provenance(tmp_path, monkeypatch):
-    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
-    study, frame = (
-        open_study("smoke"),
-        pd.DataFrame({"class": ["a", "b"], "AP": [0.5, float("nan")]}),
-    )
-    fig, ax = plt.subplots()
-    save_figure(fig, study, "bars", frame, "Two bars.", runs=["runs/x/detector-1"])
-    save_table(frame, study, "aps", "A table.")
-    assert {p.name for p in study.figures.iterdir()} == {
-        "bars.pdf",
-        "bars.png",
-        "bars.csv",
-        "bars.json",
-        "aps.csv",
-        "aps.tex",
-        "aps.json",
-    }
-    about = json.loads((study.figures / "bars.json").read_text())
-    assert (
-        about["runs"] == ["detector-1"]
-        and about["caption"] == "Two bars."
-        and {"commit", "dirty", "versions", "seed"} <= about.keys()
-    )
-    tex = (study.figures / "aps.tex").read_text()
-    assert "\\toprule" in tex and "--" in tex and "nan" not in tex.lower()
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = atomic_write(tmp_path / "a.json", "old")
     with pytest.raises(TypeError):
         atomic_write(path, None)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_data_hash_sees_every_byte(tmp_path):
-    (tmp_path / "train/images").mkdir(parents=True)
-    (tmp_path / "train/images/a.jpg").write_bytes(b"one")
-    first = data_hash(tmp_path)
-    (tmp_path / "train/images/a.jpg").write_bytes(b"two")
-    second = data_hash(tmp_path)
-    (tmp_path / "train/images/a.jpg").rename(tmp_path / "train/images/b.jpg")
-    assert len({first, second, data_hash(tmp_path)}) == 3
-
-
-def test_code_hash_follows_what_is_called():
-    assert (
-        source_hash("def f():\n  'doc'\n  return 1")
-        == source_hash("def f(): return 1")
-        != source_hash("def f(): return 2")
-    )
-    reached = reachable_code("training", "train", leave_out=("core",))
-    assert {
-        "training.train_epoch",
-        "criterion.Criterion",
-        "detector.build_detector",
-        "transforms.TrainTransform",
-    } <= reached.keys()
-    assert (
-        not any(k.startswith("core.") for k in reached)
-        and "detector.convert_weights" not in reached
-    )
-    assert code_hash("training", "train") != code_hash("evaluation", "evaluate")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_nothing_is_not_zero():
     assert to_jsonable({"AP": float("nan"), "n": 0}) == {"AP": None, "n": 0}
+
+
+def test_arrays_and_tensors_become_plain_numbers():
+    values = {"array": np.arange(2), "number": np.float32(0.5), "tensor": torch.ones(1, 2)}
+    assert to_jsonable(values) == {"array": [0, 1], "number": 0.5, "tensor": [[1.0, 1.0]]}
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    (tmp_path / "a.json").write_text('{"ä": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"ä": 1}
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "record.jsonl"
+    assert read_lines(path) == []
+    for step in (1, 2, 3):
+        append_line(path, {"step": step})
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
+    keep_lines(path, lambda i, line: line["step"] <= 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_light_rooms_load_nothing_heavy():
+    "A command line with a typing error must answer at once."
+    heavy = "{'torch', 'pandas', 'matplotlib'} & {*sys.modules}"
+    code = f"import sys, deimv2_tfg.core, deimv2_tfg.runs, deimv2_tfg.recipes; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
