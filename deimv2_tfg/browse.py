@@ -26,7 +26,7 @@ from PIL import Image
 
 from .data import annotation_file
 from .decisions import kept_results, working_points
-from .errors import photograph_table
+from .errors import worst_photographs
 from .figures import draw_boxes, short_titles
 from .photographs import read_photograph
 from .runs import Run
@@ -85,11 +85,11 @@ def of_kind(table: pd.DataFrame, which: str) -> pd.Series:
 def shown_photographs(
     pile: Pile, name: str = "", which: str = "all", threshold: float | None = None
 ) -> pd.DataFrame:
-    """The photographs to leaf through, worst first (see `photograph_table`).
+    """The photographs to leaf through, worst first (see `worst_photographs`).
 
     `name`: only those where this class is annotated or predicted; `which`: a kind of SHOWN.
     """
-    table = photograph_table(pile.annotations, pile.results, pile.points(threshold))
+    table = worst_photographs(pile.annotations, pile.results, pile.points(threshold))
     if name:
         wanted = pile.category_ids[pile.classes.index(name)]
         boxes = pile.annotations["annotations"] + pile.kept(threshold)
