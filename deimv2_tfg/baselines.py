@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = [
     "BACKBONES",
+    "SMALL_RPN",
     "FASTER_RCNN",
     "with_pyramid",
     "resnet18_fpn",
     "efficientnet_b0_fpn",
     "anchors_for",
-    "Baseline",
     "torchvision_target",
+    "Baseline",
     "save_baseline",
     "load_baseline",
     "build_baseline",
@@ -26,7 +27,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torchvision.models import efficientnet_b0, resnet18
 from torchvision.models.detection import FasterRCNN
@@ -37,42 +38,39 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.efficientnet import EfficientNet_B0_Weights
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import ResNet18_Weights
+from torchvision.ops import box_convert
 
-from .core import Study, one_at_a_time, read_json, write_json
-from .data import cxcywh_to_xyxy
+from .core import Study, atomic_write, one_at_a_time, read_json, write_json
 from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
 from .recipes import TrainConfig
-from .synthetic import study_data
 from .training import Family, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 
 
 # %% ../nbs/06_baselines.ipynb #resnet18-fpn
 def with_pyramid(network, stages: dict, widths: list[int], channels: int) -> nn.Module:
-    "A convolutional network's `stages` (at strides 4, 8, 16 and 32, of these `widths`) in torchvision's feature pyramid of `channels`."
+    """A convolutional network's stages in torchvision's feature pyramid of `channels`.
+
+    stages: {module: name} at strides 4, 8, 16 and 32, of these `widths`.
+    """
     neck = BackboneWithFPN(nn.Identity(), {}, widths, channels)
     neck.body = create_feature_extractor(network, stages)
     return neck
 
 
-def resnet18_fpn(pretrained=False, channels: int = 256) -> nn.Module:
-    "ResNet-18 with a feature pyramid, all stages trainable."
+def resnet18_fpn(pretrained=False, channels=256) -> nn.Module:
+    """ResNet-18 with a feature pyramid, all stages trainable."""
     network = resnet18(weights=ResNet18_Weights.DEFAULT if pretrained else None)
-    return with_pyramid(
-        network, {f"layer{i + 1}": str(i) for i in range(4)}, [64, 128, 256, 512], channels
-    )
+    stages = {f"layer{i + 1}": str(i) for i in range(4)}
+    return with_pyramid(network, stages, [64, 128, 256, 512], channels)
 
 
 # %% ../nbs/06_baselines.ipynb #efficientnet-b0-fpn
-def efficientnet_b0_fpn(pretrained=False, channels: int = 256) -> nn.Module:
-    "EfficientNet-B0 with a feature pyramid on its stages at strides 4, 8, 16 and 32."
+def efficientnet_b0_fpn(pretrained=False, channels=256) -> nn.Module:
+    """EfficientNet-B0 with a feature pyramid on its stages at strides 4, 8, 16 and 32."""
     network = efficientnet_b0(weights=EfficientNet_B0_Weights.DEFAULT if pretrained else None)
-    return with_pyramid(
-        network,
-        {"features.2": "0", "features.3": "1", "features.5": "2", "features.7": "3"},
-        [24, 40, 112, 320],
-        channels,
-    )
+    stages = {"features.2": "0", "features.3": "1", "features.5": "2", "features.7": "3"}
+    return with_pyramid(network, stages, [24, 40, 112, 320], channels)
 
 
 # %% ../nbs/06_baselines.ipynb #baseline
@@ -80,159 +78,168 @@ BACKBONES = {"resnet18": resnet18_fpn, "efficientnet_b0": efficientnet_b0_fpn}
 
 
 def anchors_for(image_size: int) -> AnchorGenerator:
-    "One size for each of the five levels, torchvision's shares of a 640 px input, in three shapes."
-    return AnchorGenerator(
-        tuple((image_size * share / 640,) for share in (32, 64, 128, 256, 512)),
-        ((0.5, 1.0, 2.0),) * 5,
-    )
+    """One size for each of five levels, torchvision's shares of a 640 px input, in three shapes."""
+    sizes = tuple((image_size * share / 640,) for share in (32, 64, 128, 256, 512))
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+
+
+# %% ../nbs/06_baselines.ipynb #small-head
+SMALL_RPN = {
+    "rpn_pre_nms_top_n_train": 600,
+    "rpn_pre_nms_top_n_test": 600,
+    "rpn_post_nms_top_n_train": 600,
+    "rpn_post_nms_top_n_test": 300,
+    "box_batch_size_per_image": 64,
+}
+
+
+def _faster_rcnn(backbone: str, num_classes: int, image_size: int, pretrained: bool) -> FasterRCNN:
+    """torchvision's detector with the settings of the table above."""
+    small = image_size < 512
+    channels = 64 if small else 256
+    settings = {"num_classes": num_classes + 1}
+    if small:
+        settings = {"num_classes": None, "box_head": TwoMLPHead(channels * 7**2, 256)}
+        settings["box_predictor"] = FastRCNNPredictor(256, num_classes + 1)
+        settings |= SMALL_RPN
+    settings |= {"box_score_thresh": 0.0, "box_detections_per_img": 300}
+    body = BACKBONES[backbone](pretrained, channels)
+    return FasterRCNN(body, rpn_anchor_generator=anchors_for(image_size), **settings)
+
+
+# %% ../nbs/06_baselines.ipynb #baseline-3
+def torchvision_target(target: dict, size: tuple[int, int]) -> dict:
+    """Our target as torchvision's; boxes without area are left out.
+
+    target: "boxes" (n, 4) cxcywh in [0, 1], "labels" (n,) from 0; result: xyxy pixels of an input
+    of `size` (height, width), labels from 1.
+    """
+    height, width = size
+    scale = target["boxes"].new_tensor([width, height, width, height])
+    boxes = box_convert(target["boxes"].reshape(-1, 4), "cxcywh", "xyxy") * scale
+    real = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {"boxes": boxes[real], "labels": target["labels"][real] + 1}
 
 
 # %% ../nbs/06_baselines.ipynb #baseline-2
 class Baseline(nn.Module):
-    """Faster R-CNN on normalised `pixel_values` (B, 3, H, W). In training mode `model(pixel_values, targets)` gives its four losses.
+    """Faster R-CNN on normalised `pixel_values` (B, 3, H, W).
 
-    targets: {"labels" (n,) in 0..C-1, "boxes" (n, 4) cxcywh in [0, 1]}, n may be 0.
+    targets: "labels" (n,) in 0..C-1 and "boxes" (n, 4) cxcywh in [0, 1]; n may be 0.
     """
 
     def __init__(self, backbone: str, num_classes: int, image_size: int, pretrained=False):
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone={backbone!r}: choose one of {', '.join(BACKBONES)}")
-        self.settings, self.classes = (
-            {"backbone": backbone, "num_classes": num_classes, "image_size": image_size},
-            None,
-        )
-        small, width = image_size < 512, 64 if image_size < 512 else 256
-        head = (
-            {
-                "rpn_pre_nms_top_n_train": 600,
-                "rpn_pre_nms_top_n_test": 600,
-                "rpn_post_nms_top_n_test": 300,
-                "rpn_post_nms_top_n_train": 600,
-                "box_batch_size_per_image": 64,
-                "box_head": TwoMLPHead(width * 7**2, 256),
-                "box_predictor": FastRCNNPredictor(256, num_classes + 1),
-            }
-            if small
-            else {}
-        )
-        self.detector = FasterRCNN(
-            BACKBONES[backbone](pretrained, width),
-            None if small else num_classes + 1,
-            rpn_anchor_generator=anchors_for(image_size),
-            box_score_thresh=0.0,
-            box_detections_per_img=300,
-            **head,
-        )
+        self.settings = {"backbone": backbone, "num_classes": num_classes}
+        self.settings["image_size"] = image_size
+        self.classes = None
+        self.detector = _faster_rcnn(backbone, num_classes, image_size, pretrained)
         self.detector.transform = nn.Identity()
         self.to(memory_format=torch.channels_last)  # a twentieth to a fifth of a step on a CPU
 
     def forward(self, pixel_values, targets=None):
-        size, parts = tuple(pixel_values.shape[-2:]), self.detector
-        images, features = (
-            ImageList(pixel_values, [size] * len(pixel_values)),
-            parts.backbone(pixel_values),
+        """In training mode four losses by name; else what torchvision's detector finds."""
+        size = tuple(pixel_values.shape[-2:])
+        images = ImageList(pixel_values, [size] * len(pixel_values))
+        if targets is not None:
+            targets = [torchvision_target(target, size) for target in targets]
+        features = self.detector.backbone(pixel_values)
+        proposals, rpn_losses = self.detector.rpn(images, features, targets)
+        found, head_losses = self.detector.roi_heads(
+            features, proposals, images.image_sizes, targets
         )
-        truth = None if targets is None else [torchvision_target(t, size) for t in targets]
-        proposals, first = parts.rpn(images, features, truth)
-        found, second = parts.roi_heads(features, proposals, images.image_sizes, truth)
-        return {**first, **second} if self.training else found
+        return {**rpn_losses, **head_losses} if self.training else found
 
-    def detections(self, pixel_values, sizes) -> list:
-        "See `evaluation.detections`: labels from 0, boxes xyxy in pixels of the original photographs, of `sizes` (B, 2)."
-        h, w = pixel_values.shape[-2:]
-        scale = torch.as_tensor(sizes, dtype=torch.float32, device=pixel_values.device).flip(
-            1
-        ).repeat(1, 2) / torch.tensor([w, h, w, h], device=pixel_values.device)
-        return [
-            {"scores": f["scores"], "labels": f["labels"] - 1, "boxes": f["boxes"] * s}
-            for f, s in zip(self(pixel_values), scale)
-        ]
+    def detections(self, pixel_values, sizes) -> list[dict]:
+        """ "scores" (n,), "labels" (n,) from 0, "boxes" (n, 4) xyxy in pixels of each original.
 
-
-# %% ../nbs/06_baselines.ipynb #baseline-3
-def torchvision_target(target: dict, size: tuple[int, int]) -> dict:
-    "Our target as torchvision's: xyxy pixels of an input of `size` (height, width), labels from 1; boxes without area are left out."
-    boxes = (
-        cxcywh_to_xyxy(target["boxes"], size)
-        if len(target["boxes"])
-        else target["boxes"].reshape(0, 4)
-    )
-    real = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {"boxes": boxes[real], "labels": target["labels"][real] + 1}
+        sizes: (B, 2), heights and widths of the originals.
+        """
+        network_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
+        scales = torch.as_tensor(sizes, device=pixel_values.device).float() / network_size
+        detections = []
+        for found, scale in zip(self(pixel_values), scales.flip(1).repeat(1, 2), strict=True):
+            boxes = found["boxes"] * scale
+            labels = found["labels"] - 1
+            detections.append({"scores": found["scores"], "labels": labels, "boxes": boxes})
+        return detections
 
 
 # %% ../nbs/06_baselines.ipynb #save-baseline
-def save_baseline(model: Baseline, directory, classes=None, **meta) -> Path:
-    "Write `config.json` and `model.safetensors` into `directory`; `classes` are the names in label order, `meta` is stored as it is."
+def save_baseline(model: Baseline, directory: str | Path, classes=None, **meta) -> Path:
+    """Write `config.json` and `model.safetensors`; each file whole or not at all.
+
+    classes: the names in label order; meta is stored as it is.
+    """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
-        directory / "model.safetensors",
-        {"format": "pt"},
-    )
-    write_json(
-        directory / "config.json",
-        {
-            "kind": "faster_rcnn",
-            **model.settings,
-            "classes": list(classes or model.classes or []),
-            "meta": meta,
-        },
-    )
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    atomic_write(directory / "model.safetensors", save(state, {"format": "pt"}))
+    config = {"kind": "faster_rcnn", **model.settings, "meta": meta}
+    config["classes"] = list(classes or model.classes or [])
+    write_json(directory / "config.json", config)
     return directory
 
 
 # %% ../nbs/06_baselines.ipynb #save-baseline-2
-def load_baseline(directory) -> Baseline:
-    "The baseline that `save_baseline` wrote, in evaluation mode; `.classes` and `.meta` come along."
+def load_baseline(directory: str | Path) -> Baseline:
+    """The baseline that `save_baseline` wrote, in evaluation mode, with `.classes` and `.meta`."""
     stored = read_json(Path(directory) / "config.json")
     model = Baseline(stored["backbone"], stored["num_classes"], stored["image_size"])
     model.load_state_dict(load_file(Path(directory) / "model.safetensors"))
-    model.classes, model.meta = stored["classes"], stored["meta"]
+    model.classes = stored["classes"]
+    model.meta = stored["meta"]
     return model.eval()
 
 
 LOADERS["faster_rcnn"] = load_baseline
 
 
+# %% ../nbs/06_baselines.ipynb #load-body
+def _load_body(model: Baseline, path: str) -> None:
+    """Put a file of backbone weights into a baseline. Raises `ValueError` unless all are there."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    body = model.detector.backbone.body
+    own = body.state_dict()
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.").removeprefix("backbone.")
+        if name in own:
+            renamed[name] = value
+    missing = body.load_state_dict(renamed, strict=False).missing_keys
+    if missing:
+        wrong = f"{len(missing)} are missing, {missing[0]} first"
+        raise ValueError(f"init={path!r}: not the weights of {model.settings['backbone']}; {wrong}")
+
+
 # %% ../nbs/06_baselines.ipynb #family
 def build_baseline(config: TrainConfig, num_classes: int) -> Baseline:
-    "The baseline that `config.model` names, with the weights of `config.init`. Raises `ValueError` where ImageNet's cannot be had."
-    if config.init == "scratch":
-        return Baseline(config.model, num_classes, config.image_size)
-    if config.init == "imagenet":
-        try:
-            return Baseline(config.model, num_classes, config.image_size, pretrained=True)
-        except OSError as e:
-            raise ValueError(
-                f"init='imagenet': the weights of {config.model} are neither in {torch.hub.get_dir()} nor to be had ({e}); name a file, or take 'scratch'"
-            ) from e
-    model, state = (
-        Baseline(config.model, num_classes, config.image_size),
-        torch.load(config.init, map_location="cpu", weights_only=True),
-    )
-    body, name = (
-        model.detector.backbone.body,
-        lambda k: k.removeprefix("module.").removeprefix("backbone."),
-    )
-    missing = body.load_state_dict(
-        {name(k): v for k, v in state.items() if name(k) in body.state_dict()}, strict=False
-    ).missing_keys
-    if missing:
+    """The baseline that `config.model` names, with the weights of `config.init`.
+
+    Raises `ValueError` where ImageNet's are not available or a file is not of this network.
+    """
+    imagenet = config.init == "imagenet"
+    try:
+        model = Baseline(config.model, num_classes, config.image_size, pretrained=imagenet)
+    except OSError as e:
         raise ValueError(
-            f"init={config.init!r}: not the weights of {config.model}; {len(missing)} are missing, {missing[0]} first"
-        )
+            f"init='imagenet': the weights of {config.model} are neither in {torch.hub.get_dir()} "
+            f"nor can they be downloaded ({e}); name a file, or take 'scratch'"
+        ) from e
+    if config.init not in ("scratch", "imagenet"):
+        _load_body(model, config.init)
     return model
 
 
-# %% ../nbs/06_baselines.ipynb #family-2
-def _baseline_losses(config, num_classes):
-    return lambda model, pixel_values, targets, epoch: model(pixel_values, targets)
-
-
 # %% ../nbs/06_baselines.ipynb #family-3
+def _baseline_losses(config: TrainConfig, num_classes: int):
+    def losses(model, pixel_values, targets, epoch):
+        return model(pixel_values, targets)
+
+    return losses
+
+
 def _predict_baseline(model, dataset, image_size, device):
     return predict(model, dataset, image_size, device=device)
 
@@ -243,83 +250,71 @@ FASTER_RCNN = Family(
     _baseline_losses,
     _predict_baseline,
     save_baseline,
-    (("baselines", "FASTER_RCNN"),),
+    code=(("baselines", "FASTER_RCNN"),),
     backbone=".backbone.body.",
+    models=tuple(BACKBONES),
 )
 
 
 # %% ../nbs/06_baselines.ipynb #baseline-config
 def baseline_config(
-    study: Study, backbone: str, init: str = "scratch", image_size: int | None = None, **changes
+    study: Study, backbone: str, init="scratch", image_size: int | None = None, **changes
 ) -> TrainConfig:
-    "How a study's baseline is trained: its phase 1 with a recipe of its own; `image_size` for a row at another size, with the batch made smaller as the area grows."
-    own = {
-        "model": backbone,
-        "init": init,
-        "lr": 4e-4,
-        "clip": 5.0,
-        "backbone_lr": 1.0 if init == "scratch" else 0.25,
-    }
+    """How a study's baseline is trained: its phase 1 with a recipe of its own.
+
+    image_size: another input size; the batch is made smaller as the area grows.
+    """
     config = phase1_config(study)
+    own = {"model": backbone, "init": init, "lr": 4e-4, "clip": 5.0}
+    own["backbone_lr"] = 1.0 if init == "scratch" else 0.25
     if image_size and image_size != config.image_size:
-        own |= {
-            "image_size": image_size,
-            "batch_size": max(
-                2,
-                min(
-                    config.batch_size,
-                    round(config.batch_size * (config.image_size / image_size) ** 2),
-                ),
-            ),
-        }
+        own["image_size"] = image_size
+        batch_size = round(config.batch_size * (config.image_size / image_size) ** 2)
+        own["batch_size"] = max(2, min(config.batch_size, batch_size))
     return dataclasses.replace(config, **(own | changes))
 
 
 # %% ../nbs/06_baselines.ipynb #baseline-config-2
 def native_size(dataset) -> int:
-    "Median of the longer sides of a data set's photographs, as a multiple of 32: the input at which they are neither enlarged nor reduced."
+    """Median of the photographs' longer sides in pixels, as a multiple of 32."""
     sides = sorted(max(i["width"], i["height"]) for i in dataset.images)
     return max(32, round(sides[len(sides) // 2] / 32) * 32)
 
 
-# %% ../nbs/06_baselines.ipynb #baseline-config-3
 def trained(config: TrainConfig, family: Family = FASTER_RCNN) -> Path:
-    "The run of a configuration: one that is finished, whatever code trained it, else found and gone on with, or trained."
+    """The run of a configuration: finished by whatever code, else resumed or trained."""
     with one_at_a_time(Path(config.runs_dir) / f"{family.name}-{config.model}"):
         return finished_before(config, family) or train(config, family)
 
 
-# %% ../nbs/06_baselines.ipynb #overfit
-def overfit(
-    backbone: str,
-    dataset,
-    image_size: int,
-    images: int = 4,
-    steps: int = 60,
-    lr: float = 1e-3,
-    seed: int = 0,
-) -> dict:
-    "COCO metrics of a baseline on the very photographs (the first ones) that it was shown `steps` times, in evaluation mode."
-    torch.manual_seed(seed)
-    shown = [eval_transform(image_size)(*dataset[i]) for i in range(images)]
-    pixel_values, targets = collate(shown)
-    model = Baseline(backbone, dataset.num_classes, image_size).train()
+# %% ../nbs/06_baselines.ipynb #overfit-loop
+def _fit_batch(model: Baseline, pixel_values, targets, steps: int, lr: float) -> None:
+    """Train on one batch: the rate warms up over 10 steps and falls for the last fifth."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     for step in range(steps):
+        rate = lr * min(1, (step + 1) / 10) * (0.1 if step > 0.8 * steps else 1)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 10) * (0.1 if step > 0.8 * steps else 1)
+            group["lr"] = rate
         loss = sum(model(pixel_values, targets).values())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
-    ids = {t["image_id"] for t in targets}
-    coco = dataset.coco | {
-        k: [x for x in dataset.coco[k] if x[i] in ids]
-        for k, i in (("images", "id"), ("annotations", "image_id"))
-    }
+
+
+# %% ../nbs/06_baselines.ipynb #overfit
+def overfit(backbone: str, dataset, image_size: int, images=4, steps=60, lr=1e-3, seed=0) -> dict:
+    """COCO metrics of a baseline on the first photographs, which it was shown `steps` times."""
+    torch.manual_seed(seed)
+    shown = [eval_transform(image_size)(*dataset[i]) for i in range(images)]
+    pixel_values, targets = collate(shown)
+    model = Baseline(backbone, dataset.num_classes, image_size).train()
+    _fit_batch(model, pixel_values, targets, steps, lr)
+    ids = [t["image_id"] for t in targets]
+    sizes = torch.tensor([t["size"] for t in targets])
     with torch.no_grad():
-        found = model.eval().detections(pixel_values, torch.tensor([t["size"] for t in targets]))
-    return coco_metrics(
-        coco, to_coco_results(found, [t["image_id"] for t in targets], dataset.category_ids)
-    )
+        found = model.eval().detections(pixel_values, sizes)
+    coco = dict(dataset.coco)
+    coco["images"] = [i for i in coco["images"] if i["id"] in ids]
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+    return coco_metrics(coco, to_coco_results(found, ids, dataset.category_ids))
