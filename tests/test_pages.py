@@ -23,7 +23,7 @@ SAVING = [p for p in CHAPTERS if p.stem > "00d_figures"]  # those below cannot i
 PARAMETERS = {"profile", "data_dir", "study", "seed"}
 ABSOLUTE = re.compile(r"(?<![\w./:])/(?:home|root|work|tmp|Users|mnt|content|kaggle)/[\w.-]+")
 LONG_PAGES = {}  # "page": why it is longer
-SHOWN_ELSEWHERE = {}  # "module.name": why no cell near its definition uses it
+SHOWN_ELSEWHERE = {}  # "page.name": why no cell near its definition uses it
 
 
 def cells(path, kind="code"):
@@ -141,19 +141,38 @@ def test_no_path_star_import_or_muted_warning(page):
         assert not re.search(r"filterwarnings\(\s*['\"]ignore['\"]\s*\)", source)
 
 
+def reached(names, uses):
+    """Names that some names use, directly or through definitions of the page."""
+    found, waiting = set(), list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += uses.get(name, ())
+    return found
+
+
+def body_names(page):
+    """{definition: the names in its body} of the exported cells of a page."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    nodes = [n for s in exported(page) for n in parsed(s).body if isinstance(n, kinds)]
+    return {n.name: names_in(n) for n in nodes}
+
+
 @pytest.mark.parametrize("page", CHAPTERS, ids=NAMES)
 def test_every_definition_is_used_nearby(page):
-    """By its name, in one of the next three cells that are not exported."""
+    """By one of the next three cells that are not exported, or by what those use of the page."""
     code = [c["source"] for c in cells(page)]
+    uses = body_names(page)
     unused = []
     for k, source in enumerate(code):
         if not is_exported(source):
             continue
         shown = [s for s in code[k + 1 :] if not is_exported(s) and "#| hide" not in s][:3]
-        used = set().union(*(names_in(parsed(s)) for s in shown)) if shown else set()
-        public = [name for name in definitions(source) if not name.startswith("_")]
-        unused += [f"{module_of(page)}.{name}" for name in public if name not in used]
-    assert not [name for name in unused if name not in SHOWN_ELSEWHERE]
+        named = [name for s in shown for name in names_in(parsed(s))]
+        public = {name for name in definitions(source) if not name.startswith("_")}
+        unused += sorted(public - reached(named, uses))
+    assert not [name for name in unused if f"{page.stem}.{name}" not in SHOWN_ELSEWHERE]
 
 
 @pytest.mark.parametrize("page", CHAPTERS, ids=NAMES)
