@@ -34,7 +34,6 @@ __all__ = [
     "made_by",
     "run_digest",
     "read_provenance",
-    "run_row",
     "note_runs",
     "save_figure",
     "save_table",
@@ -508,7 +507,7 @@ SUMMARY = (
 SUMMARY += ("epochs", "batch_size", "lr", "precision", "init")
 
 
-def run_row(run: str | Path) -> dict:
+def _run_row(run: str | Path) -> dict:
     """What is told of a run in `runs.csv`; what is not known is None."""
     run = Run(run)
     told = [f"{key}={run.config[key]}" for key in SUMMARY if run.config.get(key) not in (None, "")]
@@ -533,7 +532,7 @@ def note_runs(folder: Path, runs) -> Path:
             rows = {r["run"]: r for r in known.to_dict("records")}
         for run in map(Path, runs):
             if run.is_dir() or run.name not in rows:
-                rows[run.name] = run_row(run)
+                rows[run.name] = _run_row(run)
         if rows:
             table = pd.DataFrame([rows[name] for name in sorted(rows)])
             atomic_write(path, table.to_csv(index=False))

@@ -54,15 +54,13 @@ from deimv2_tfg.figures import (
     read_provenance,
     to_latex,
 )
-from deimv2_tfg.results import (
-    compare,
-    group_seeds,
-    plot_per_class,
-)
 
 from .core import Study, atomic_write
 from .data import load_dataset
 from .errors import plot_budget
+from .input_size import plot_shares
+from .multimodal import plot_text_effects
+from .results import compare, group_seeds, plot_per_class, plot_precision_recall
 from .runs import Run, find_runs, load_state
 
 
@@ -85,7 +83,7 @@ class Softmaxed(torch.nn.Module):
 
 
 # %% ../nbs/07c_thesis.ipynb #old-protocol
-def last_weights(run: str | Path, averaged: bool) -> torch.nn.Module:
+def last_weights(run: str | Path, ema: bool) -> torch.nn.Module:
     """A run's network with the weights of its last step: those of the EMA, or the raw ones.
 
     Raises FileNotFoundError where the run kept no state.
@@ -94,9 +92,9 @@ def last_weights(run: str | Path, averaged: bool) -> torch.nn.Module:
     if state is None:
         raise FileNotFoundError(f"{run}: no whole state in last/")
     weights = state["model"]
-    if averaged:
+    if ema:
         prefix = "module."
-        kept = {k: v for k, v in state["average"].items() if k.startswith(prefix)}
+        kept = {k: v for k, v in state["ema"].items() if k.startswith(prefix)}
         weights = {k.removeprefix(prefix): v for k, v in kept.items()}
     model = open_detector(detector_directory(run))
     model.load_state_dict(weights)
@@ -108,7 +106,7 @@ def _old_predictions(run: str | Path, dataset, threshold: float) -> dict[str, li
     """COCO results by variant of the protocol; None where the run kept no raw weights."""
     size = Run(run).image_size
     kept = load_state(Path(run)) is not None
-    ema = last_weights(run, averaged=True) if kept else open_detector(detector_directory(run))
+    ema = last_weights(run, ema=True) if kept else open_detector(detector_directory(run))
     found = {
         "this protocol": predict(ema, dataset, size),
         "softmax over sigmoid logits": predict(Softmaxed(ema), dataset, size),
@@ -116,7 +114,7 @@ def _old_predictions(run: str | Path, dataset, threshold: float) -> dict[str, li
     }
     mistaken = None
     if kept:
-        raw = last_weights(run, averaged=False)
+        raw = last_weights(run, ema=False)
         found["raw weights"] = predict(raw, dataset, size)
         mistaken = [r for r in predict(Softmaxed(raw), dataset, size) if r["score"] >= threshold]
     above = [r for r in found["this protocol"] if r["score"] >= threshold]
@@ -251,6 +249,10 @@ def _plot_confusion(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_confusion(table.set_index(table.columns[0]), language)
 
 
+def _plot_precision_recall(curve: pd.DataFrame, language: str) -> plt.Figure:
+    return plot_precision_recall(curve, language=language)
+
+
 def _plot_verdicts(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_verdicts(table, language=language)
 
@@ -258,8 +260,11 @@ def _plot_verdicts(table: pd.DataFrame, language: str) -> plt.Figure:
 PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
     "confusion": _plot_confusion,
     "error_budget": plot_budget,
+    "input_size": plot_shares,
     "per_class_intervals": plot_per_class,
+    "precision_recall": _plot_precision_recall,
     "reliability": plot_reliability,
+    "text_effect_plot": plot_text_effects,
     "verdicts": _plot_verdicts,
 }
 
