@@ -220,7 +220,7 @@ def plot_per_class(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     ax.set_xlim(0, 1.03)
     ax.set_xlabel(gettext("AP, with 95 % interval over images", language))
     ax.grid(axis="x", color="0.9")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return finish(fig, language)
 
 

@@ -1,5 +1,6 @@
 """Words in two languages, readable boxes, tables that fit, and figures that know what they show."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -211,3 +212,18 @@ def test_what_is_stored_is_small_and_listed():
         assert len(index) < 20_000
         for record in figures.read_provenance(path.parent):
             assert f"]({record['name']}." in index, record["name"]
+
+
+def literal_words(path):
+    """Texts that a module of the package hands to `gettext` as they stand."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "gettext"
+        if called and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
+
+
+def test_every_word_of_a_plot_is_in_the_catalogue():
+    known = figures.catalogue("es")
+    paths = sorted((ROOT / "deimv2_tfg").glob("*.py"))
+    missing = {f"{p.stem}: {word}" for p in paths for word in literal_words(p) if word not in known}
+    assert not missing
