@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 
-from deimv2_tfg import stability, training
+from deimv2_tfg import training
 from deimv2_tfg.data import DatasetError
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
@@ -159,49 +159,10 @@ def test_a_recipe_of_iterations_is_warned_of(config):
         fractions_of(RECIPES["thesis, first run"], 715)
 
 
-def test_the_grid_goes_on_where_it_was_and_marks_failures(config, tmp_path, monkeypatch):
-    base, grid = (
-        dataclasses.replace(config, epochs=1),
-        {
-            "precision": ["no"],
-            "rate": ["scaled", "4 x"],
-            "clip": ["0.1"],
-            "warmup": ["none"],
-            "augmentation": ["none"],
-            "seed": [0],
-        },
-    )
-    ordinary = stability.run_cell
-
-    def breaks(base, levels):
-        if levels["rate"] == "4 x":
-            raise RuntimeError("the machine went away")
-        return ordinary(base, levels)
-
-    monkeypatch.setattr(stability, "run_cell", breaks)
-    first = stability.run_grid(base, grid, tmp_path / "grid.journal")
-    assert sorted(t.state.name for t in first.trials) == ["COMPLETE", "FAIL"]
-    monkeypatch.undo()
-    again = stability.run_grid(base, grid, tmp_path / "grid.journal")
-    cells = stability.grid_table(again)
-    assert len(stability.read_grid(tmp_path / "grid.journal").trials) == len(again.trials)
-    with pytest.raises(FileNotFoundError, match="no such journal"):
-        stability.read_grid(tmp_path / "other.journal")
-    assert len(again.trials) == len(first.trials) or {t.state.name for t in again.trials} == {
-        "COMPLETE",
-        "FAIL",
-    }
-    assert (
-        cells["AP"].notna().sum() == (cells["state"] == "complete").sum()
-        and cells[cells["state"] == "fail"]["AP"].isna().all()
-    )
-
-
 @pytest.mark.parametrize("family", ["detector", "faster_rcnn"])
 def test_a_batch_in_parts_has_the_gradient_of_the_batch(family):
     "Of what the family's own count divides; parts of one and three photographs, with unlike numbers of boxes."
     from deimv2_tfg.baselines import FASTER_RCNN
-    from deimv2_tfg.recipes import TrainConfig
     from deimv2_tfg.training import DEIMV2, count_boxes, make_ema, shares_of, training_step
 
     def toy(model, x, targets, epoch):
@@ -282,57 +243,3 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
     assert (whole - parted).norm() < 1e-4 * whole.norm()
     for name, value in terms.items():
         torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_main_effects_are_paired_and_leave_out_what_gave_up():
-    import itertools
-    import math
-
-    import pandas as pd
-
-    rows = []
-    for rate, clip, seed in itertools.product(("scaled", "13 x"), ("0.1", "none"), (0, 1)):
-        AP = 0.4 + 0.1 * seed - 0.2 * (rate == "13 x") + 0.05 * (clip == "none")
-        gave_up = rate == "13 x" and clip == "none" and seed == 1
-        rows.append(
-            {
-                "precision": "no",
-                "rate": rate,
-                "clip": clip,
-                "warmup": "3 %",
-                "augmentation": "mild",
-                "seed": seed,
-                "run": f"r{len(rows)}",
-                "diverged": gave_up,
-                "skipped": 3 * gave_up,
-                "grad norm q50": 1.0,
-                "grad norm max": 2.0,
-                "AP": math.nan if gave_up else AP,
-            }
-        )
-    cells = pd.DataFrame(rows)
-    found = stability.main_effects(cells).set_index(["factor", "level"])
-    fast = found.loc[("rate", "13 x")]
-    assert (
-        fast["pairs"] == 3
-        and fast["AP_difference"] == pytest.approx(-0.2)
-        and fast["low"] == pytest.approx(-0.2)
-        and fast["against"] == "scaled"
-        and fast["diverged"] == 0.25
-    )
-    assert (
-        found.loc[("clip", "none"), "AP_difference"] == pytest.approx(0.05)
-        and found.loc[("rate", "scaled"), ["against", "AP_difference"]].isna().all()
-    )
-    assert (
-        found.loc[("precision", "fp32"), "cells"] == 8
-        and stability.main_effects(cells.drop(columns="run")).empty
-    )
-    only = cells[cells["rate"] == "13 x"]
-    assert (
-        stability.main_effects(only)
-        .set_index(["factor", "level"])
-        .loc[("rate", "13 x"), ["pairs", "AP_difference"]]
-        .isna()
-        .all()
-    ), "no pair, no difference"
