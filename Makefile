@@ -64,7 +64,6 @@ $(VENV)/.installed: settings.ini setup.py
 clean:
 	rm -rf runs/smoke runs/data thesis_figures/smoke
 
-# Figures whose run, data or code is not what it was: make check-figures [DATA=... PROFILE=... STUDY=...]
+# Figures whose code, runs or data have changed, of every study in thesis_figures/: make check-figures
 check-figures: env
-	$(BIN)/python -c "import sys; from deimv2_tfg.core import open_study; from deimv2_tfg.thesis import stale_figures; \
-	  stale = stale_figures($(OPENED)); print(stale.to_string() if len(stale) else 'none'); sys.exit(len(stale) > 0)"
+	$(BIN)/python -c "from deimv2_tfg.figures import report_figures; raise SystemExit(report_figures() > 0)"

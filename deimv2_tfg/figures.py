@@ -294,8 +294,8 @@ def draw_boxes(
     pen = ImageDraw.Draw(picture)
     for box, color in zip(boxes, colors, strict=True):
         outline = [*box[:2], *np.maximum(box[:2], box[2:])]
-        pen.rectangle(outline, outline="white", width=max(3, height // 4))
-        pen.rectangle(outline, outline=color, width=max(2, height // 6))
+        pen.rectangle(outline, outline="white", width=max(3, height // 5 + 1))
+        pen.rectangle(outline, outline=color, width=max(2, height // 5))
     sizes = [(font.getlength(t) + 0.4 * height, 1.3 * height) for t in texts]
     places = place_labels(boxes, sizes, picture.size)
     for place, text, color in zip(places, texts, colors, strict=True):
@@ -557,6 +557,13 @@ def _note(frame, page: Study, name: str, kind: str, caption: str, runs, by, colu
 
 
 # %% ../nbs/00d_figures.ipynb #save-figure
+def _to_csv(table: pd.DataFrame, path: Path) -> None:
+    """Whole and unrounded; an index that says something is the first column."""
+    counted = isinstance(table.index, pd.RangeIndex)
+    label = None if counted or table.index.nlevels > 1 else table.index.name or "name"
+    table.to_csv(path.with_suffix(".csv"), index=not counted, index_label=label)
+
+
 def _place(page: Study, name: str) -> Path:
     path = page.figures / page.chapter / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -573,7 +580,7 @@ def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=
     fig.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
     fig.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=90, metadata={"Software": None})
     if data is not None:
-        data.to_csv(path.with_suffix(".csv"), index=not isinstance(data.index, pd.RangeIndex))
+        _to_csv(data, path)
     _note(sys._getframe(1), page, name, "figure", caption, runs, by)
     return path.with_suffix(".png")
 
@@ -582,7 +589,7 @@ def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=
 def save_table(df, page: Study, name: str, caption="", runs=(), by=None, columns=None) -> Path:
     """Save a data frame as CSV and, as `for_print` has it, as LaTeX. Returns the CSV."""
     path = _place(page, name)
-    df.to_csv(path.with_suffix(".csv"), index=not isinstance(df.index, pd.RangeIndex))
+    _to_csv(df, path)
     printed = to_latex(for_print(df, columns=columns), caption, f"tab:{name}")
     atomic_write(path.with_suffix(".tex"), printed)
     _note(sys._getframe(1), page, name, "table", caption, runs, by, columns)
