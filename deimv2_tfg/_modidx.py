@@ -558,6 +558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                     'deimv2_tfg.figures._run_row': ('figures.html#_run_row', 'deimv2_tfg/figures.py'),
                                     'deimv2_tfg.figures._scaled': ('figures.html#_scaled', 'deimv2_tfg/figures.py'),
                                     'deimv2_tfg.figures._telling': ('figures.html#_telling', 'deimv2_tfg/figures.py'),
+                                    'deimv2_tfg.figures._to_csv': ('figures.html#_to_csv', 'deimv2_tfg/figures.py'),
                                     'deimv2_tfg.figures._with_interval': ('figures.html#_with_interval', 'deimv2_tfg/figures.py'),
                                     'deimv2_tfg.figures._without_magics': ('figures.html#_without_magics', 'deimv2_tfg/figures.py'),
                                     'deimv2_tfg.figures._written': ('figures.html#_written', 'deimv2_tfg/figures.py'),
