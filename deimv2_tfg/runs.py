@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "FRESH",
+    "WEIGHTS",
     "PACKAGES",
     "INCIDENT",
     "file_digest",
@@ -187,6 +188,9 @@ def run_directory(runs, kind: str, config, data: str, code: str) -> Path:
 
 
 # %% ../nbs/00b_runs.ipynb #weights-hash
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
 def weights_hash(path) -> str:
     """Hash of a file of weights, or of the weights and the configuration in a detector's directory.
 
@@ -196,7 +200,7 @@ def weights_hash(path) -> str:
     if path.is_file():
         return hash_bytes(bytes.fromhex(file_digest(path)))
     folder = path / "best" if (path / "best").is_dir() else path
-    files = [p for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", ".bin", ".pt")]
+    files = [p for p in sorted(folder.glob("*")) if p.suffix in WEIGHTS]
     if not files:
         raise FileNotFoundError(f"{path}: no weights there")
     if (folder / "config.json").is_file():

@@ -710,7 +710,7 @@ def hashed_fields(config: TrainConfig) -> dict:
     fields = dataclasses.asdict(config)
     for name in NOT_HASHED:
         del fields[name]
-    if os.path.exists(config.init):
+    if config.init != "scratch" and os.path.exists(config.init):
         fields["init"] = weights_hash(config.init)
     return fields
 
