@@ -1,4 +1,4 @@
-"""Decoded photographs in memory, on disk or not kept: the same pixels, the same weights; a damaged file is never believed, and a budget is a budget."""
+"""Decoded photographs in memory, on disk or not kept: the same pixels, the same weights."""
 
 import dataclasses
 import errno
@@ -50,28 +50,18 @@ def test_the_same_pixels_from_all_three(smoke_data, tmp_path):
 
 
 def test_the_same_weights_and_the_same_run_from_all_three(smoke_data, tmp_path):
-    config = TrainConfig(
-        str(smoke_data),
-        model="tiny",
-        image_size=64,
-        epochs=1,
-        batch_size=4,
-        lr=1e-3,
-        mosaic=0.5,
-        copy_blend=0.5,
-    )
-    runs = [
-        train(
-            dataclasses.replace(
-                config, runs_dir=str(tmp_path / kind), cache=kind, cache_dir=str(tmp_path / "cache")
-            )
-        )
-        for kind in CACHES
-    ]
-    assert {run.name for run in runs} == {find_run(config).name}
-    weights = [load_state(run)["model"] for run in runs]
-    assert all(torch.equal(weights[0][k], other[k]) for other in weights[1:] for k in other)
-    assert len(list((tmp_path / "cache").glob("*.rgb"))) == 12 + 6
+    small = {"model": "tiny", "image_size": 64, "epochs": 1, "batch_size": 4, "lr": 1e-3}
+    config = TrainConfig(str(smoke_data), mosaic=0.5, copy_blend=0.5, **small)
+    folder = tmp_path / "cache"
+    weights = []
+    for kind in CACHES:
+        kept = {"cache": kind, "cache_dir": str(folder), "runs_dir": str(tmp_path / kind)}
+        run = train(dataclasses.replace(config, **kept))
+        assert run.name == find_run(config).name
+        weights.append(load_state(run)["model"])
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][k], other[k]) for k in other)
+    assert len(list(folder.glob("*.rgb"))) == 12 + 6
 
 
 def test_a_damaged_file_is_told_of_and_made_again(on_disk, photograph):
@@ -188,19 +178,12 @@ def test_processes_share_a_folder(smoke_data, tmp_path):
 
 def test_workers_give_the_batches_of_one_process(smoke_data, tmp_path):
     config = TrainConfig(str(smoke_data), image_size=64, batch_size=4)
-    batches = lambda workers, kind: [
-        x
-        for x, _ in epoch_batches(
-            augmented(
-                load_dataset(
-                    smoke_data, "train", cache=photograph_cache(kind, folder=tmp_path / "cache")
-                ),
-                config,
-            ),
-            dataclasses.replace(config, num_workers=workers),
-            0,
-        )
-    ]
-    assert all(
-        torch.equal(a, b) for a, b in zip(batches(0, "off"), batches(2, "disk"), strict=True)
-    )
+
+    def batches(workers, kind):
+        cache = photograph_cache(kind, folder=tmp_path / "cache")
+        view = augmented(load_dataset(smoke_data, "train", cache=cache), config)
+        shared = dataclasses.replace(config, num_workers=workers)
+        return [pixel_values for pixel_values, _ in epoch_batches(view, shared, 0)]
+
+    for a, b in zip(batches(0, "off"), batches(2, "disk"), strict=True):
+        assert torch.equal(a, b)
