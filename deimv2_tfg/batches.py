@@ -72,6 +72,7 @@ def _batch_indices(images: int, batch: int, first=0, rank=0, processes=1) -> lis
     return indices
 
 
+# %% ../nbs/03h_batches.ipynb #epoch-batches-2
 def epoch_batches(
     dataset: Dataset, config: TrainConfig, epoch: int, first=0, rank=0, processes=1
 ) -> DataLoader:
@@ -99,6 +100,7 @@ def size_of_step(config: TrainConfig, sizes: list[int], step: int) -> int:
     return sizes[drawn % len(sizes)]
 
 
+# %% ../nbs/03h_batches.ipynb #share-of
 def share_of(dataset: DetectionDataset, rank: int, processes: int) -> DetectionDataset:
     """Every `processes`-th photograph of a data set, from `rank` on, untransformed.
 

@@ -184,6 +184,7 @@ def atomic_write(path, data: bytes | str) -> Path:
     return path
 
 
+# %% ../nbs/00_core.ipynb #write-json
 def write_json(path, obj) -> Path:
     """Write `obj` as indented JSON, whole or not at all; see `to_jsonable` for what it may hold."""
     return atomic_write(path, json.dumps(to_jsonable(obj), indent=1, ensure_ascii=False) + "\n")
@@ -208,6 +209,7 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
+# %% ../nbs/00_core.ipynb #keep-lines
 def keep_lines(path, wanted):
     """Rewrite a JSON-lines file with the lines for which `wanted(index, line)` holds."""
     path = Path(path)
@@ -262,6 +264,7 @@ def _provenance(study, path, caption, runs, kind):
     )
 
 
+# %% ../nbs/00_core.ipynb #save-figure
 def save_figure(fig, study: Study, name: str, data=None, caption: str = "", runs=()) -> Path:
     "Save a figure as PDF and PNG, the data frame behind it as CSV, and where it came from as JSON. Returns the PNG's path."
     import pandas as pd

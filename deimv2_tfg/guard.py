@@ -58,6 +58,7 @@ def anywhere(flag: bool, device="cpu") -> bool:
     return bool(raised)
 
 
+# %% ../nbs/03g_guard.ipynb #check-everywhere
 def check_everywhere(outputs, image_ids: list):
     """Raise `NonFiniteLossError` in all processes where an output of any of them is not finite.
 
@@ -86,6 +87,7 @@ def random_state() -> dict:
     }
 
 
+# %% ../nbs/03g_guard.ipynb #set-random-state
 def set_random_state(state: dict):
     """Undo everything drawn since `random_state()`."""
     version, numbers, gauss = state["python"]
@@ -169,6 +171,7 @@ def _bad_parameters(model, value) -> list[str]:
     return [name for (name, _), g in zip(named, gradients, strict=True) if not is_finite(g)]
 
 
+# %% ../nbs/03g_guard.ipynb #bad-gradient-2
 def _bad_gradient(model, losses, scale, seen) -> dict:
     """What of a cause a backward pass can tell; {} where all gradients are finite."""
     if not _bad_parameters(model, sum(losses.values()) * scale):
@@ -193,6 +196,7 @@ def _origin(cause, bad_weight, seen) -> str:
     return "loss" if cause["term"] else ""
 
 
+# %% ../nbs/03g_guard.ipynb #find-cause
 def _find_cause(model, compute_losses, parts, epoch, scale) -> dict:
     images = [
         t["image_id"] for p, ts in parts for x, t in zip(p, ts, strict=True) if not is_finite(x)
@@ -266,6 +270,7 @@ def _of_all_processes(cause: dict, image_ids: list) -> tuple[dict, list]:
     return cause, [i for _, ids in gathered for i in ids]
 
 
+# %% ../nbs/03g_guard.ipynb #keep-batch
 def _keep_batch(trainer, parts, random_numbers, scale) -> str | None:
     """Keep a failed batch with the weights that it failed on; its path inside the run."""
     if trainer.incidents >= KEPT_BATCHES:

@@ -99,6 +99,7 @@ def _type_problem(value, wanted) -> str:
     return "" if isinstance(value, str | os.PathLike) else "text"
 
 
+# %% ../nbs/03f_recipes.ipynb #problem
 def _problem(value, wanted, allowed) -> str:
     if problem := _type_problem(value, wanted):
         return problem
@@ -107,6 +108,7 @@ def _problem(value, wanted, allowed) -> str:
     return str(allowed) if isinstance(allowed, Within) else f"one of {', '.join(allowed)}"
 
 
+# %% ../nbs/03f_recipes.ipynb #check-fields
 def check_fields(config, allowed: dict):
     """Raise one `ValueError` that names every field of a configuration that cannot be right.
 
@@ -221,6 +223,7 @@ class Schedule(typing.NamedTuple):
     lr_end: float
 
 
+# %% ../nbs/03f_recipes.ipynb #lr-factor-2
 def lr_factor(schedule: Schedule | TrainConfig, done: float) -> float:
     """Factor on the learning rate when the fraction `done` of training is over.
 
@@ -401,6 +404,7 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yml"))
 
 
+# %% ../nbs/03f_recipes.ipynb #recipe-file
 def recipe_file(recipe) -> Path:
     """The file of a recipe: a path, or the name of one that ships.
 
@@ -413,6 +417,7 @@ def recipe_file(recipe) -> Path:
     raise FileNotFoundError(f"recipe {recipe}: no such file; the package has {names}")
 
 
+# %% ../nbs/03f_recipes.ipynb #recipe-fields
 def recipe_fields(recipe) -> dict:
     """The fields that a recipe sets. Raises `ValueError` for a file that is no mapping."""
     path = recipe_file(recipe)
@@ -435,6 +440,7 @@ def load_recipe(recipe, kind: type = TrainConfig, **changes):
     return kind(**fields)
 
 
+# %% ../nbs/03f_recipes.ipynb #config-of
 def config_of(run, kind: type = TrainConfig, **changes):
     """The configuration of a run's config.json, with `changes`; other keys are left out."""
     known = [f.name for f in dataclasses.fields(kind)]
@@ -442,6 +448,7 @@ def config_of(run, kind: type = TrainConfig, **changes):
     return kind(**stored | changes)
 
 
+# %% ../nbs/03f_recipes.ipynb #write-recipe
 def write_recipe(path, config, note: str = "") -> Path:
     """Write the fields of a configuration that are not None as YAML, under a comment."""
     fields = {}

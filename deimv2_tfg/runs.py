@@ -111,6 +111,7 @@ def _has_docstring(body) -> bool:
     return isinstance(first.value.value, str)
 
 
+# %% ../nbs/00b_runs.ipynb #source-hash-2
 def source_hash(*sources: str) -> str:
     """Hash of Python sources as the interpreter sees them, without comments and docstrings."""
     trees = []
@@ -129,6 +130,7 @@ def _assigned(node) -> list[str]:
     return [n.id for n in names if isinstance(n.ctx, ast.Store)]
 
 
+# %% ../nbs/00b_runs.ipynb #definitions-2
 def _definitions(module: str) -> tuple[dict, dict]:
     """Top-level definitions of a module by name, and `{name: (module, name there)}` of imports."""
     defined, imported = {}, {}
@@ -171,6 +173,7 @@ def reachable_code(module: str, name: str, leave_out=()) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+# %% ../nbs/00b_runs.ipynb #code-hash
 def code_hash(module: str, name: str, leave_out=()) -> str:
     """Hash of the code that `module.name` can reach in this package."""
     return source_hash(*reachable_code(module, name, leave_out).values())
@@ -223,6 +226,7 @@ def _git(*args) -> str | None:
     return done.stdout.strip()
 
 
+# %% ../nbs/00b_runs.ipynb #version
 def _version(package) -> str | None:
     try:
         return metadata.version(package)
@@ -475,6 +479,7 @@ def to_bytes(state) -> bytes:
     return written.getvalue()
 
 
+# %% ../nbs/00b_runs.ipynb #save-state-2
 def save_state(run, step: int, state: dict, keep: int = 2) -> Path:
     """Write `last/step-<step>-<hash>.pt` whole or not at all; then only the newest `keep` stay.
 
@@ -530,6 +535,7 @@ def keep_best(run, save):
     shutil.rmtree(old, ignore_errors=True)
 
 
+# %% ../nbs/00b_runs.ipynb #mend-best
 def mend_best(run):
     """Put back a `best/` that a crash left half way in the exchange."""
     best, old = Path(run) / "best", Path(run) / "best.old"
