@@ -21,7 +21,15 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["deimv2_tfg", "deimv2_tfg.*"]),
     include_package_data=True,
-    package_data={"deimv2_tfg": ["*.json", "*.safetensors", "recipes/*.yml", "locale/*/LC_MESSAGES/*.po"]},
+    package_data={
+        "deimv2_tfg": [
+            "*.json",
+            "*.safetensors",
+            "recipes/*.yml",
+            "*.mplstyle",
+            "locale/*/LC_MESSAGES/*.po",
+        ]
+    },
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "STYLE",
     "LINES",
     "LANGUAGES",
     "CLASS_TITLES",
@@ -51,6 +50,7 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -78,21 +78,7 @@ from deimv2_tfg.core import (
 from .runs import Run, code_hash, data_hash, environment, source_hash
 
 # %% ../nbs/00d_figures.ipynb #style
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": plt.cycler(color=sns.color_palette("colorblind")),
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 90,
-}
-plt.rcParams.update(STYLE)
+plt.style.use(PACKAGE / "figures.mplstyle")
 
 # %% ../nbs/00d_figures.ipynb #class-style
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -287,13 +273,14 @@ def draw_boxes(
     """
     picture, scale = _scaled(image, side)
     boxes = scale * np.asarray(boxes, dtype=float).reshape(-1, 4)
+    boxes[:, 2:] = np.maximum(boxes[:, :2], boxes[:, 2:])
     texts = _box_texts(labels, names, scores)
     height = max(10, round(max(picture.size) / 28))
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), height)
     colors = [_rgb(int(k)) for k in labels]
     pen = ImageDraw.Draw(picture)
     for box, color in zip(boxes, colors, strict=True):
-        outline = [*box[:2], *np.maximum(box[:2], box[2:])]
+        outline = box.tolist()
         pen.rectangle(outline, outline="white", width=max(3, height // 5 + 1))
         pen.rectangle(outline, outline=color, width=max(2, height // 5))
     sizes = [(font.getlength(t) + 0.4 * height, 1.3 * height) for t in texts]
@@ -314,7 +301,8 @@ def _is_effect(column: str) -> bool:
 
 def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
     """{x: (its low, its high)} of columns "x", "x low", "x high"; or of "low" and "high"."""
-    found = {c: (f"{c} low", f"{c} high") for c in columns if f"{c} low" in columns}
+    estimates = [c.removesuffix(" low") for c in columns if c.endswith(" low")]
+    found = {c: (f"{c} low", f"{c} high") for c in estimates}
     if {"low", "high"} <= set(columns):
         found |= {c: ("low", "high") for c in columns if _is_effect(c)}
     return found
@@ -322,45 +310,67 @@ def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
 
 # %% ../nbs/00d_figures.ipynb #numbers-of-a-column
 def _digits(column: str, values: pd.Series) -> int:
-    """Decimals that numbers are printed with: none for whole ones, three for AP and p."""
+    """Decimals that numbers are printed with: none for whole ones, three for AP."""
     values = values.dropna().astype(float)
-    if column.startswith(("AP", "AR", "p ")) or values.empty:
+    if column.startswith(("AP", "AR")) or values.empty:
         return 3
     if (values == values.round()).all():
         return 0
     return 3 if values.abs().max() < 10 else 1
 
 
-def _numbers(column: str, values: pd.Series, language: str) -> pd.Series:
+def _points(value: float, language: str) -> str:
+    return format_number(100 * value, 2, language, signed=True)
+
+
+def _p_value(value: float, language: str) -> str:
+    least = "<" if value < 0.0005 else ""
+    return least + format_number(max(value, 0.001) if least else value, 3, language)
+
+
+def _writer(column: str, values: pd.Series, language: str) -> Callable[[float], str]:
+    """How the numbers of a column are written: in points, as a p value, or with its decimals."""
     if _is_effect(column):
-        points = 100 * values.astype(float)
-        return points.map(lambda v: format_number(v, 2, language, signed=True))
-    if column == "value":  # a different quantity in each row
-        digits = [_digits(column, values[[k]]) for k in values.index]
-    else:
-        digits = [_digits(column, values)] * len(values)
-    written = [format_number(v, d, language) for v, d in zip(values, digits, strict=True)]
+        return functools.partial(_points, language=language)
     if column == "p" or column.startswith("p "):
-        least = "<" + format_number(0.001, 3, language)
-        written = [least if v < 0.0005 else w for v, w in zip(values, written, strict=True)]
-    return pd.Series(written, index=values.index)
+        return functools.partial(_p_value, language=language)
+    digits = _digits(column, values)
+    return functools.partial(format_number, digits=digits, language=language)
+
+
+# %% ../nbs/00d_figures.ipynb #written
+def _word(value, column: str, language: str) -> str:
+    if pd.isna(value) or value == "":
+        return MISSING
+    word = class_title if column == "class" else caption_in
+    return word(str(value), language)
 
 
 def _written(column: str, values: pd.Series, language: str) -> pd.Series:
     """A column as text in a language."""
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        return _numbers(column, values, language)
-    word = class_title if column == "class" else caption_in
-    return values.map(lambda v: MISSING if pd.isna(v) or v == "" else word(str(v), language))
+    if pd.api.types.is_bool_dtype(values) or not pd.api.types.is_numeric_dtype(values):
+        return values.map(lambda value: _word(value, column, language))
+    if column != "value":
+        return values.map(_writer(column, values, language))
+    rows = [values[[k]] for k in values.index]  # a different quantity in each row
+    return pd.concat([row.map(_writer(column, row, language)) for row in rows])
+
+
+def _with_interval(table, column: str, bounds: tuple[str, str], language: str) -> pd.Series:
+    """A column as "0.495 [0.459; 0.544]"; a missing estimate has no interval."""
+    write = _writer(column, table[column], language)
+    value, low, high = (table[c].map(write) for c in (column, *bounds))
+    known = table[[column, *bounds]].notna().all(axis=1)
+    return (value + " [" + low + "; " + high + "]").where(known, value)
 
 
 # %% ../nbs/00d_figures.ipynb #for-print
 def _telling(table: pd.DataFrame) -> list[str]:
     """Columns that are neither hashes nor empty and, in a wide table, not the same all the way."""
-    kept = [c for c in table.columns if c not in LEFT_OUT and table[c].notna().any()]
-    if len(kept) <= 8:
-        return kept
-    return [c for c in kept if table[c].nunique(dropna=False) > 1 or len(table) == 1]
+    told = table.drop(columns=list(LEFT_OUT), errors="ignore").dropna(axis="columns", how="all")
+    if len(told.columns) > 8 and len(told) > 1:
+        told = told.loc[:, told.nunique(dropna=False) > 1]
+    return list(told.columns)
 
 
 def for_print(
@@ -389,20 +399,6 @@ def for_print(
     return pd.DataFrame(printed)
 
 
-# %% ../nbs/00d_figures.ipynb #with-interval
-def _with_interval(table, column: str, bounds: tuple[str, str], language: str) -> pd.Series:
-    """An estimate's column as "0.495 [0.459, 0.544]"; a missing estimate has no interval."""
-    scale, digits, signed = (100, 2, True) if _is_effect(column) else (1, 3, False)
-
-    def written(row):
-        value, low, high = (
-            format_number(scale * row[c], digits, language, signed) for c in (column, *bounds)
-        )
-        return value if value == MISSING or low == MISSING else f"{value} [{low}; {high}]"
-
-    return table.astype({c: float for c in (column, *bounds)}).apply(written, axis=1)
-
-
 # %% ../nbs/00d_figures.ipynb #to-latex
 LONG = 40  # rows that fit a page
 WIDE = 28  # characters of a cell from which its column wraps
@@ -410,22 +406,19 @@ WIDE = 28  # characters of a cell from which its column wraps
 
 def to_latex(printed: pd.DataFrame, caption: str = "", label: str = "") -> str:
     """A printed table in LaTeX (booktabs): centred, wide texts wrapped, a longtable over pages."""
-    widths = [printed[c].astype(str).str.len().max() for c in printed.columns]
+    widths = [printed[c].str.len().max() for c in printed.columns]
+    narrow = sum(w for w in widths if w <= WIDE)
     wrapped = sum(w > WIDE for w in widths)
-    narrow = sum(min(w, WIDE) for w in widths if w <= WIDE)
     share = max(0.15, (0.95 - 0.013 * narrow) / max(1, wrapped))
-    column = f"p{{{share:.2f}\\linewidth}}"
+    wide = f"p{{{share:.2f}\\linewidth}}"
     style = printed.style.hide(axis="index").format(escape="latex")
     style = style.format_index(escape="latex", axis=1)
-    long = len(printed) > LONG
-    return style.to_latex(
-        hrules=True,
-        column_format="".join(column if w > WIDE else "l" for w in widths),
-        caption=re.sub(r"([%&#_$])", r"\\\1", caption) or None,
-        label=label or None,
-        environment="longtable" if long else None,
-        position_float=None if long else "centering",
-    )
+    layout = {"position_float": "centering"}
+    if len(printed) > LONG:
+        layout = {"environment": "longtable"}
+    layout["column_format"] = "".join(wide if w > WIDE else "l" for w in widths)
+    caption = re.sub(r"([%&#_$])", r"\\\1", caption)
+    return style.to_latex(hrules=True, caption=caption or None, label=label or None, **layout)
 
 
 # %% ../nbs/00d_figures.ipynb #makers
@@ -442,7 +435,8 @@ def _cell_names(frame) -> tuple[set[str], str | None]:
     if not frame.f_code.co_name.startswith("<") or not cells:
         return {*frame.f_code.co_names}, None
     source = _without_magics(cells[-1])
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}, source
+    nodes = ast.walk(ast.parse(source))
+    return {node.id for node in nodes if isinstance(node, ast.Name)}, source
 
 
 def made_by(frame, by=None) -> dict[str, str]:
@@ -510,7 +504,8 @@ SUMMARY += ("epochs", "batch_size", "lr", "precision", "init")
 def _run_row(run: str | Path) -> dict:
     """What is told of a run in `runs.csv`; what is not known is None."""
     run = Run(run)
-    told = [f"{key}={run.config[key]}" for key in SUMMARY if run.config.get(key) not in (None, "")]
+    config = {key: run.config.get(key) for key in SUMMARY}
+    told = [f"{key}={value}" for key, value in config.items() if value not in (None, "")]
     row = {"run": run.name, "configuration": " ".join(told), "seed": run.config.get("seed")}
     row["data"] = run.environment.get("data_hash")
     row["commit"] = str(run.environment.get("commit") or "")[:9]
@@ -614,7 +609,8 @@ def _page_cells(chapter: str) -> set[str] | None:
     path = PACKAGE.parent / "nbs" / f"{chapter}.ipynb"
     if not path.is_file():
         return None
-    sources = ["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "code"]
+    code = [c["source"] for c in read_json(path)["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(lines) for lines in code]
     return {source_hash(_without_magics(source)) for source in sources}
 
 
@@ -695,7 +691,8 @@ def section_of(name: str) -> str:
 def _index_line(folder: Path, record: dict) -> str:
     suffixes = ("png", "pdf", "csv", "tex")
     name = record["name"]
-    files = [f"[{s}]({name}.{s})" for s in suffixes if (folder / f"{name}.{s}").is_file()]
+    there = [s for s in suffixes if (folder / f"{name}.{s}").is_file()]
+    files = [f"[{s}]({name}.{s})" for s in there]
     return f"- **{name.rpartition('/')[2]}** {record['caption']} {' '.join(files)}"
 
 
