@@ -342,6 +342,7 @@ def class_table(boxes: pd.DataFrame, datasets: dict[str, DetectionDataset]) -> p
     return pd.DataFrame(columns, index=pd.Index(names, name="class"))
 
 
+# %% ../nbs/01_data.ipynb #size-table
 def size_table(boxes: pd.DataFrame) -> pd.DataFrame:
     """Box sizes at the network's input: quartiles, and the shares under 8, 16 and 32 pixels."""
     grouped = boxes.groupby("class", sort=False)["input pixels"]
@@ -404,6 +405,7 @@ def photograph_statistics(datasets: dict[str, DetectionDataset]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=["split", "width", "height", "objects", "classes"])
 
 
+# %% ../nbs/01_data.ipynb #in-words
 def in_words(photographs: pd.DataFrame, boxes: pd.DataFrame) -> str:
     """`photograph_statistics` and `box_table` as sentences."""
     objects = photographs["objects"]

@@ -9,15 +9,15 @@ from PIL import Image, ImageOps
 
 from deimv2_tfg import cli
 from deimv2_tfg.core import read_json, write_json
-from deimv2_tfg.data import SPLITS, DatasetError, annotation_file, check_dataset
+from deimv2_tfg.data import DatasetError, annotation_file, check_dataset
 from deimv2_tfg.splits import (
-    assign,
+    assign_shares,
     bind_data,
     deal,
     freeze,
     groups_of,
-    photograph_table,
     require_frozen,
+    split_table,
     write_assignment,
     write_folds,
 )
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 
 def test_groups_join_looks_names_and_a_column(data):
-    table = photograph_table(data)
+    table = split_table(data)
     at = {f: k for k, f in enumerate(table["file_name"])}
     train = read_json(annotation_file(data, "train"))["images"]
     both, looks, names, column = (
@@ -81,7 +81,7 @@ def test_groups_join_looks_names_and_a_column(data):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_group_is_apart_and_classes_keep_their_shares(data, seed):
-    table = assign(data, (0.7, 0.1, 0.2), seed=seed)
+    table = assign_shares(data, (0.7, 0.1, 0.2), seed=seed)
     assert table.groupby("group")["share"].nunique().max() == 1
     sizes = np.bincount(table["share"], minlength=3) / len(table)
     assert np.abs(sizes - (0.7, 0.1, 0.2)).max() < 0.03
@@ -92,7 +92,7 @@ def test_no_group_is_apart_and_classes_keep_their_shares(data, seed):
             np.abs(np.bincount(shown, minlength=3) - np.array([0.7, 0.1, 0.2]) * len(shown)).max()
             <= 2
         )
-    assert assign(data, (0.7, 0.1, 0.2), seed=seed).equals(table)
+    assert assign_shares(data, (0.7, 0.1, 0.2), seed=seed).equals(table)
 
 
 def test_dealing_is_even_and_uses_the_seed():
@@ -109,7 +109,7 @@ def test_dealing_is_even_and_uses_the_seed():
 
 def test_written_splits_are_sound_and_without_leaks(data, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in data.rglob("*") if p.is_file()}
-    out = write_assignment(data, tmp_path / "anew", assign(data))
+    out = write_assignment(data, tmp_path / "anew", assign_shares(data))
     report = check_dataset(out)
     assert (
         not report.errors
@@ -117,18 +117,18 @@ def test_written_splits_are_sound_and_without_leaks(data, tmp_path):
         and not [f for f in report.findings if f.kind == "name-augmented-across"]
     )
     assert {p: p.stat().st_mtime_ns for p in data.rglob("*") if p.is_file()} == before
-    old, new = photograph_table(data), photograph_table(out)
+    old, new = split_table(data), split_table(out)
     assert sorted(old["file_name"]) == sorted(new["file_name"]) and old.drop(
         columns=["split", "file_name", "entry"]
     ).sum().equals(new.drop(columns=["split", "file_name", "entry"]).sum())
     with pytest.raises(FileExistsError):
-        write_assignment(data, out, assign(data))
+        write_assignment(data, out, assign_shares(data))
 
 
 def test_every_photograph_is_tested_once(data, tmp_path):
     folds = write_folds(data, tmp_path, 4)
-    tested = [f for fold in folds for f in photograph_table(fold, ("test",))["file_name"]]
-    assert sorted(tested) == sorted(photograph_table(data)["file_name"]) and all(
+    tested = [f for fold in folds for f in split_table(fold, ("test",))["file_name"]]
+    assert sorted(tested) == sorted(split_table(data)["file_name"]) and all(
         not check_dataset(f, photographs=False).errors for f in folds
     )
     assert all(require_frozen(f) for f in folds)
@@ -174,9 +174,7 @@ def test_a_frozen_set_is_guarded(data, tmp_path):
 
 def test_commands(data, tmp_path, capsys):
     assert cli.main(["split", str(data), str(tmp_path / "out"), "--shares", "0.6,0.2,0.2"]) == 0
-    assert cli.main(
-        ["freeze", str(tmp_path / "out")]
-    ) == 0 and capsys.readouterr().out.strip().endswith(require_frozen(tmp_path / "out"))
+    assert "groups" in capsys.readouterr().out and require_frozen(tmp_path / "out")
     assert (
         cli.main(["split", str(data), str(tmp_path / "folds"), "--folds", "3"]) == 0
         and (tmp_path / "folds" / "fold2" / "splits.json").exists()
@@ -190,7 +188,7 @@ def test_commands(data, tmp_path, capsys):
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real photographs {REAL} are not there")
 def test_real_photographs_of_one_part_stay_together():
     report = check_dataset(REAL)
-    table = assign(REAL, (715, 102, 204), report=report)
+    table = assign_shares(REAL, (715, 102, 204), report=report)
     index = {(r.split, r.file_name): r.share for r in table.itertuples()}
     keys = list(report.photographs)
     assert report.pairs.across.sum() > 300  # as it is, the splits share parts
