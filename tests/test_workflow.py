@@ -1,0 +1,159 @@
+"""A study as a workflow: what runs, what does not run again, and how it reaches a cluster."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
+
+
+def snakemake(home, *words, study="smoke", snakefile=ROOT / "Snakefile", path="", **options):
+    """Start snakemake with its files under `home`."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile)]
+    command += ["--directory", str(home), "--configfile", str(ROOT / f"studies/{study}.yaml")]
+    folders = [path, str(Path(sys.executable).parent), os.environ["PATH"]]
+    env = os.environ | {"DEIMV2_TFG_HOME": str(home), "PATH": os.pathsep.join(folders)}
+    env.pop("DEIMV2_TFG_PHASE1", None)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *words], env=env, **output, **options)
+
+
+def said(home, *words, **options):
+    """What snakemake says, once it has ended well."""
+    process = snakemake(home, *words, **options)
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The workflow with notebooks and package that a test may change."""
+    (tmp_path / "clone").mkdir()
+    for name in ("nbs", "deimv2_tfg"):
+        shutil.copytree(ROOT / name, tmp_path / "clone" / name)
+    return Path(shutil.copy(ROOT / "Snakefile", tmp_path / "clone"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_a_study_says_what_it_asks_costs_and_expects(study):
+    head = [line for line in study.read_text().splitlines() if line.startswith("#")]
+    for word in ("# Question:", "# Commands:", "# Time:", "# Expected:"):
+        assert any(line.startswith(word) for line in head), word
+    assert yaml.safe_load(study.read_text())["profile"]
+
+
+def test_the_plan_has_every_chapter_and_each_training(tmp_path):
+    plan = said(tmp_path, "--cores", "2", "--dry-run")
+    for chapter in CHAPTERS:
+        assert f"chapter {chapter}" in plan
+    assert "training phase1" in plan
+    more = said(tmp_path, "--cores", "2", "--dry-run", study="gpu")
+    assert "training seed5" in more
+    assert "--image_size 1024" in more
+
+
+def test_phase_1_is_the_training_that_chapters_look_for(tmp_path, monkeypatch):
+    from deimv2_tfg import cli
+    from deimv2_tfg.core import open_study
+    from deimv2_tfg.synthetic import study_data
+    from deimv2_tfg.training import phase1_config
+
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
+    plan = said(tmp_path, "--cores", "1", "--dry-run", "--printshellcmds")
+    line = next(line for line in plan.splitlines() if "deimv2-tfg train" in line)
+    words = line.split("deimv2-tfg ")[1].split(" | ")[0].replace("'", "").split()
+    _, options = cli.called(words)
+    study = open_study("smoke")
+    assert options["config"] == phase1_config(study)
+    assert options["config"].data_dir == str(study_data(study))
+
+
+def test_a_run_that_was_trained_elsewhere_takes_the_place_of_phase_1(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_PHASE1", "run")
+    words = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
+    words += ["--configfile", str(ROOT / "studies/smoke.yaml"), "--cores", "1", "--dry-run"]
+    env = os.environ | {"DEIMV2_TFG_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "snakemake", *words]
+    text = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    assert "chapter" in text
+    assert "training phase1" not in text
+
+
+def test_only_what_changed_is_made_again(tmp_path, copy):
+    home = tmp_path / "home"
+    words = ["--cores", "1", "--dry-run"]
+    page = "runs/smoke/pages/01b_formats.ipynb"
+    data = "runs/smoke/data.txt"
+    said(home, "--cores", "1", data, page, snakefile=copy)
+    assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
+
+    notebook = copy.parent / "nbs/01b_formats.ipynb"
+    content = json.loads(notebook.read_text())
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+            cell["execution_count"] = 7
+    notebook.write_text(json.dumps(content))
+    assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
+
+    unrelated = copy.parent / "deimv2_tfg/multimodal.py"
+    unrelated.write_text(unrelated.read_text() + "\nNEW = 1\n")
+    assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
+
+    imported = copy.parent / "deimv2_tfg/formats.py"
+    imported.write_text(imported.read_text() + "\nNEW = 1\n")
+    assert "chapter 01b_formats" in said(home, *words, page, snakefile=copy)
+
+
+def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
+    words = ["--cores", "1", "--rerun-incomplete", "--nolock", "runs/smoke/pages/00_core.ipynb"]
+    process = snakemake(tmp_path, *words, start_new_session=True)
+    waited = 0
+    while not (tmp_path / "runs/smoke/failed").exists() and waited < 120:
+        time.sleep(0.2)
+        waited += 0.2
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "runs/smoke/pages/00_core.ipynb").exists()
+    said(tmp_path, *words)
+    assert (tmp_path / "runs/smoke/pages/00_core.ipynb").exists()
+    assert "Nothing to be done" in said(tmp_path, *words)
+
+
+SLURM = {
+    "sbatch": 'printf "%q " "$@" > "$(dirname "$0")/script"; echo 4711',
+    "sacct": 'echo "4711|COMPLETED"',
+    **dict.fromkeys(("sacctmgr", "scancel", "scontrol", "sinfo", "squeue", "sshare"), "true"),
+}
+
+
+def test_a_training_becomes_a_job_of_slurm_with_its_gpu_memory_and_time(tmp_path):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    fakes = tmp_path / "bin"
+    fakes.mkdir()
+    for name, body in SLURM.items():
+        (fakes / name).write_text(f"#!/bin/bash\n{body}\n")
+        (fakes / name).chmod(0o755)
+    data = tmp_path / "runs/smoke/data.txt"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    words = ["--config", "gpu=1", "--profile", str(ROOT / "profiles/slurm"), "--latency-wait", "1"]
+    words += ["--default-resources", "slurm_account=a", "slurm_partition=p"]
+    words += ["--slurm-init-seconds-before-status-checks", "1"]
+    process = snakemake(tmp_path, *words, "runs/smoke/trainings/phase1.txt", path=str(fakes))
+    process.communicate(timeout=120)
+    script = (fakes / "script").read_text()
+    for option in ("--gpus=1", "--mem 4000", "-t 60", "--cpus-per-task=2", "--wrap="):
+        assert option in script
+    assert "training:name=phase1" in script
