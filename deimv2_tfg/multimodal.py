@@ -7,12 +7,7 @@ __all__ = [
     "PLACES",
     "TEXT_PARTS",
     "STAGES",
-    "SCHEDULES",
-    "MAIN_TEXTS",
-    "FEW_EPOCHS",
-    "SMOKE_GRID",
-    "DEMO_GRID",
-    "GRIDS",
+    "LEARNED",
     "UNFIT",
     "FusionData",
     "fusion_data",
@@ -28,7 +23,6 @@ __all__ = [
     "thaw",
     "fused_family",
     "train_fusion",
-    "Grid",
     "grid_configs",
     "sample_run",
     "sample_detector",
@@ -37,7 +31,6 @@ __all__ = [
     "effect_columns",
     "fusion_table",
     "effect_table",
-    "conclusion",
     "plot_text_effects",
 ]
 
@@ -47,7 +40,7 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
@@ -510,43 +503,16 @@ def train_fusion(config: FusionConfig) -> Path:
     return run
 
 
-# %% ../nbs/05_multimodal.ipynb #grids
-SCHEDULES = {
-    "thesis": {"batch_size": 2, "lr": 1e-4, "warmup_steps": 500},
-    "fast": {"batch_size": 16, "lr": 1e-3, "warmup_steps": 63},
-}  # both 20 epochs, flat for 15, 3 plain
-MAIN_TEXTS = ("true", "permuted", "orthogonal")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The heads, texts and seeds that a profile can afford."""
-
-    heads: tuple = ("contrastive", "residual", "cross_attention", "concat")
-    texts: tuple = (*MAIN_TEXTS, "words", "constant")
-    learned: tuple = ("linear", "cosine")  # controls that learn their class vectors
-    seeds: int = 6
-    repeats: int = 3  # seeds of prompts and held-out classes
-    changes: dict = field(default_factory=dict)  # of FusionConfig
-
-
-# %% ../nbs/05_multimodal.ipynb #grids-2
-FEW_EPOCHS = {"epochs": 2, "views": 1}
-SMOKE_GRID = Grid(("contrastive",), MAIN_TEXTS, ("linear",), 2, 1, FEW_EPOCHS)
-DEMO_GRID = Grid(("contrastive",), MAIN_TEXTS, (), 6, 1, {"epochs": 10, "views": 1})
-GRIDS = {"smoke": SMOKE_GRID, "demo": DEMO_GRID, "compact": Grid(), "thesis": Grid()}
+# %% ../nbs/05_multimodal.ipynb #grid-configs
+LEARNED = ("linear", "cosine")  # controls that learn their class vectors
 UNFIT = {
     ("cross_attention", "words"),  # no token vectors ship for random words
     ("contrastive", "constant"),  # a constant gives all classes the same logit
 }
 
 
-# %% ../nbs/05_multimodal.ipynb #grid-configs
-def grid_configs(base: FusionConfig, heads, texts, seeds, learned=Grid.learned) -> dict:
-    """`{(head, text, seed): FusionConfig}`: heads in turn with every text, then the controls.
-
-    learned: controls that learn their class vectors; they have no text.
-    """
+def grid_configs(base: FusionConfig, heads, texts, seeds, learned=LEARNED) -> dict:
+    """`{(head, text, seed): FusionConfig}`: heads in turn with every text, then the controls."""
     cells = [cell for cell in itertools.product(heads, texts) if cell not in UNFIT]
     cells += [(head, "none") for head in learned]
     configs = {}
@@ -641,30 +607,6 @@ def effect_table(runs: dict, split="test", data_dir=None) -> pd.DataFrame:
         row = {"head": head, "true text against": text} | effect_columns(effect)
         rows.append(row | {"in words": verdict(effect)})
     return pd.DataFrame(rows)
-
-
-# %% ../nbs/05_multimodal.ipynb #conclusion
-def _head_conclusion(words: dict, least: float) -> str:
-    """What the comparisons with both controls, `{control: verdict}`, say together."""
-    if len(words) < 2:
-        return "not compared with both controls"
-    if all(said.startswith("text helps") for said in words.values()):
-        return f"the text helps, by {100 * least:.1f} points of AP at least"
-    unsure = [said for said in words.values() if said.startswith("cannot be told")]
-    if unsure:
-        return unsure[0]
-    against = "; ".join(f"against {control} text, {said}" for control, said in words.items())
-    return f"that the text helps was not shown ({against})"
-
-
-def conclusion(effects: pd.DataFrame) -> str:
-    """One sentence per head: text must beat both another class's and random orthogonal vectors."""
-    lines = []
-    for head, part in effects.groupby("head", sort=False):
-        controls = part[part["true text against"].isin(["permuted", "orthogonal"])]
-        words = dict(zip(controls["true text against"], controls["in words"], strict=True))
-        lines.append(f"{head}: {_head_conclusion(words, controls['effect'].min())}")
-    return "\n".join(lines)
 
 
 # %% ../nbs/05_multimodal.ipynb #plot-effects

