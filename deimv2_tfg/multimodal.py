@@ -88,7 +88,6 @@ from deimv2_tfg.fusion import (
     training_pass,
 )
 
-from .criterion import Criterion
 from .data import load_dataset
 from .detector import detect, encode, load_detector, save_detector
 from .figures import finish, gettext
@@ -96,7 +95,7 @@ from .recipes import FusionConfig, Schedule, TrainConfig, lr_factor
 from .runs import Log, Run, code_hash, data_hash, environment, run_directory
 from .statistics import Effect, Sampled, paired_effect, sample_ap, stratified_weights
 from .text import descriptions_of, load_descriptions
-from .training import Family, count_boxes, train
+from .training import DEIMV2, Family, train
 
 
 # %% ../nbs/05_multimodal.ipynb #fusion-data
@@ -145,7 +144,6 @@ def fusion_text(config: FusionConfig, classes: list) -> ClassText:
     return text
 
 
-# %% ../nbs/05_multimodal.ipynb #text-hash
 def text_hash(text: ClassText) -> str:
     """Hash of the numbers that a head is given as text."""
     parts = []
@@ -167,7 +165,6 @@ def _fusion_code() -> str:
     return hash_bytes(*(code_hash(*entry, rooms).encode() for entry in entries))
 
 
-# %% ../nbs/05_multimodal.ipynb #find-fusion-run
 def find_fusion_run(config: FusionConfig, text: ClassText) -> Path:
     """The directory of the frozen run.
 
@@ -191,7 +188,6 @@ def _head_optimizer(head: Head, config: FusionConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([decayed, free], config.lr)
 
 
-# %% ../nbs/05_multimodal.ipynb #epoch-queries
 def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Queries:
     """What an epoch trains on: a view in turn, or at the end the photographs as they are."""
     first_plain = round((1 - config.plain) * config.epochs)
@@ -409,21 +405,6 @@ def thaw(model: FusedDetector, stage: str) -> FusedDetector:
 
 
 # %% ../nbs/05_multimodal.ipynb #fused-family
-def _fused_losses(config: TrainConfig, num_classes: int):
-    """DEIMv2's losses on the fused detector's output."""
-    change = round(config.matcher_change * config.epochs)
-    criterion = Criterion(num_classes, change_epoch=change)
-
-    def losses(model, pixel_values, targets, epoch):
-        return criterion(model(pixel_values, targets=targets), targets, epoch=epoch)
-
-    return losses
-
-
-def _predict_fused(model, dataset, image_size, device):
-    return predict(model, dataset, image_size, device=device)
-
-
 def _save_fused(model: FusedDetector, directory, classes, **meta) -> None:
     save_head(model.head, model.text, directory, model.about)
     save_detector(model.detector, directory, classes, **meta)
@@ -431,9 +412,8 @@ def _save_fused(model: FusedDetector, directory, classes, **meta) -> None:
     write_json(config, read_json(config) | {"kind": "fused"})
 
 
-# %% ../nbs/05_multimodal.ipynb #fused-family-2
 def fused_family(stage: str) -> Family:
-    """How chapter 4's trainer trains a fused detector.
+    """How chapter 4's trainer trains a fused detector: DEIMv2's losses, another network.
 
     `TrainConfig.init` is the head.safetensors that it starts from.
     """
@@ -441,16 +421,9 @@ def fused_family(stage: str) -> Family:
     def build(config, num_classes):
         return thaw(load_fused(Path(config.init).parent), stage)
 
-    return Family(
-        f"fused_{stage}",
-        build,
-        _fused_losses,
-        _predict_fused,
-        _save_fused,
-        code=(("multimodal", "fused_family"), ("fusion", "build_head")),
-        size=count_boxes,
-        backbone=".conv_encoder.backbone.",
-    )
+    code = (("multimodal", "fused_family"), ("fusion", "build_head"))
+    own = {"name": f"fused_{stage}", "build": build, "save": _save_fused, "code": code}
+    return dataclasses.replace(DEIMV2, **own, blocks=lambda model: [], models=())
 
 
 # %% ../nbs/05_multimodal.ipynb #train-stage
@@ -466,7 +439,6 @@ def _stage_config(config: FusionConfig, start: Path) -> TrainConfig:
     return TrainConfig(config.data_dir, folder, seed=config.seed, **fields)
 
 
-# %% ../nbs/05_multimodal.ipynb #train-stage-2
 def _train_stage(config: FusionConfig, stage: str, start: Path) -> Path:
     """One stage of thawing from the run `start`; judged on val and test like a frozen run."""
     stage_config = _stage_config(config, start)
