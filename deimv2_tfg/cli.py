@@ -442,7 +442,7 @@ def import_command(
         whole: of masks: a class whose box is the whole photograph
         seed: of masks: how they are dealt into train, val and test
     """
-    from deimv2_tfg.formats import import_dataset
+    from deimv2_tfg.importing import import_dataset
 
     return import_dataset(source, out, format, min_pixels, merge, whole, seed)
 
