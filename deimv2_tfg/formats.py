@@ -706,12 +706,12 @@ def coco_box(annotation: dict) -> list[float]:
     if not box and isinstance(outline, list) and outline:
         points = np.concatenate([np.reshape(part, (-1, 2)) for part in outline])
         low = points.min(0)
-        box = [*low, *(points.max(0) - low)]
+        box = [*low.tolist(), *(points.max(0) - low).tolist()]
     if not box and isinstance(outline, dict):
         if isinstance(outline["counts"], list):
             outline = coco_mask.frPyObjects(outline, *outline["size"])
-        box = coco_mask.toBbox(outline)
-    values = [number(float(v) if isinstance(v, np.number) else v) for v in (box or [])]
+        box = coco_mask.toBbox(outline).tolist()
+    values = [number(v) for v in box or []]
     if len(values) != 4 or None in values or not np.isfinite(values).all():
         raise ValueError(f"annotation {annotation.get('id')}: box {box} is not four numbers")
     if min(values[2:]) <= 0:

@@ -12,6 +12,7 @@ __all__ = [
     "READERS",
     "SHARES",
     "mask_values",
+    "is_smooth",
     "marked",
     "mask_parts",
     "mask_boxes",
@@ -105,14 +106,23 @@ def mask_values(path: Path) -> np.ndarray:
     return (red << 16) + (green << 8) + blue
 
 
-def marked(values: np.ndarray) -> np.ndarray:
+def is_smooth(masks: Iterable[Path]) -> bool:
+    """Whether masks are smoothed black and white: many values, up to white."""
+    many, brightest = False, 0
+    for path in masks:
+        values = mask_values(path)
+        many = many or len(np.unique(values)) > FEW_VALUES
+        brightest = max(brightest, int(values.max()))
+    return many and 191 < brightest <= 255
+
+
+def marked(values: np.ndarray, smooth: bool = False) -> np.ndarray:
     """Which pixels (H, W) are defect. Raises `ValueError` for values that are no mask's."""
-    distinct = np.unique(values)
-    if len(distinct) <= FEW_VALUES:
+    if not smooth:
         return values != 0
     clear = (values < 64) | (values > 191)
-    if distinct[-1] > 255 or clear.mean() < 0.98:
-        span = f"{len(distinct)} values from {distinct[0]} to {distinct[-1]}"
+    if clear.mean() < 0.98:
+        span = f"{len(np.unique(values))} values from {values.min()} to {values.max()}"
         raise ValueError(f"{span}: not a mask of few values, nor of black and white")
     return values > 127
 
@@ -183,13 +193,14 @@ def _label_map(root: Path) -> dict[int, str]:
     return names
 
 
-def value_names(root: Path, masks: Iterable[Path], classes: Sequence[str]) -> dict[int, str]:
+def value_names(root: Path, masks: Sequence[Path], classes: Sequence[str]) -> dict[int, str]:
     """{value: class} of masks that hold several classes. Raises `ValueError` with the values."""
+    if is_smooth(masks):
+        return {VOID: classes[0] if classes else "defect"}
     values = set()
     for path in masks:
-        found = mask_values(path)
-        distinct = np.unique(found[marked(found)]).tolist()
-        values.update(distinct if len(distinct) <= FEW_VALUES else [VOID])
+        values.update(np.unique(mask_values(path)).tolist())
+    values.discard(0)
     known = _label_map(root) or dict(zip(sorted(values), classes, strict=False))
     if not known and len(values) == 1:
         return {values.pop(): "defect"}
@@ -208,15 +219,17 @@ class MaskReader:
     min_pixels: int
     merge: int
     whole: str
-    names: dict[int, str]  # of the values; empty where the folder says the class
+    names: dict[int, str]  # of the values of masks in no class's folder
+    smooth: set[str]  # folders with smoothed masks; "": of no class
 
     def boxes(self, mask: Path, folder: str) -> list[tuple]:
         """(class, x, y, w, h) of the parts of a mask that are large enough."""
         values = mask_values(mask)
-        layers = {folder: marked(values)}
-        if self.names:
-            whole = len(np.unique(values)) > FEW_VALUES
-            layers = {n: marked(values) if whole else values == v for v, n in self.names.items()}
+        layers = {folder: marked(values, folder in self.smooth)}
+        if not folder and self.smooth:
+            layers = {self.names[VOID]: layers[folder]}
+        elif not folder:
+            layers = {name: values == value for value, name in self.names.items()}
         boxes = []
         for name, layer in layers.items():
             for box, size in mask_parts(layer, self.merge):
@@ -227,6 +240,8 @@ class MaskReader:
                     self.found.counts[what] += 1
         if not boxes and values.any():
             self.found.leave("small", mask)
+        elif not boxes:
+            self.found.counts["masks with nothing on them: no object"] += 1
         return boxes
 
     def add(self, path: Path, mask: Path | None) -> None:
@@ -269,18 +284,18 @@ def read_masks(
     by_key = defaultdict(list)
     for path in photographs:
         by_key[mask_key(path, found.root)].append(path)
-    of_photograph, flat = {}, []
+    of_photograph, by_folder = {}, defaultdict(list)
     for mask in masks:
         own = mask_key(mask, found.root)
         same = [p for p in by_key[own] if p.parent.name != "good"] or by_key[own]
         if len(same) != 1:
             found.leave("masks", mask)
-        else:
-            of_photograph[same[0]] = mask
-            flat += [mask] if len(own) == 1 else []
-    reader = MaskReader(found, min_pixels, merge, whole, {})
-    if flat:
-        reader.names = value_names(found.root, flat, classes)
+            continue
+        of_photograph[same[0]] = mask
+        by_folder[same[0].parent.name if len(own) > 1 else ""].append(mask)
+    smooth = {folder for folder, its in by_folder.items() if is_smooth(its)}
+    names = value_names(found.root, by_folder[""], classes) if by_folder[""] else {}
+    reader = MaskReader(found, min_pixels, merge, whole, names, smooth)
     for path in photographs:
         reader.add(path, of_photograph.get(path))
     number_classes(found)

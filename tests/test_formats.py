@@ -65,7 +65,7 @@ def photograph(path, k=0, size=(96, 72), **options):
 
 
 PATCH = (61, 39, 12, 17)
-LINE = "0 {:.6f} {:.6f} {:.6f} {:.6f}\n".format(67 / 96, 47.5 / 72, 12 / 96, 17 / 72)
+LINE = f"0 {67 / 96:.6f} {47.5 / 72:.6f} {12 / 96:.6f} {17 / 72:.6f}\n"
 XML = (
     "<annotation><filename>{0}</filename><size><width>96</width><height>72</height></size>"
     "<object><name>crack</name><bndbox><xmin>62</xmin><ymin>40</ymin><xmax>73</xmax>"
@@ -166,7 +166,7 @@ def test_masks_are_merged_and_dust_is_dropped():
     assert mask_boxes(np.eye(6, dtype=bool), 3, 0) == [(0, 0, 6, 6)]  # touching at corners
 
 
-# --- masks: what a value means -------------------------------------------------------------------
+# --- masks: what a value means ---
 
 
 def mask_of(kind, path):
@@ -276,7 +276,7 @@ def test_mvtec_s_folders(tmp_path):
     assert all(box == ("crack", *PATCH) for item in found.items for box in item.boxes)
 
 
-# --- YOLO ------------------------------------------------------------------------------------------
+# --- YOLO ---
 
 
 def test_yolo_arrangements_and_faults(tmp_path):
@@ -451,7 +451,7 @@ def test_a_turned_photograph_is_stored_as_it_was_annotated(tmp_path, orientation
     assert grey[y : y + h, x : x + w].mean() < 40 < 100 < grey[: y - 3].mean()
 
 
-# --- Pascal VOC --------------------------------------------------------------------------------------
+# --- Pascal VOC ---
 
 
 def voc_set(root, n=10, place="JPEGImages/{}.jpg", label="Annotations/{}.xml", xml=XML):
@@ -609,7 +609,7 @@ def test_yaml_tags_are_refused(tmp_path):
         import_dataset(root, tmp_path / "out")
 
 
-# --- COCO and other tools --------------------------------------------------------------------------
+# --- COCO and other tools ---
 
 
 @pytest.mark.parametrize(
@@ -778,7 +778,7 @@ def test_folders_by_class_only_where_it_is_asked_for(tmp_path):
     assert len(names) == 12 and {box[1:] for box in boxes} == {("crack", 0, 0, 96, 72)}
 
 
-# --- dealing and writing -----------------------------------------------------------------------------
+# --- dealing and writing ---
 
 
 def test_copies_of_one_photograph_go_together(tmp_path):
