@@ -348,6 +348,7 @@ def predict_command(
     every: PositiveInt = 1,
     batch_size: PositiveInt = 8,
     device: Device | None = None,
+    good: str = "",
 ):
     """Detections on a photograph, a folder or a video, with pictures and a file of results.
 
@@ -361,6 +362,7 @@ def predict_command(
         every: of a video, one of so many frames
         batch_size: photographs at once
         device: where; null: a GPU where there is one
+        good: the class of sound parts (NORMAL where there is one), or none: all are defects
     """
     from deimv2_tfg import baselines, multimodal  # noqa: F401
     from deimv2_tfg.deployment import predict_files
@@ -375,6 +377,7 @@ def predict_command(
         every,
         batch_size,
         usable_device(device),
+        good,
     )
 
 
@@ -425,26 +428,40 @@ def doctor_command(
 def import_command(
     source: str,
     out: str,
-    format: Literal["", "voc", "yolo", "masks"] = "",
+    format: Literal["", "coco", "voc", "yolo", "cvat", "labelme", "masks", "folders"] = "",
+    allow: str = "",
+    photographs: str = "",
+    by: str = "look,name",
+    one_piece: bool = False,
     min_pixels: PositiveInt = 12,
     merge: NonNegativeInt = 6,
     whole: str = "",
+    classes: str = "",
     seed: NonNegativeInt = 0,
 ):
     """Convert a data set of another format to the thesis's layout; the source stays as it is.
 
     Args:
-        source: the data set
+        source: the data set; of COCO also its json
         out: folder for the new one, empty or not there
         format: of the source; empty: recognised
+        allow: leftovers that are accepted: unlabelled, labels, masks, unlisted, small
+        photographs: of COCO: their folder, where it is not in the set's own
+        by: what keeps photographs in one split where the set has none: look, name
+        one_piece: leave a set that is not split in one piece, for `split`
         min_pixels: of masks: parts smaller than this are left out
         merge: of masks: parts nearer than so many pixels are one object
         whole: of masks: a class whose box is the whole photograph
-        seed: of masks: how they are dealt into train, val and test
+        classes: of masks that hold several classes: their names, by value
+        seed: how a set that is not split is dealt into train, val and test
     """
     from deimv2_tfg.importing import import_dataset
 
-    return import_dataset(source, out, format, min_pixels, merge, whole, seed)
+    masks = {"min_pixels": min_pixels, "merge": merge, "whole": whole, "classes": classes}
+    dealing = {"by": by, "one_piece": one_piece, "seed": seed}
+    return import_dataset(
+        source, out, format, allow=allow, photographs=photographs, **masks, **dealing
+    )
 
 
 # %% ../nbs/08_cli.ipynb #split

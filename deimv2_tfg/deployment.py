@@ -16,7 +16,6 @@ __all__ = [
     "input_size",
     "as_rgb",
     "Detections",
-    "usable_device",
     "Predictor",
     "category_ids_of",
     "NeedsPackage",
@@ -24,7 +23,7 @@ __all__ = [
     "video_frames",
     "frames",
     "good_class",
-    "verdict",
+    "part_verdict",
     "PredictionReport",
     "write_coco",
     "write_csv",
@@ -200,7 +199,7 @@ def _score(result: dict) -> float:
 
 
 # %% ../nbs/07b_use.ipynb #predictor
-def usable_device(device: str | None) -> torch.device:
+def _device(device: str | None) -> torch.device:
     """The device of this name, or the best one. Raises `ValueError` for one that is not there."""
     if device is None:
         return default_device()
@@ -228,7 +227,7 @@ class Predictor:
     @classmethod
     def open(cls, source: str | Path, device: str | None = None) -> "Predictor":
         """Of a run, or of a detector directory. Raises `FileNotFoundError`, `ValueError`."""
-        model = open_detector(detector_directory(source)).to(usable_device(device))
+        model = open_detector(detector_directory(source)).to(_device(device))
         try:
             thresholds = run_thresholds(source)
         except FileNotFoundError:
@@ -361,7 +360,7 @@ def good_class(names: list[str], good: str = "") -> str | None:
 
 
 # %% ../nbs/07b_use.ipynb #verdict-2
-def verdict(found: Detections, good: str | None, trusted: bool) -> dict:
+def part_verdict(found: Detections, good: str | None, trusted: bool) -> dict:
     """`verdict` on a part (good, defective, unknown), `defect_score` and `reason`."""
     if good is None:
         reason = "no class NORMAL: say which class means a sound part (--good NAME, or none)"
@@ -597,7 +596,7 @@ def predict_files(
     base = source if source.is_dir() else source.parent
     for batch in _batches(frames(files, base, every), batch_size):
         for name, found in _found(predictor, batch, threshold, report, base):
-            said = verdict(found, sound, thresholds.trusted)
+            said = part_verdict(found, sound, thresholds.trusted)
             report.add(name, found, said, predictor.category_ids)
             if pictures:
                 _save_picture(out, name, found)

@@ -69,18 +69,11 @@ from deimv2_tfg.formats import (
     xml_root,
     yolo_classes,
 )
-from deimv2_tfg.photographs import (
-    clusters,
-    copies_by_name,
-    look_at_all,
-    read_json_file,
-    read_photograph,
-    read_text,
-    same_pairs,
-)
 
+from .copies import clusters, copies_by_name, same_pairs
 from .core import write_json
 from .data import SPLITS
+from .photographs import look_at_all, read_json_file, read_photograph, read_text
 from .splits import deal
 
 # %% ../nbs/01f_importing.ipynb #mask-values

@@ -22,9 +22,9 @@ from deimv2_tfg.deployment import (
     Thresholds,
     good_class,
     list_files,
+    part_verdict,
     predict_files,
     run_thresholds,
-    verdict,
 )
 from deimv2_tfg.detector import DetectorConfig, build_detector, load_detector, save_detector
 from deimv2_tfg.evaluation import coco_metrics, jittered_results, predict
@@ -302,19 +302,19 @@ def found_of(*named, names=("NORMAL", "HOLE")):
 
 def test_a_verdict_needs_a_good_class_and_chosen_thresholds():
     hole, sound, nothing = found_of(("HOLE", 0.8)), found_of(("NORMAL", 0.8)), found_of()
-    assert verdict(hole, "NORMAL", True) == {
+    assert part_verdict(hole, "NORMAL", True) == {
         "verdict": "defective",
         "defect_score": 0.8,
         "reason": "",
     }
-    assert verdict(hole, "NORMAL", False)["verdict"] == "defective"
+    assert part_verdict(hole, "NORMAL", False)["verdict"] == "defective"
     for found in (sound, nothing):
-        assert verdict(found, "NORMAL", True)["verdict"] == "good"
-        unsure = verdict(found, "NORMAL", False)
+        assert part_verdict(found, "NORMAL", True)["verdict"] == "good"
+        unsure = part_verdict(found, "NORMAL", False)
         assert unsure["verdict"] == "unknown" and "no objects" in unsure["reason"]
-        unknown = verdict(found, None, True)
+        unknown = part_verdict(found, None, True)
         assert unknown["verdict"] == "unknown" and "--good" in unknown["reason"]
-    assert verdict(sound, "none", True)["verdict"] == "defective"
+    assert part_verdict(sound, "none", True)["verdict"] == "defective"
 
 
 def test_the_good_class_is_normal_or_named():
