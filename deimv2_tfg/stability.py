@@ -67,24 +67,16 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from deimv2_tfg.training import (
-    DEIMV2,
-    find_run,
-    make_ema,
-    parameter_groups,
-    start_accelerator,
-    train,
-    training_step,
-)
-
 from .batches import augmented, epoch_batches
 from .core import open_study, seed_everything
 from .criterion import transformers_arguments, transformers_terms
 from .data import CacheError, load_dataset, photograph_cache
 from .figures import finish, gettext
+from .optim import make_ema, parameter_groups, start_accelerator
 from .recipes import TrainConfig
 from .runs import Run, TrainingStopped
 from .synthetic import study_data
+from .training import DEIMV2, find_run, train, training_step
 
 # %% ../nbs/04a_divergence.ipynb #grid
 RATES = {"scaled": 1.0, "4 x": 4.0, "13 x": 13.0}  # 13: the thesis's second run

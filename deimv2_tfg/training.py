@@ -11,15 +11,9 @@ __all__ = [
     "NOT_HASHED",
     "Family",
     "count_boxes",
-    "backbone_factor",
-    "parameter_groups",
-    "make_ema",
     "shares_of",
     "Step",
     "training_step",
-    "pick_precision",
-    "start_accelerator",
-    "recompute",
     "Trainer",
     "set_rate",
     "batches_of",
@@ -64,11 +58,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, gather_object
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from deimv2_tfg.core import (
@@ -91,6 +82,14 @@ from deimv2_tfg.guard import (
     saved_buffers,
     set_random_state,
     stop_requests,
+)
+from deimv2_tfg.optim import (
+    BACKBONE,
+    make_ema,
+    parameter_groups,
+    pick_precision,
+    recompute,
+    start_accelerator,
 )
 from deimv2_tfg.runs import (
     Log,
@@ -118,7 +117,7 @@ from .criterion import Criterion, NonFiniteLossError, average_over_processes
 from .data import load_dataset, photograph_cache, require_dataset
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
-from .recipes import MODELS, TrainConfig, check_recipe, lr_factor, scaled_lr
+from .recipes import MODELS, TrainConfig, check_recipe, lr_factor
 from .splits import bind_data
 from .synthetic import study_data
 from .transforms import at_fraction, at_size, input_sizes
@@ -156,6 +155,7 @@ def _build_deimv2(config, num_classes):
     return model
 
 
+# %% ../nbs/04_training_stability.ipynb #deimv2-losses
 def _deimv2_losses(config, num_classes):
     criterion = Criterion(num_classes, change_epoch=round(config.matcher_change * config.epochs))
 
@@ -176,6 +176,7 @@ def _deimv2_blocks(model):
     return [*model.model.conv_encoder.backbone.model.layer, *model.model.decoder.layers]
 
 
+# %% ../nbs/04_training_stability.ipynb #count-boxes
 def count_boxes(targets) -> int:
     """Objects of a batch."""
     return sum(len(t["labels"]) for t in targets)
@@ -191,52 +192,9 @@ DEIMV2 = Family(
     code=(("training", "DEIMV2"),),
     blocks=_deimv2_blocks,
     size=count_boxes,
-    backbone=".conv_encoder.backbone.",
+    backbone=BACKBONE,
     models=MODELS,
 )
-
-
-# %% ../nbs/04_training_stability.ipynb #parameter-groups
-def backbone_factor(config: TrainConfig) -> float:
-    """Factor on the learning rate of the backbone: small where it was trained before."""
-    if config.backbone_lr is not None:
-        return config.backbone_lr
-    return 1.0 if config.init == "scratch" else 0.05
-
-
-def parameter_groups(model, config: TrainConfig, backbone: str = DEIMV2.backbone) -> list[dict]:
-    """At most four AdamW groups of the trainable parameters: (backbone or not) x (decayed or not).
-
-    backbone: part of a parameter's dotted name that marks the backbone; "": none has.
-    """
-    sorted_in = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            in_backbone = bool(backbone) and backbone in f".{name}"
-            sorted_in.setdefault((in_backbone, p.ndim > 1), []).append(p)
-    groups = []
-    for (in_backbone, decayed), parameters in sorted_in.items():
-        lr = scaled_lr(config) * (backbone_factor(config) if in_backbone else 1)
-        decay = config.weight_decay if decayed else 0.0
-        groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
-    return groups
-
-
-# %% ../nbs/04_training_stability.ipynb #weight-average
-def make_ema(model, horizon: float) -> AveragedModel:
-    """torch's `AveragedModel` as an exponential moving average, buffers included.
-
-    Its memory is `horizon` steps, and `(steps + 1) / 4` while fewer were made.
-    """
-
-    def update(averages, currents, n):
-        weight = max(1 / max(horizon, 1), 1 / (1 + (int(n) + 1) / 4))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, currents, weight)
-        else:
-            torch._foreach_copy_(averages, currents)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 # %% ../nbs/04_training_stability.ipynb #shares-of
@@ -264,6 +222,7 @@ class Step:
     found: tuple = ()  # what the criterion named
 
 
+# %% ../nbs/04_training_stability.ipynb #named-losses
 def _named_losses(model, compute_losses, pixel_values, targets, epoch) -> tuple[dict, tuple]:
     """The terms of a part, or {} and what the criterion found not finite."""
     try:
@@ -272,6 +231,7 @@ def _named_losses(model, compute_losses, pixel_values, targets, epoch) -> tuple[
         return {}, tuple(e.found)
 
 
+# %% ../nbs/04_training_stability.ipynb #failure
 def _failure(terms, grad_norm, accelerator) -> str:
     """Why a step must not be made: "" where its gradient is finite."""
     if torch.isfinite(grad_norm):
@@ -337,36 +297,6 @@ def training_step(
         optimizer.step()
         ema.update_parameters(accelerator.unwrap_model(model))
     return Step(_mean_terms(terms, shares), grad_norm, failure, found)
-
-
-# %% ../nbs/04_training_stability.ipynb #pick-precision
-def pick_precision(config: TrainConfig) -> str:
-    """accelerate's mixed precision: `auto` is bf16 on a GPU that has it, else float32."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """An accelerator of the configuration's precision, whatever an earlier training used."""
-    AcceleratorState._reset_state()
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=pick_precision(config), kwargs_handlers=[unused])
-
-
-def recompute(blocks):
-    """Let modules compute their activations again in the backward pass instead of keeping them."""
-
-    def recomputed(forward):
-        def run(*args, **kwargs):
-            if torch.is_grad_enabled():
-                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-            return forward(*args, **kwargs)
-
-        return run
-
-    for block in blocks:
-        block.forward = recomputed(block.forward)
 
 
 # %% ../nbs/04_training_stability.ipynb #trainer
@@ -465,6 +395,7 @@ def batches_of(trainer: Trainer, epoch: int, first: int = 0) -> DataLoader:
     return epoch_batches(trainer.view, trainer.config, epoch, first, *place)
 
 
+# %% ../nbs/04_training_stability.ipynb #in-parts
 def in_parts(trainer: Trainer, pixel_values: torch.Tensor, targets: list[dict]) -> list[tuple]:
     """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets)."""
     device = trainer.accelerator.device
@@ -494,6 +425,7 @@ def snapshot(trainer: Trainer):
     trainer.accelerator.wait_for_everyone()
 
 
+# %% ../nbs/04_training_stability.ipynb #restore
 def restore(trainer: Trainer, leave=()) -> bool:
     """Resume from the last whole state (counters in `leave` stay); False where there is none."""
     if (state := load_state(trainer.run)) is None:
@@ -521,6 +453,7 @@ def _try_part(trainer: Trainer, images, targets, n: int):
     trainer.accelerator.backward(sum(losses.values()))
 
 
+# %% ../nbs/04_training_stability.ipynb #fit-micro-batch-2
 def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
     """Largest part of a batch, halved from the whole, whose passes fit in memory.
 
@@ -570,6 +503,7 @@ def summarise_steps(rows: list[tuple]) -> dict:
     return summary
 
 
+# %% ../nbs/04_training_stability.ipynb #row-of
 def row_of(step: Step, device) -> tuple[list[str], torch.Tensor]:
     """What of a step is recorded: names `train/...` and values (n,)."""
     if step.failure:

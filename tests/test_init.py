@@ -8,8 +8,9 @@ import torch
 
 from deimv2_tfg.cli import main
 from deimv2_tfg.detector import DetectorConfig, build_detector, load_detector, save_detector
+from deimv2_tfg.optim import parameter_groups
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.training import find_run, parameter_groups, train
+from deimv2_tfg.training import find_run, train
 from deimv2_tfg.weights import WeightsError
 
 

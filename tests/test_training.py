@@ -13,6 +13,7 @@ from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import DatasetError, load_dataset
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
+from deimv2_tfg.optim import make_ema, parameter_groups
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run, load_state
 from deimv2_tfg.training import (
@@ -20,8 +21,6 @@ from deimv2_tfg.training import (
     count_boxes,
     find_run,
     finished_before,
-    make_ema,
-    parameter_groups,
     shares_of,
     train,
     training_step,
