@@ -291,7 +291,7 @@ def draw_boxes(
 
 
 # %% ../nbs/00d_figures.ipynb #points
-EFFECTS = ("effect", "difference", "to phase 1", "smallest difference", "AP_difference")
+EFFECTS = ("effect", "difference", "to phase 1", "smallest", "AP_difference", "recipe_AP")
 LEFT_OUT = ("run", "commit", "device")  # provenance.jsonl and runs.csv have them
 
 
@@ -303,8 +303,13 @@ def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
     """{x: (its low, its high)} of columns "x", "x low", "x high"; or of "low" and "high"."""
     estimates = [c.removesuffix(" low") for c in columns if c.endswith(" low")]
     found = {c: (f"{c} low", f"{c} high") for c in estimates}
-    if {"low", "high"} <= set(columns):
-        found |= {c: ("low", "high") for c in columns if _is_effect(c)}
+    for before in ("", "recipe_"):  # as `main_effects` names them
+        bounds = (f"{before}low", f"{before}high")
+        if set(bounds) <= set(columns):
+            effects = [
+                c for c in columns if _is_effect(c) and c.startswith("recipe_") == bool(before)
+            ]
+            found |= dict.fromkeys(effects, bounds)
     return found
 
 
@@ -388,9 +393,8 @@ def for_print(
     kept = [c for c in columns or _telling(table) if c not in bounds][:8]
     printed = {}
     for column in kept:
-        head = (
-            class_title(column, language) if column in CLASS_TITLES else gettext(column, language)
-        )
+        title = class_title if column in CLASS_TITLES else gettext
+        head = title(column, language).replace("_", " ")
         if _is_effect(column):
             head += f" ({gettext('points', language)})"
         printed[head] = _written(column, table[column], language)

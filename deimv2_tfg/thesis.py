@@ -56,12 +56,13 @@ from deimv2_tfg.figures import (
 )
 
 from .core import Study, atomic_write
-from .data import load_dataset
-from .errors import plot_budget
+from .data import load_dataset, plot_classes
+from .errors import plot_budget, plot_found
 from .input_size import plot_shares
 from .multimodal import plot_text_effects
 from .results import compare, group_seeds, plot_per_class, plot_precision_recall
 from .runs import Run, find_runs, load_state
+from .stability import plot_grid, plot_main_effects
 
 
 # %% ../nbs/07c_thesis.ipynb #softmax-scores
@@ -257,10 +258,18 @@ def _plot_verdicts(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_verdicts(table, language=language)
 
 
+def _plot_classes(table: pd.DataFrame, language: str) -> plt.Figure:
+    return plot_classes(table.set_index("class"), language)
+
+
 PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
+    "class_distribution": _plot_classes,
     "confusion": _plot_confusion,
     "error_budget": plot_budget,
+    "grid_effects_plot": plot_main_effects,
+    "grid_plot": plot_grid,
     "input_size": plot_shares,
+    "object_effects": plot_found,
     "per_class_intervals": plot_per_class,
     "precision_recall": _plot_precision_recall,
     "reliability": plot_reliability,
