@@ -1298,6 +1298,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                    'deimv2_tfg.thesis.Softmaxed.forward': ('thesis.html#softmaxed.forward', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._at_budget': ('thesis.html#_at_budget', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._old_predictions': ('thesis.html#_old_predictions', 'deimv2_tfg/thesis.py'),
+                                   'deimv2_tfg.thesis._plot_classes': ('thesis.html#_plot_classes', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._plot_confusion': ('thesis.html#_plot_confusion', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._plot_precision_recall': ( 'thesis.html#_plot_precision_recall',
                                                                                  'deimv2_tfg/thesis.py'),
