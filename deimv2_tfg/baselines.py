@@ -18,8 +18,8 @@ __all__ = [
     "build_baseline",
     "baseline_config",
     "native_size",
-    "trained",
     "overfit",
+    "trained",
 ]
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
@@ -281,12 +281,6 @@ def native_size(dataset) -> int:
     return max(32, round(sides[len(sides) // 2] / 32) * 32)
 
 
-def trained(config: TrainConfig, family: Family = FASTER_RCNN) -> Path:
-    """The run of a configuration: finished by whatever code, else resumed or trained."""
-    with one_at_a_time(Path(config.runs_dir) / f"{family.name}-{config.model}"):
-        return finished_before(config, family) or train(config, family)
-
-
 # %% ../nbs/06_baselines.ipynb #overfit-loop
 def _fit_batch(model: Baseline, pixel_values, targets, steps: int, lr: float) -> None:
     """Train on one batch: the rate warms up over 10 steps and falls for the last fifth."""
@@ -318,3 +312,10 @@ def overfit(backbone: str, dataset, image_size: int, images=4, steps=60, lr=1e-3
     coco["images"] = [i for i in coco["images"] if i["id"] in ids]
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
     return coco_metrics(coco, to_coco_results(found, ids, dataset.category_ids))
+
+
+# %% ../nbs/06_baselines.ipynb #baseline-trained
+def trained(config: TrainConfig, family: Family = FASTER_RCNN) -> Path:
+    """The run of a configuration: finished by whatever code, else resumed or trained."""
+    with one_at_a_time(Path(config.runs_dir) / f"{family.name}-{config.model}"):
+        return finished_before(config, family) or train(config, family)
