@@ -66,13 +66,13 @@ from deimv2_tfg.evaluation import (
     trained_image_size,
 )
 
+from .batches import EpochView
 from .criterion import assign, mal_loss, matching_cost
 from .data import load_dataset
 from .detector import DetectorOutput, load_detector, postprocess
 from .recipes import TEXT_KINDS
 from .runs import Run, code_hash, data_hash
 from .text import TextEmbeddings, class_texts, encode_texts, random_words
-from .training import EpochView
 from .transforms import TrainTransform, collate, eval_transform
 
 
@@ -180,7 +180,7 @@ def run_queries(model, loader) -> Queries:
 @cache
 def _query_code() -> str:
     """Hash of the code that cached queries depend on."""
-    entries = ("fusion", "run_queries"), ("transforms", "TrainTransform"), ("training", "EpochView")
+    entries = ("fusion", "run_queries"), ("transforms", "TrainTransform"), ("batches", "EpochView")
     return "".join(code_hash(*entry) for entry in entries)
 
 

@@ -54,11 +54,12 @@ from deimv2_tfg.runs import (
     save_state,
 )
 
+from .copies import clusters, same_pairs
 from .deployment import list_files
 from .detector import DetectorConfig, build_detector
 from .evaluation import evaluate
 from .formats import PICTURES
-from .photographs import clusters, look_at_all, same_pairs
+from .photographs import look_at_all
 from .recipes import Schedule, TrainConfig, lr_factor
 from .results import compare
 from .training import train
