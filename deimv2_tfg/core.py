@@ -22,8 +22,6 @@ __all__ = [
     "keep_lines",
     "hash_bytes",
     "seed_everything",
-    "save_figure",
-    "save_table",
     "progress",
 ]
 
@@ -35,7 +33,6 @@ import json
 import math
 import os
 import random
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,66 +236,6 @@ def seed_everything(seed: int):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-# %% ../nbs/00_core.ipynb #provenance
-def _provenance(study, path, caption, runs, kind):
-    from deimv2_tfg.runs import environment
-
-    env = environment()
-    write_json(
-        path.with_suffix(".json"),
-        {
-            "kind": kind,
-            "caption": caption,
-            "study": study.name,
-            "profile": study.profile.name,
-            "seed": study.seed,
-            "data": study.data_dir.name if study.data_dir else "built-in synthetic",
-            "runs": [Path(r).name for r in runs],
-            "run_commits": [
-                read_json(e).get("commit") for r in runs if (e := Path(r) / "env.json").is_file()
-            ],
-            **{k: env[k] for k in ("time", "commit", "dirty", "versions", "device")},
-        },
-    )
-
-
-# %% ../nbs/00_core.ipynb #save-figure
-def save_figure(fig, study: Study, name: str, data=None, caption: str = "", runs=()) -> Path:
-    "Save a figure as PDF and PNG, the data frame behind it as CSV, and where it came from as JSON. Returns the PNG's path."
-    import pandas as pd
-
-    path = study.figures / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
-    fig.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=130, metadata={"Software": None})
-    if data is not None:
-        data.to_csv(path.with_suffix(".csv"), index=not isinstance(data.index, pd.RangeIndex))
-    _provenance(study, path, caption, runs, "figure")
-    return path.with_suffix(".png")
-
-
-# %% ../nbs/00_core.ipynb #save-table
-def save_table(df, study: Study, name: str, caption: str = "", runs=()) -> Path:
-    "Save a data frame as CSV and as a LaTeX table (booktabs), with where it came from as JSON; a missing value prints as a dash."
-    import pandas as pd
-
-    path = study.figures / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index = not isinstance(df.index, pd.RangeIndex)
-    df.to_csv(path.with_suffix(".csv"), index=index)
-    tex = df.to_latex(
-        index=index,
-        escape=True,
-        na_rep="--",
-        float_format="%.3f",
-        caption=re.sub(r"([%&#_$])", r"\\\1", caption) or None,
-        label=f"tab:{path.stem}",
-    )
-    atomic_write(path.with_suffix(".tex"), tex)
-    _provenance(study, path, caption, runs, "table")
-    return path.with_suffix(".csv")
 
 
 # %% ../nbs/00_core.ipynb #progress
