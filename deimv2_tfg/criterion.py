@@ -706,7 +706,9 @@ def transformers_arguments(outputs, targets: list[dict]) -> dict:
     classes, boxes = heads
     names = ("dn_num_split", "dn_num_group", "dn_positive_idx")
     book = {name: outputs[name] for name in names}
-    book["dn_positive_idx"] = [places.to(classes.device) for places in book["dn_positive_idx"]]
+    book["dn_positive_idx"] = [
+        torch.as_tensor(places, device=classes.device) for places in book["dn_positive_idx"]
+    ]
     arguments = {"outputs_class": classes, "outputs_coord": boxes, "device": classes.device}
     arguments |= {"logits": classes[:, -1], "pred_boxes": boxes[:, -1]}
     arguments |= {"enc_topk_logits": outputs["enc_logits"]}

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partialmethod
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -227,7 +228,7 @@ class DetectorOutput(ModelOutput):
     dn_pre_boxes: torch.Tensor | None = None
     dn_num_group: int | None = None
     dn_num_split: list | None = None  # [N, Q]
-    dn_positive_idx: list | None = None  # per image, on the host: places of the positives in N
+    dn_positive_idx: list | None = None  # per image, on the host: places of positives in N
     up: torch.Tensor | None = None  # (1,), see `bin_offsets`
     reg_scale: torch.Tensor | None = None  # (1,)
 
@@ -584,8 +585,8 @@ def denoising_queries(
     labels = torch.where(swap, torch.randint_like(labels, num_classes), labels)
     copy = torch.arange(2 * groups * n, device=labels.device) // n
     negative = copy % 2 == 1
-    starts = torch.arange(groups)[:, None] * 2 * n
-    positive = [(starts + torch.arange(count)).flatten() for count in counts]
+    starts = np.arange(groups)[:, None] * 2 * n
+    positive = [(starts + np.arange(count)).flatten() for count in counts]
     book = {"dn_num_group": groups, "dn_positive_idx": positive}
     return labels, inverse_sigmoid(noisy_boxes(boxes, negative, box_noise)), book
 

@@ -1,0 +1,202 @@
+"""Device discipline without a card: every family's step on fake tensors of `cuda:0`.
+
+What is counted here is what a card would be asked for; nothing is computed.
+"""
+
+import collections
+
+import pytest
+import torch
+from fake_card import DEVICE, Accelerator, autocast, counted, fake_card, real, to_card
+
+from deimv2_tfg.baselines import BACKBONES, Baseline
+from deimv2_tfg.batches import augmented, epoch_batches
+from deimv2_tfg.data import load_dataset
+from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
+from deimv2_tfg.evaluation import detections
+from deimv2_tfg.fusion import HEADS, ClassText, build_head
+from deimv2_tfg.multimodal import FusedDetector, thaw
+from deimv2_tfg.pretraining import MaskedViT, random_mask
+from deimv2_tfg.recipes import TrainConfig
+from deimv2_tfg.training import (
+    DEIMV2,
+    count_boxes,
+    in_parts,
+    make_ema,
+    parameter_groups,
+    recompute,
+    training_step,
+)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    anchor_logits.cache_clear()
+    with fake_card(monkeypatch) as card:
+        yield card
+    anchor_logits.cache_clear()
+
+
+def targets_of(counts, device="cpu") -> list[dict]:
+    targets = []
+    for i, n in enumerate(counts):
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+        boxes = torch.full((n, 4), 0.25, device=device)
+        targets.append({"labels": labels, "boxes": boxes, "image_id": i})
+    return targets
+
+
+class Training:
+    "A training of DEIMv2 on the fake card; `step` makes one."
+
+    def __init__(self, card, name="tiny", dtype=torch.bfloat16, checkpointing=False, micro=0):
+        self.card = card
+        self.config = TrainConfig("", model=name, image_size=64)
+        self.accelerator = Accelerator(card)
+        self.micro = micro
+        model = to_card(real(build_detector, getattr(DetectorConfig, name)()))
+        self.ema = to_card(make_ema(model, 1000))
+        groups = parameter_groups(model, self.config)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.compute_losses = DEIMV2.losses(self.config, 6)
+        if checkpointing:
+            recompute(DEIMV2.blocks(model))
+        self.model = model
+        self.dtype = dtype
+        self.mark()
+
+    def mark(self):
+        "Name the parts of the step whose operations are counted."
+        inner = self.model.model
+        counted(self.card, inner.conv_encoder, "forward", "backbone")
+        counted(self.card, inner.encoder, "forward", "encoder")
+        for layer in inner.decoder.layers:
+            counted(self.card, layer, "forward", "decoder layers")
+        plain = self.model.forward
+
+        def forward(*args, **kwargs):
+            with self.card.part("heads"), autocast(self.dtype):
+                return plain(*args, **kwargs)
+
+        self.model.forward = forward
+        losses = self.compute_losses
+
+        def compute_losses(*args):
+            with self.card.part("criterion"):
+                return losses(*args)
+
+        self.compute_losses = compute_losses
+        counted(self.card, self.ema, "update_parameters", "ema")
+
+    def step(self, batch=2, size=64, counts=None):
+        targets = targets_of(counts or [2] * batch)
+        parts = in_parts(self, torch.empty(batch, 3, size, size), targets)
+        step = training_step(
+            self.model,
+            self.compute_losses,
+            parts,
+            self.optimizer,
+            self.ema,
+            self.accelerator,
+            0.1,
+            0,
+            count_boxes,
+        )
+        assert not step.failure and len(step.losses) > 20
+        return step
+
+    def second_step(self, **kwargs):
+        "A step after the first, which fills caches; what it asked of the card is in `card`."
+        self.step(**kwargs)
+        self.card.waits.clear()
+        self.card.ops.clear()
+        self.card.names.clear()
+        return self.step(**kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+@pytest.mark.parametrize("name", ["tiny", "small", "s", "m", "thesis_m"])
+def test_a_training_step_of_deimv2_stays_on_the_card(card, name, dtype):
+    if dtype is None and name != "tiny":
+        pytest.skip("float32 differs in no device")
+    training = Training(card, name, dtype)
+    step = training.step(counts=[3, 0])
+    assert step.grad_norm.device == DEVICE
+    trained = [p for p in training.model.parameters() if p.requires_grad]
+    assert all(p.grad.device == DEVICE for p in trained)
+
+
+def test_a_training_step_with_checkpointing_and_in_parts_stays_on_the_card(card):
+    Training(card, checkpointing=True, micro=2).step(batch=4)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "s", "m", "thesis_m"])
+def test_detections_of_deimv2_stay_on_the_card(card, name):
+    model = to_card(real(build_detector, getattr(DetectorConfig, name)()).eval())
+    sizes = torch.tensor([[480, 640], [480, 640]]).to(DEVICE)
+    with torch.no_grad():
+        found = detections(model, torch.empty(2, 3, 64, 64, device=DEVICE), sizes)
+    assert all(value.device == DEVICE for one in found for value in one.values())
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_faster_rcnn_stays_on_the_card(card, backbone):
+    model = to_card(real(Baseline, backbone, 6, 640).train())
+    pixel_values = torch.empty(2, 3, 640, 640, device=DEVICE)
+    losses = model(pixel_values, targets_of([2, 2], DEVICE))
+    assert all(value.device == DEVICE for value in losses.values())
+    found = model.eval().detections(pixel_values, torch.tensor([[480, 640]] * 2).to(DEVICE))
+    assert all(one["boxes"].device == DEVICE for one in found)
+
+
+@pytest.mark.parametrize("kind", list(HEADS))
+def test_the_fused_detector_stays_on_the_card(card, kind):
+    detector = real(build_detector, DetectorConfig.tiny()).eval()
+    text = real(ClassText, real(torch.ones, 6, 32))
+    head = real(build_head, kind, 48, text)
+    model = to_card(FusedDetector(detector, head, text, {}))
+    model = thaw(model, "decoder").train()
+    pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
+    output = model(pixel_values, targets=targets_of([2, 1], DEVICE))
+    assert output.logits.device == DEVICE and output.layer_logits.device == DEVICE
+
+
+def test_pretraining_stays_on_the_card(card):
+    vit = real(build_detector, DetectorConfig.tiny()).model.conv_encoder.backbone
+    model = to_card(real(MaskedViT, vit).train())
+    mask = random_mask(2, 4).to(DEVICE)
+    assert model(torch.empty(2, 3, 64, 64, device=DEVICE), mask).device == DEVICE
+
+
+def test_tensors_on_two_devices_are_noticed(card):
+    model = to_card(real(build_detector, DetectorConfig.tiny()))
+    with pytest.raises(RuntimeError, match="same device"):
+        model(torch.empty(2, 3, 64, 64), targets=targets_of([1, 1], DEVICE))
+
+
+def test_host_waits_do_not_grow_with_the_batch(card):
+    training = Training(card)
+    for batch in (2, 8):
+        training.second_step(batch=batch)
+        assert len(training.card.waits) <= 3, collections.Counter(training.card.waits)
+
+
+def test_no_host_wait_inside_forward(card):
+    training = Training(card)
+    training.second_step()
+    before = len(card.waits)
+    with autocast(torch.bfloat16):
+        pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
+        training.model(pixel_values, targets=targets_of([2, 1], DEVICE))
+    assert card.waits[before:] == []
+
+
+def test_loading_leaves_the_cards_generators_alone(smoke_data, monkeypatch):
+    def seeded(seed):
+        raise AssertionError("a loader has seeded the generators of the cards")
+
+    config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=4)
+    view = augmented(load_dataset(smoke_data, "train"), config)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded)
+    assert len(list(epoch_batches(view, config, 0))) > 1
