@@ -56,7 +56,7 @@ class EpochView(Dataset):
     def __getitem__(self, k: int) -> tuple[torch.Tensor, dict]:
         with torch.random.fork_rng(devices=[]):
             i = self.order[k]
-            torch.manual_seed(self._seed(i))
+            torch.default_generator.manual_seed(self._seed(i))
             return self.dataset[i]
 
 

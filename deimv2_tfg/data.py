@@ -81,7 +81,7 @@ def coco_targets(annotations: list[dict], image: dict, labels: dict[int, int]) -
 def cxcywh_to_xyxy(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(n, 4) cxcywh in [0, 1] to xyxy in pixels of an image of `size` (height, width)."""
     height, width = size
-    edges = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    edges = torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
     return box_convert(boxes, "cxcywh", "xyxy") * edges
 
 

@@ -257,6 +257,8 @@ def fake_card(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(modeling_deimv2, "torch_compilable_check", lambda *_: None)
     monkeypatch.setattr("deimv2_tfg.criterion.fetch", fetch)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     with FakeTensorMode(allow_non_fake_inputs=True), Card() as card:
         yield card
 
