@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     "LIMIT",
-    "HEADS",
+    "PER_HEAD",
     "WEIGHTS",
     "box_overlap",
     "focal_cost",
@@ -57,6 +57,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
+from .core import default_device
 from .detector import bin_offsets
 
 
@@ -412,7 +413,7 @@ def average_over_processes(counts: list, device) -> list:
 
 
 # %% ../nbs/03a_criterion.ipynb #float-outputs
-HEADS = ("layer_logits", "layer_boxes", "layer_corners", "layer_refs", "pre_logits", "pre_boxes")
+PER_HEAD = ("layer_logits", "layer_boxes", "layer_corners", "layer_refs", "pre_logits", "pre_boxes")
 
 
 def float_outputs(outputs) -> dict:
@@ -421,9 +422,9 @@ def float_outputs(outputs) -> dict:
     `outputs`: a mapping with the names and shapes of chapter 3's `DetectorOutput`. `KeyError`
     names what is missing.
     """
-    names = [*HEADS, "enc_logits", "enc_boxes"]
+    names = [*PER_HEAD, "enc_logits", "enc_boxes"]
     if outputs.get("dn_layer_logits") is not None:
-        names += [f"dn_{name}" for name in HEADS]
+        names += [f"dn_{name}" for name in PER_HEAD]
     missing = ", ".join(name for name in names if outputs.get(name) is None)
     if missing:
         raise KeyError(f"outputs without {missing} (a detector gives them in training mode only)")
@@ -749,7 +750,7 @@ def bench_criterion(
 
     In turn, `repeats` times: number of terms, median and least seconds, speed-up (of medians).
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or default_device())
     shape = {"batch": batch, "boxes": boxes, "queries": queries, "groups": groups}
     outputs, targets = random_outputs(num_classes, **shape, seed=seed, device=device)
     theirs = {}
