@@ -23,7 +23,15 @@ from transformers.models.deimv2 import modeling_deimv2
 
 DEVICE = torch.device("cuda:0")
 NO_KERNEL = {"detach", "alias", "_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided"}
-NO_KERNEL |= {"device", "new_empty_strided", "_reshape_alias", "expand", "lift_fresh", "set_", "resize_"}
+NO_KERNEL |= {
+    "device",
+    "new_empty_strided",
+    "_reshape_alias",
+    "expand",
+    "lift_fresh",
+    "set_",
+    "resize_",
+}
 COPIES = {"_to_copy", "copy_"}
 SIZED = {"nonzero", "masked_select", "unique2", "_unique2", "equal", "is_nonzero"}
 SOME = 4  # how many entries a mask is said to choose
@@ -80,7 +88,9 @@ class Card(TorchDispatchMode):
         out = self.answer(func, name, masked, args, kwargs)
         if name in COPIES:
             source = args[1] if name == "copy_" else args[0]
-            blocking = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
+            blocking = not (
+                kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))
+            )
             if source.device.type != out.device.type and blocking:
                 self.wait(f"copy {source.device.type} -> {out.device.type}")
         if not func.is_view and name not in NO_KERNEL and on_card(args, kwargs, out):
@@ -119,7 +129,9 @@ def to_card(module: nn.Module) -> nn.Module:
         for name, value in [*owner._parameters.items(), *owner._buffers.items()]:
             if value is None:
                 continue
-            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
+            fake = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=DEVICE
+            )
             if name in owner._parameters:
                 owner._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
             else:

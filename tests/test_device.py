@@ -152,7 +152,8 @@ def test_faster_rcnn_stays_on_the_card(card, backbone):
 @pytest.mark.parametrize("kind", list(HEADS))
 def test_the_fused_detector_stays_on_the_card(card, kind):
     detector = real(build_detector, DetectorConfig.tiny()).eval()
-    text = real(ClassText, real(torch.ones, 6, 32))
+    words = real(torch.ones, 6, 32)
+    text = ClassText(words, words, real(torch.arange, 6))
     head = real(build_head, kind, 48, text)
     model = to_card(FusedDetector(detector, head, text, {}))
     model = thaw(model, "decoder").train()
