@@ -111,7 +111,7 @@ def test_only_what_changed_is_made_again(tmp_path, copy):
     unrelated.write_text(unrelated.read_text() + "\nNEW = 1\n")
     assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
 
-    imported = copy.parent / "deimv2_tfg/formats.py"
+    imported = copy.parent / "deimv2_tfg/doctor.py"
     imported.write_text(imported.read_text() + "\nNEW = 1\n")
     assert "chapter 01b_formats" in said(home, *words, page, snakefile=copy)
 
