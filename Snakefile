@@ -22,7 +22,7 @@ READS = {
     "results": ["multimodal", "baselines"],
     "thesis": ["results", "errors"],
 }
-TRAINS = {"training", "stability", "multimodal", "baselines", "pretraining"}
+TRAINS = {"training", "stability", "levers", "multimodal", "baselines", "pretraining"}
 
 study = open_study(
     config.get("profile"), config.get("data_dir"), config.get("study"), config.get("seed", 0)

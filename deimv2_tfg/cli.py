@@ -155,6 +155,7 @@ def configuration_of(function: Callable) -> type | None:
     return kinds[0] if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]) else None
 
 
+# %% ../nbs/08_cli.ipynb #add-fields
 def add_fields(parser: ArgumentParser, config: type):
     """The fields of a dataclass as options, with their comments and ranges as help."""
     comments = field_comments(config)
@@ -234,6 +235,7 @@ def all_runs(folder: str | Path | None = None) -> list:
     return sorted(runs, key=lambda run: run.environment.get("time", ""))
 
 
+# %% ../nbs/08_cli.ipynb #run-named-2
 def run_named(name: str) -> str:
     """The directory that a run is called by: a path, a run's name, or `latest`.
 
@@ -290,6 +292,7 @@ def train_command(config: TrainConfig):
         return train(config)
 
 
+# %% ../nbs/08_cli.ipynb #fuse-command
 @command
 def fuse_command(config: FusionConfig):
     """Train a head that reads texts on the queries of a trained detector; prints the run."""
@@ -505,6 +508,7 @@ def describe_command(data_dir: str, path: str | None = None):
     return describe(data_dir, path)
 
 
+# %% ../nbs/08_cli.ipynb #synth-command
 @command
 def synth_command(
     root: str,
@@ -613,16 +617,17 @@ def bench_command(
     return table.to_string(float_format="%.4g")
 
 
+# %% ../nbs/08_cli.ipynb #bench-table
 def bench_table(what, repeats, workers, compiled, model, image_size, batch_size) -> Any:
     """The data frame of one measurement; see `bench_command`."""
-    from deimv2_tfg import cost, criterion, fusion, stability
+    from deimv2_tfg import cost, criterion, fusion, levers
 
     if what == "criterion":
         return criterion.bench_criterion(repeats=repeats)
     if what == "heads":
         return fusion.bench_heads(repeats=repeats)
     if what == "train":
-        return stability.bench_train(repeats=repeats, workers=workers, compiled=compiled)
+        return levers.bench_train(repeats=repeats, workers=workers, compiled=compiled)
     if what == "latency":
         return cost.latency_table(model, (image_size,), repeats=repeats)
     measure = {"memory": cost.memory_table, "parts": cost.parts_table}[what]
@@ -647,6 +652,7 @@ def overview() -> str:
     return "\n".join([*lines, "", "deimv2-tfg COMMAND --help says what a command takes."])
 
 
+# %% ../nbs/08_cli.ipynb #called
 def called(words: Sequence[str]) -> tuple[Callable, dict]:
     """The function of a command line and its arguments. Raises `SystemExit` where it is wrong."""
     name, *rest = words
@@ -674,6 +680,7 @@ def told(error: BaseException) -> bool:
     return ours or isinstance(error, (OSError, ValueError, ImportError))
 
 
+# %% ../nbs/08_cli.ipynb #main-2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `deimv2-tfg`; gives the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -703,6 +710,7 @@ def sources_fingerprint(notebook: dict) -> str:
     return hash_bytes(*("".join(cell["source"]).encode() for cell in notebook["cells"]))
 
 
+# %% ../nbs/08_cli.ipynb #store-pages-2
 def store_pages(executed: str | Path):
     """Copy the outputs of executed pages into `nbs/`. Raises `ValueError` for other sources."""
     for path in sorted(Path(executed).glob("*.ipynb")):

@@ -51,6 +51,7 @@ def input_sizes(pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(sizes, device=pixel_values.device)
 
 
+# %% ../nbs/03d_cost.ipynb #count-flops-2
 @torch.no_grad()
 def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
     """Floating-point operations of one forward pass to the detections; a multiply-add is two."""
@@ -71,6 +72,7 @@ def seconds_of(call: Callable, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+# %% ../nbs/03d_cost.ipynb #latency-2
 @torch.no_grad()
 def latency(
     model: torch.nn.Module, pixel_values: torch.Tensor, repeats: int = 20, warmup: int = 3
@@ -97,6 +99,7 @@ def _resident(line: str) -> float:
         return float("nan")
 
 
+# %% ../nbs/03d_cost.ipynb #forget-high-water
 def _forget_high_water() -> bool:
     """Set the process's high-water mark back to what is in use; whether that could be done."""
     try:
@@ -125,6 +128,7 @@ def peak_of(call: Callable, device: torch.device) -> float:
     return max(0.0, _resident("VmHWM") - before)
 
 
+# %% ../nbs/03d_cost.ipynb #peak-memory-2
 @torch.no_grad()
 def peak_memory(model: torch.nn.Module, pixel_values: torch.Tensor) -> float:
     """MB that one pass takes at its highest, beyond weights and input."""
@@ -206,6 +210,7 @@ def way_latency(model: str, image_size: int, way: str, repeats: int) -> np.ndarr
         return latency(network, pixels, repeats)
 
 
+# %% ../nbs/03d_cost.ipynb #latency-table-2
 def latency_table(model: str, sizes=(640, 1024), ways=tuple(WAYS), repeats=20) -> pd.DataFrame:
     """Median and 90th percentile (ms) of one photograph, one row per size and way."""
     rows = []
@@ -253,6 +258,7 @@ class StepParts:
         self.optimizer.zero_grad()
 
 
+# %% ../nbs/03d_cost.ipynb #d4e3928c
 PARTS = ("encoder", "decoder", "losses", "backward", "update")
 
 
@@ -265,6 +271,7 @@ def arithmetic_rate(device: torch.device, repeats: int = 5) -> float:
     return 2 * side**3 / best
 
 
+# %% ../nbs/03d_cost.ipynb #parts-table-2
 def parts_table(model: str, image_size: int, batch_size: int, repeats: int = 5) -> pd.DataFrame:
     """Parts of a training step: seconds, share, operations, and their floor.
 
@@ -306,6 +313,7 @@ def memory_table(model: str, image_size: int, batch_size: int, repeats: int = 3)
     return pd.DataFrame(rows).assign(device=device_name(default_device()))
 
 
+# %% ../nbs/03d_cost.ipynb #step-memory
 def step_memory(step: StepParts, repeats: int) -> dict:
     """Median seconds, images/s and peak memory (GB) of a whole training step."""
 

@@ -4,11 +4,11 @@ import pandas as pd
 import pytest
 import torch
 
-from deimv2_tfg import stability
+from deimv2_tfg import levers
 from deimv2_tfg.cli import main
 from deimv2_tfg.cost import PARTS, memory_table, parts_table
+from deimv2_tfg.levers import LEVERS, bench_lever, bench_train
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.stability import LEVERS, bench_lever, bench_train
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="states what is missing without a GPU"
@@ -42,12 +42,12 @@ def test_one_row_per_lever_and_a_reason_for_each_that_is_missing(smoke_data):
 
 def test_what_does_not_compile_is_missing_and_any_other_fault_is_raised(config, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
-    measured, reason = stability.measured_lever(("compiled",), config, 1)
+    measured, reason = levers.measured_lever(("compiled",), config, 1)
     assert measured == {}
     assert reason == "RuntimeError: InvalidCxxCompiler: no working C++ compiler found"
-    monkeypatch.setattr(stability, "l1_distance", broken)
+    monkeypatch.setattr(levers, "l1_distance", broken)
     with pytest.raises(RuntimeError, match="InvalidCxx"):
-        stability.measured_lever(("no cdist",), config, 1)
+        levers.measured_lever(("no cdist",), config, 1)
 
 
 def test_the_static_part_is_what_is_compiled(config, monkeypatch):
@@ -80,7 +80,7 @@ def test_workers_and_the_command(config, capsys, monkeypatch):
     def asked(**given):
         return pd.DataFrame([given])
 
-    monkeypatch.setattr(stability, "bench_train", asked)
+    monkeypatch.setattr(levers, "bench_train", asked)
     assert main(["bench", "train", "--repeats", "2", "--workers", "3", "--compiled"]) == 0
     said = capsys.readouterr().out.split()
     assert said == ["repeats", "workers", "compiled", "0", "2", "3", "True"]
