@@ -229,14 +229,13 @@ def test_a_run_is_a_run_directory_and_is_found_again(config):
     assert train_fusion(dataclasses.replace(config, seed=1)) != run
 
 
-def test_a_fusion_run_opens_like_every_detector(config, smoke_data):
-    run = train_fusion(config)
+def test_a_fusion_run_opens_and_is_judged_like_every_detector(config, smoke_data, tmp_path):
+    run = train_fusion(dataclasses.replace(config, runs_dir=str(tmp_path)))
     model = open_detector(run / "best")
     assert isinstance(model, FusedDetector) and model.classes == CLASSES
     stored = Run(run).scores("test")["AP"]
-    found = predict(model, load_dataset(smoke_data, "test"), 64)
-    coco = load_dataset(smoke_data, "test").coco
-    assert coco_metrics(coco, found)["AP"] == pytest.approx(stored, abs=0.02)  # half precision
+    found = evaluate(run, smoke_data, "test")
+    assert found["AP"] == pytest.approx(stored, abs=0.02)  # the cache is in half precision
 
 
 def test_the_same_seed_gives_the_same_numbers(config, tmp_path):
