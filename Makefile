@@ -52,6 +52,7 @@ format: env
 export: env
 	$(BIN)/nbdev_export
 	$(BIN)/ruff check --fix-only --quiet --select I deimv2_tfg
+	$(BIN)/python -c "from deimv2_tfg.cli import narrow_exports; narrow_exports('deimv2_tfg')"
 	$(BIN)/ruff format --quiet deimv2_tfg
 
 env: $(VENV)/.installed

@@ -4,22 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "LEAVE",
-    "NO_ANSWER",
-    "FEW",
-    "is_number",
-    "box_problem",
-    "mask_facts",
-    "mended_box",
-    "Category",
-    "read_categories",
-    "objects_by_class",
-    "check_categories",
-    "parent_category",
-    "few_objects",
-    "check_counts",
-    "check_annotations",
-]
+    'LEAVE', 'NO_ANSWER', 'FEW', 'is_number', 'box_problem', 'mask_facts', 'mended_box',
+    'Category', 'read_categories', 'objects_by_class', 'check_categories', 'parent_category',
+    'few_objects', 'check_counts', 'check_annotations',
+]  # fmt: skip
 
 # %% ../nbs/00h_annotations.ipynb #imports
 import math

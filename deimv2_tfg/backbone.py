@@ -4,13 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "vit_config",
-    "correct_vit",
-    "vit_features",
-    "plain_gradient",
-    "Backbone",
-    "build_backbone",
-]
+    'vit_config', 'correct_vit', 'vit_features', 'plain_gradient', 'Backbone', 'build_backbone',
+]  # fmt: skip
 
 # %% ../nbs/02_backbone.ipynb #9a4157c4
 import torch

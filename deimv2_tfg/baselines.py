@@ -4,23 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "BACKBONES",
-    "SMALL_RPN",
-    "FASTER_RCNN",
-    "with_pyramid",
-    "resnet18_fpn",
-    "efficientnet_b0_fpn",
-    "anchors_for",
-    "torchvision_target",
-    "Baseline",
-    "save_baseline",
-    "load_baseline",
-    "build_baseline",
-    "baseline_config",
-    "native_size",
-    "overfit",
-    "trained",
-]
+    'BACKBONES', 'SMALL_RPN', 'FASTER_RCNN', 'with_pyramid', 'resnet18_fpn',
+    'efficientnet_b0_fpn', 'anchors_for', 'torchvision_target', 'Baseline', 'save_baseline',
+    'load_baseline', 'build_baseline', 'baseline_config', 'native_size', 'overfit', 'trained',
+]  # fmt: skip
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
 import dataclasses

@@ -4,16 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "SHOWN",
-    "Pile",
-    "of_kind",
-    "shown_photographs",
-    "drawn",
-    "pair",
-    "png",
-    "Controls",
-    "Browser",
-]
+    'SHOWN', 'Pile', 'of_kind', 'shown_photographs', 'drawn', 'pair', 'png', 'Controls', 'Browser',
+]  # fmt: skip
 
 # %% ../nbs/07d_browse.ipynb #br-imports
 import io

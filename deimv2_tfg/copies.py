@@ -4,31 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "FINE",
-    "COARSE",
-    "ORIENTATIONS",
-    "SAME",
-    "NOWHERE",
-    "CANDIDATE",
-    "NEIGHBOURS",
-    "WORDS",
-    "AUGMENTED",
-    "ROBOFLOW",
-    "COPIES",
-    "open_pixels",
-    "detail",
-    "turned",
-    "fingerprints",
-    "similarity",
-    "same_pairs",
-    "clusters",
-    "base_name",
-    "is_augmented",
-    "copies_by_name",
-    "pair_sheet",
-    "planted",
-    "copy_recall",
-]
+    'FINE', 'COARSE', 'ORIENTATIONS', 'SAME', 'NOWHERE', 'CANDIDATE', 'NEIGHBOURS', 'WORDS',
+    'AUGMENTED', 'ROBOFLOW', 'COPIES', 'open_pixels', 'detail', 'turned', 'fingerprints',
+    'similarity', 'same_pairs', 'clusters', 'base_name', 'is_augmented', 'copies_by_name',
+    'pair_sheet', 'planted', 'copy_recall',
+]  # fmt: skip
 
 # %% ../nbs/00f_copies.ipynb #imports
 import hashlib

@@ -4,20 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "POINT",
-    "f1_curve",
-    "working_points",
-    "kept_results",
-    "at_working_points",
-    "confusion",
-    "plot_confusion",
-    "image_verdicts",
-    "verdict_metrics",
-    "plot_verdicts",
-    "calibration",
-    "calibration_error",
-    "plot_reliability",
-]
+    'POINT', 'f1_curve', 'working_points', 'kept_results', 'at_working_points', 'confusion',
+    'plot_confusion', 'image_verdicts', 'verdict_metrics', 'plot_verdicts', 'calibration',
+    'calibration_error', 'plot_reliability',
+]  # fmt: skip
 
 # %% ../nbs/03c_decisions.ipynb #dec-imports
 from collections import defaultdict

@@ -4,38 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "PHOTOGRAPHS",
-    "VIDEOS",
-    "RESULT_FILES",
-    "PHOTOGRAPH_COLUMNS",
-    "TOLERANCE",
-    "Thresholds",
-    "kept_thresholds",
-    "one_threshold",
-    "run_thresholds",
-    "input_size",
-    "as_rgb",
-    "Detections",
-    "Predictor",
-    "category_ids_of",
-    "NeedsPackage",
-    "list_files",
-    "video_frames",
-    "frames",
-    "good_class",
-    "part_verdict",
-    "PredictionReport",
-    "write_coco",
-    "write_csv",
-    "write_tables",
-    "clear_results",
-    "predict_files",
-    "Exported",
-    "query_difference",
-    "onnx_difference",
-    "export_notes",
-    "export_onnx",
-]
+    'PHOTOGRAPHS', 'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
+    'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
+    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'frames',
+    'good_class', 'part_verdict', 'PredictionReport', 'write_coco', 'write_csv', 'write_tables',
+    'clear_results', 'predict_files', 'Exported', 'query_difference', 'onnx_difference',
+    'export_notes', 'export_onnx',
+]  # fmt: skip
 
 # %% ../nbs/07b_use.ipynb #use-imports
 import importlib.util

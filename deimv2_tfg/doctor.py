@@ -4,24 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "MODES",
-    "SUFFIXES",
-    "DAMAGED",
-    "CHANGES",
-    "ROUNDS",
-    "check_dataset",
-    "DatasetError",
-    "require_dataset",
-    "mended",
-    "fix_dataset",
-    "link_images",
-    "write_report",
-    "as_text",
-    "as_dict",
-    "changes_as_text",
-    "doctor",
-    "twin_table",
-]
+    'MODES', 'SUFFIXES', 'DAMAGED', 'CHANGES', 'ROUNDS', 'check_dataset', 'DatasetError',
+    'require_dataset', 'mended', 'fix_dataset', 'link_images', 'write_report', 'as_text',
+    'as_dict', 'changes_as_text', 'doctor', 'twin_table',
+]  # fmt: skip
 
 # %% ../nbs/00i_doctor.ipynb #imports
 import os

@@ -4,23 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "ERROR_KINDS",
-    "NEAR",
-    "ENOUGH",
-    "CORRECTABLE",
-    "DETECTION",
-    "HATCHES",
-    "AXES",
-    "SUSPICIONS",
-    "detection_errors",
-    "error_budget",
-    "plot_budget",
-    "object_table",
-    "found_by",
-    "plot_found",
-    "worst_photographs",
-    "likely_label_errors",
-]
+    'ERROR_KINDS', 'NEAR', 'ENOUGH', 'CORRECTABLE', 'DETECTION', 'HATCHES', 'AXES', 'SUSPICIONS',
+    'detection_errors', 'error_budget', 'plot_budget', 'object_table', 'found_by', 'plot_found',
+    'worst_photographs', 'likely_label_errors',
+]  # fmt: skip
 
 # %% ../nbs/07a_errors.ipynb #err-imports
 import matplotlib.pyplot as plt

@@ -4,29 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "SPLITS",
-    "LAYOUT",
-    "ERROR",
-    "WARNING",
-    "KINDS",
-    "PARTS",
-    "LEFT_BEHIND",
-    "NEEDED",
-    "annotation_file",
-    "error_kind",
-    "warning_kind",
-    "Finding",
-    "Mend",
-    "Report",
-    "Place",
-    "Sheet",
-    "id_key",
-    "read_sheet",
-    "Entry",
-    "box_numbers",
-    "labels_and_boxes",
-    "check_images",
-]
+    'SPLITS', 'LAYOUT', 'ERROR', 'WARNING', 'KINDS', 'PARTS', 'LEFT_BEHIND', 'NEEDED',
+    'annotation_file', 'error_kind', 'warning_kind', 'Finding', 'Mend', 'Report', 'Place',
+    'Sheet', 'id_key', 'read_sheet', 'Entry', 'box_numbers', 'labels_and_boxes', 'check_images',
+]  # fmt: skip
 
 # %% ../nbs/00g_findings.ipynb #imports
 import os

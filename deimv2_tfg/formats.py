@@ -4,40 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "PICTURES",
-    "LEFTOVERS",
-    "KIND_FOLDERS",
-    "SPLIT_NAMES",
-    "NO_LABELS",
-    "coco_of",
-    "write_split",
-    "Item",
-    "Foreign",
-    "photograph_size",
-    "balance",
-    "require_balance",
-    "key",
-    "split_of",
-    "files_of",
-    "by_key",
-    "PhotographIndex",
-    "VocFile",
-    "xml_root",
-    "read_voc_file",
-    "read_voc",
-    "read_lists",
-    "read_voc_set",
-    "write_voc",
-    "read_yolo",
-    "yolo_classes",
-    "read_yolo_set",
-    "write_yolo",
-    "coco_box",
-    "is_coco",
-    "read_coco_set",
-    "read_cvat",
-    "read_labelme",
-]
+    'PICTURES', 'LEFTOVERS', 'KIND_FOLDERS', 'SPLIT_NAMES', 'NO_LABELS', 'coco_of', 'write_split',
+    'Item', 'Foreign', 'photograph_size', 'balance', 'require_balance', 'key', 'split_of',
+    'files_of', 'by_key', 'PhotographIndex', 'VocFile', 'xml_root', 'read_voc_file', 'read_voc',
+    'read_lists', 'read_voc_set', 'write_voc', 'read_yolo', 'yolo_classes', 'read_yolo_set',
+    'write_yolo', 'coco_box', 'is_coco', 'read_coco_set', 'read_cvat', 'read_labelme',
+]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
 import re

@@ -4,36 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "AUGMENTATION",
-    "TEXTS",
-    "PRIOR",
-    "HEADS",
-    "Queries",
-    "match_queries",
-    "query_quality",
-    "run_queries",
-    "detector_hash",
-    "query_key",
-    "cached_queries",
-    "queries_in_batches",
-    "query_results",
-    "ClassText",
-    "orthogonal_rows",
-    "class_text_of",
-    "Head",
-    "LinearHead",
-    "ContrastiveHead",
-    "CosineHead",
-    "ConcatHead",
-    "ResidualHead",
-    "CrossAttentionHead",
-    "build_head",
-    "parameter_count",
-    "fusion_loss",
-    "training_pass",
-    "random_queries",
-    "bench_heads",
-]
+    'AUGMENTATION', 'TEXTS', 'PRIOR', 'HEADS', 'Queries', 'match_queries', 'query_quality',
+    'run_queries', 'detector_hash', 'query_key', 'cached_queries', 'queries_in_batches',
+    'query_results', 'ClassText', 'orthogonal_rows', 'class_text_of', 'Head', 'LinearHead',
+    'ContrastiveHead', 'CosineHead', 'ConcatHead', 'ResidualHead', 'CrossAttentionHead',
+    'build_head', 'parameter_count', 'fusion_loss', 'training_pass', 'random_queries',
+    'bench_heads',
+]  # fmt: skip
 
 # %% ../nbs/04c_fusion.ipynb #fusion-imports
 import json

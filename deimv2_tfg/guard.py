@@ -4,23 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "KEPT_BATCHES",
-    "anywhere",
-    "check_everywhere",
-    "random_state",
-    "set_random_state",
-    "saved_buffers",
-    "restore_buffers",
-    "is_finite",
-    "watch",
-    "diagnose",
-    "Diverged",
-    "loss_scale",
-    "record_incident",
-    "replay",
-    "roll_back",
-    "stop_requests",
-]
+    'KEPT_BATCHES', 'anywhere', 'check_everywhere', 'random_state', 'set_random_state',
+    'saved_buffers', 'restore_buffers', 'is_finite', 'watch', 'diagnose', 'Diverged',
+    'loss_scale', 'record_incident', 'replay', 'roll_back', 'stop_requests',
+]  # fmt: skip
 
 # %% ../nbs/03g_guard.ipynb #guard-imports
 import contextlib

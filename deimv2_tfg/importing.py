@@ -4,36 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "FEW_VALUES",
-    "VOID",
-    "MASK_FOLDERS",
-    "MASK_ENDING",
-    "SOUND",
-    "READERS",
-    "SHARES",
-    "mask_values",
-    "is_smooth",
-    "marked",
-    "mask_parts",
-    "mask_boxes",
-    "mask_key",
-    "split_masks",
-    "value_names",
-    "MaskReader",
-    "read_masks",
-    "number_classes",
-    "read_folders",
-    "format_of",
-    "every_nth",
-    "fill_split",
-    "groups_of_items",
-    "deal_items",
-    "settle_splits",
-    "write_items",
-    "write_one_piece",
-    "read_foreign",
-    "import_dataset",
-]
+    'FEW_VALUES', 'VOID', 'MASK_FOLDERS', 'MASK_ENDING', 'SOUND', 'READERS', 'SHARES',
+    'mask_values', 'is_smooth', 'marked', 'mask_parts', 'mask_boxes', 'mask_key', 'split_masks',
+    'value_names', 'MaskReader', 'read_masks', 'number_classes', 'read_folders', 'format_of',
+    'every_nth', 'fill_split', 'groups_of_items', 'deal_items', 'settle_splits', 'write_items',
+    'write_one_piece', 'read_foreign', 'import_dataset',
+]  # fmt: skip
 
 # %% ../nbs/01f_importing.ipynb #imp-imports
 import re

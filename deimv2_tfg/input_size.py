@@ -4,20 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "SIZES",
-    "PEAK",
-    "LIMITS",
-    "SHARES",
-    "MEMORY",
-    "size_shares",
-    "count_step",
-    "StepCost",
-    "step_cost",
-    "step_rate",
-    "cost_table",
-    "recommend",
-    "plot_shares",
-]
+    'SIZES', 'PEAK', 'LIMITS', 'SHARES', 'MEMORY', 'size_shares', 'count_step', 'StepCost',
+    'step_cost', 'step_rate', 'cost_table', 'recommend', 'plot_shares',
+]  # fmt: skip
 
 # %% ../nbs/03e_input_size.ipynb #imports
 import time

@@ -4,35 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "PLACES",
-    "TEXT_PARTS",
-    "STAGES",
-    "LEARNED",
-    "UNFIT",
-    "FusionData",
-    "fusion_data",
-    "fusion_text",
-    "text_hash",
-    "find_fusion_run",
-    "fit_head",
-    "head_logits",
-    "save_head",
-    "load_head",
-    "FusedDetector",
-    "load_fused",
-    "thaw",
-    "fused_family",
-    "train_fusion",
-    "grid_configs",
-    "sample_run",
-    "sample_detector",
-    "verdict",
-    "cells_of",
-    "effect_columns",
-    "fusion_table",
-    "effect_table",
-    "plot_text_effects",
-]
+    'PLACES', 'TEXT_PARTS', 'STAGES', 'LEARNED', 'UNFIT', 'FusionData', 'fusion_data',
+    'fusion_text', 'text_hash', 'find_fusion_run', 'fit_head', 'head_logits', 'save_head',
+    'load_head', 'FusedDetector', 'load_fused', 'thaw', 'fused_family', 'train_fusion',
+    'grid_configs', 'sample_run', 'sample_detector', 'verdict', 'cells_of', 'effect_columns',
+    'fusion_table', 'effect_table', 'plot_text_effects',
+]  # fmt: skip
 
 # %% ../nbs/05_multimodal.ipynb #9f564af0
 import dataclasses

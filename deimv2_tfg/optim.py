@@ -4,14 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "BACKBONE",
-    "backbone_factor",
-    "parameter_groups",
-    "make_ema",
-    "pick_precision",
-    "start_accelerator",
-    "recompute",
-]
+    'BACKBONE', 'backbone_factor', 'parameter_groups', 'make_ema', 'pick_precision',
+    'start_accelerator', 'recompute',
+]  # fmt: skip
 
 # %% ../nbs/03i_optimizer.ipynb #optim-imports
 import torch

@@ -4,28 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "WHOLE",
-    "DECIMAL",
-    "WAYS_OUT",
-    "DEEP",
-    "UPRIGHT",
-    "SIDE",
-    "STRIP",
-    "LARGE",
-    "read_text",
-    "read_json_file",
-    "whole_number",
-    "number",
-    "safe_path",
-    "PhotographError",
-    "read_photograph",
-    "Photograph",
-    "header_of",
-    "thumbnail_of",
-    "pixel_facts",
-    "look_at",
-    "look_at_all",
-]
+    'WHOLE', 'DECIMAL', 'WAYS_OUT', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP', 'LARGE', 'read_text',
+    'read_json_file', 'whole_number', 'number', 'safe_path', 'PhotographError', 'read_photograph',
+    'Photograph', 'header_of', 'thumbnail_of', 'pixel_facts', 'look_at', 'look_at_all',
+]  # fmt: skip
 
 # %% ../nbs/00a_photographs.ipynb #imports
 import hashlib

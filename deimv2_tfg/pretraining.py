@@ -4,22 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "PUBLISHED_NAMES",
-    "ARMS",
-    "unlabelled",
-    "Unlabelled",
-    "without_copies",
-    "random_mask",
-    "MaskedViT",
-    "vit_state",
-    "save_vit",
-    "PretrainConfig",
-    "find_pretraining",
-    "pretrain_epoch",
-    "pretrain",
-    "arm_configs",
-    "train_arms",
-]
+    'PUBLISHED_NAMES', 'ARMS', 'unlabelled', 'Unlabelled', 'without_copies', 'random_mask',
+    'MaskedViT', 'vit_state', 'save_vit', 'PretrainConfig', 'find_pretraining', 'pretrain_epoch',
+    'pretrain', 'arm_configs', 'train_arms',
+]  # fmt: skip
 
 # %% ../nbs/09_pretraining.ipynb #exports
 import dataclasses

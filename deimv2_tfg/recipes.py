@@ -4,40 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "FRACTION",
-    "POSITIVE",
-    "NOT_NEGATIVE",
-    "COUNT",
-    "MODELS",
-    "BASELINES",
-    "PRECISIONS",
-    "LR_RULES",
-    "TRAIN_RANGES",
-    "HEAD_NAMES",
-    "TEXT_KINDS",
-    "ENCODERS",
-    "FUSION_RANGES",
-    "REFERENCE",
-    "SECOND_RUN",
-    "RECIPES",
-    "SHIPPED",
-    "Within",
-    "check_fields",
-    "TrainConfig",
-    "scaled_lr",
-    "Schedule",
-    "lr_factor",
-    "FusionConfig",
-    "IterationRecipe",
-    "fractions_of",
-    "check_recipe",
-    "shipped_recipes",
-    "recipe_file",
-    "recipe_fields",
-    "load_recipe",
-    "config_of",
-    "write_recipe",
-]
+    'FRACTION', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'MODELS', 'BASELINES', 'PRECISIONS',
+    'LR_RULES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS', 'FUSION_RANGES',
+    'REFERENCE', 'SECOND_RUN', 'RECIPES', 'SHIPPED', 'Within', 'check_fields', 'TrainConfig',
+    'scaled_lr', 'Schedule', 'lr_factor', 'FusionConfig', 'IterationRecipe', 'fractions_of',
+    'check_recipe', 'shipped_recipes', 'recipe_file', 'recipe_fields', 'load_recipe', 'config_of',
+    'write_recipe',
+]  # fmt: skip
 
 # %% ../nbs/03f_recipes.ipynb #recipes-imports
 import dataclasses

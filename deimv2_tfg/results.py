@@ -4,26 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "LOSSES",
-    "FEW",
-    "GOOD",
-    "SINGLE",
-    "NOT_COMPARED",
-    "FAMILIES",
-    "COMPARED",
-    "loss_families",
-    "plot_training",
-    "per_class_table",
-    "plot_per_class",
-    "plot_precision_recall",
-    "sheet_images",
-    "prediction_sheet",
-    "group_seeds",
-    "model_names",
-    "named_groups",
-    "judge_group",
-    "compare",
-]
+    'LOSSES', 'FEW', 'GOOD', 'SINGLE', 'NOT_COMPARED', 'FAMILIES', 'COMPARED', 'loss_families',
+    'plot_training', 'per_class_table', 'plot_per_class', 'plot_precision_recall', 'sheet_images',
+    'prediction_sheet', 'group_seeds', 'model_names', 'named_groups', 'judge_group', 'compare',
+]  # fmt: skip
 
 # %% ../nbs/07_results.ipynb #663dd787
 import json

@@ -4,35 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "FRESH",
-    "WEIGHTS",
-    "PACKAGES",
-    "INCIDENT",
-    "file_digest",
-    "data_hash",
-    "source_hash",
-    "reachable_code",
-    "code_hash",
-    "run_directory",
-    "weights_hash",
-    "environment",
-    "RunFiles",
-    "RunAbout",
-    "Run",
-    "find_runs",
-    "finished_run",
-    "Log",
-    "CheckpointError",
-    "to_bytes",
-    "save_state",
-    "load_state",
-    "keep_best",
-    "mend_best",
-    "TrainingStopped",
-    "refuse_stopped",
-    "only_writer",
-    "full_disk_named",
-]
+    'FRESH', 'WEIGHTS', 'PACKAGES', 'INCIDENT', 'file_digest', 'data_hash', 'source_hash',
+    'reachable_code', 'code_hash', 'run_directory', 'weights_hash', 'environment', 'RunFiles',
+    'RunAbout', 'Run', 'find_runs', 'finished_run', 'Log', 'CheckpointError', 'to_bytes',
+    'save_state', 'load_state', 'keep_best', 'mend_best', 'TrainingStopped', 'refuse_stopped',
+    'only_writer', 'full_disk_named',
+]  # fmt: skip
 
 # %% ../nbs/00b_runs.ipynb #runs-imports
 import ast

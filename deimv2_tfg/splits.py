@@ -4,21 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "MANIFEST",
-    "split_table",
-    "groups_of",
-    "deal",
-    "assign_shares",
-    "write_assignment",
-    "write_folds",
-    "manifest_of",
-    "freeze",
-    "changes_between",
-    "require_frozen",
-    "bind_data",
-    "split",
-    "split_quality",
-]
+    'MANIFEST', 'split_table', 'groups_of', 'deal', 'assign_shares', 'write_assignment',
+    'write_folds', 'manifest_of', 'freeze', 'changes_between', 'require_frozen', 'bind_data',
+    'split', 'split_quality',
+]  # fmt: skip
 
 # %% ../nbs/01e_splits.ipynb #imports
 import os

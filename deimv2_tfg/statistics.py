@@ -4,29 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "RECALLS",
-    "ClassMatches",
-    "weighted_ap",
-    "mean_over_classes",
-    "image_strata",
-    "bootstrap_weights",
-    "stratified_weights",
-    "Sampled",
-    "sample_ap",
-    "interval",
-    "Estimate",
-    "estimate",
-    "sign_flip_p",
-    "holm",
-    "sign_flip_power",
-    "smallest_difference",
-    "seed_pairs",
-    "Effect",
-    "paired_effect",
-    "image_swap_p",
-    "wilson",
-    "auroc",
-]
+    'RECALLS', 'ClassMatches', 'weighted_ap', 'mean_over_classes', 'image_strata',
+    'bootstrap_weights', 'stratified_weights', 'Sampled', 'sample_ap', 'interval', 'Estimate',
+    'estimate', 'sign_flip_p', 'holm', 'sign_flip_power', 'smallest_difference', 'seed_pairs',
+    'Effect', 'paired_effect', 'image_swap_p', 'wilson', 'auroc',
+]  # fmt: skip
 
 # %% ../nbs/00c_statistics.ipynb #st-imports
 import math

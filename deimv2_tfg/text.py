@@ -4,34 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "DESCRIPTIONS",
-    "SEED_DESCRIPTIONS",
-    "FIELDS",
-    "RANDOM_WORDS",
-    "HUB",
-    "MINILM_SHA256",
-    "SHIPPED",
-    "descriptions_of",
-    "load_descriptions",
-    "class_text",
-    "text_missing",
-    "class_texts",
-    "text_language",
-    "describe",
-    "text_advice",
-    "skip_page",
-    "random_words",
-    "Encoder",
-    "EncoderError",
-    "find_encoder",
-    "default_encoder",
-    "run_encoder",
-    "text_key",
-    "TextEmbeddings",
-    "encode_texts",
-    "similarity_table",
-    "plot_similarities",
-]
+    'DESCRIPTIONS', 'SEED_DESCRIPTIONS', 'FIELDS', 'RANDOM_WORDS', 'HUB', 'MINILM_SHA256',
+    'SHIPPED', 'descriptions_of', 'load_descriptions', 'class_text', 'text_missing',
+    'class_texts', 'text_language', 'describe', 'text_advice', 'skip_page', 'random_words',
+    'Encoder', 'EncoderError', 'find_encoder', 'default_encoder', 'run_encoder', 'text_key',
+    'TextEmbeddings', 'encode_texts', 'similarity_table', 'plot_similarities',
+]  # fmt: skip
 
 # %% ../nbs/04b_text.ipynb #text-imports
 import importlib.util

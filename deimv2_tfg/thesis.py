@@ -4,20 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "PLACES",
-    "KINDS_OF_RUN",
-    "PLOTS",
-    "Softmaxed",
-    "last_weights",
-    "old_protocol",
-    "top_score_precision",
-    "part_verdict",
-    "study_runs",
-    "images_seen",
-    "best_fusion",
-    "results_table",
-    "render",
-]
+    'PLACES', 'KINDS_OF_RUN', 'PLOTS', 'Softmaxed', 'last_weights', 'old_protocol',
+    'top_score_precision', 'part_verdict', 'study_runs', 'images_seen', 'best_fusion',
+    'results_table', 'render',
+]  # fmt: skip
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
 from collections.abc import Callable

@@ -4,29 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "IMAGE_MEAN",
-    "IMAGE_STD",
-    "CLEAN",
-    "QUARTER_TURNS",
-    "LIGHT",
-    "to_pixel_values",
-    "as_photograph",
-    "on_canvas",
-    "in_pixels",
-    "in_fractions",
-    "augmentation",
-    "EvalTransform",
-    "eval_transform",
-    "TrainTransform",
-    "mosaic",
-    "mixup",
-    "copy_blend",
-    "at_fraction",
-    "MixingDataset",
-    "input_sizes",
-    "at_size",
-    "collate",
-]
+    'IMAGE_MEAN', 'IMAGE_STD', 'CLEAN', 'QUARTER_TURNS', 'LIGHT', 'to_pixel_values',
+    'as_photograph', 'on_canvas', 'in_pixels', 'in_fractions', 'augmentation', 'EvalTransform',
+    'eval_transform', 'TrainTransform', 'mosaic', 'mixup', 'copy_blend', 'at_fraction',
+    'MixingDataset', 'input_sizes', 'at_size', 'collate',
+]  # fmt: skip
 
 # %% ../nbs/01c_transforms.ipynb #51d6256b
 from collections.abc import Sequence

@@ -4,28 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "VITTPLUS",
-    "VITT",
-    "PUBLISHED",
-    "VIT_RULES",
-    "DETECTOR_RULES",
-    "SIZE_DEPENDENT",
-    "CLASS_HEADS",
-    "PUBLISHED_DETECTORS",
-    "PUBLISHED_VITS",
-    "WeightsError",
-    "LoadReport",
-    "choose_state",
-    "read_weights",
-    "parse_rules",
-    "rename_weights",
-    "place_weights",
-    "load_vit",
-    "other_classes",
-    "load_original_weights",
-    "find_weights",
-    "init_weights",
-]
+    'VITTPLUS', 'VITT', 'PUBLISHED', 'VIT_RULES', 'DETECTOR_RULES', 'SIZE_DEPENDENT',
+    'CLASS_HEADS', 'PUBLISHED_DETECTORS', 'PUBLISHED_VITS', 'WeightsError', 'LoadReport',
+    'choose_state', 'read_weights', 'parse_rules', 'rename_weights', 'place_weights', 'load_vit',
+    'other_classes', 'load_original_weights', 'find_weights', 'init_weights',
+]  # fmt: skip
 
 # %% ../nbs/02a_weights.ipynb #w-imports
 import hashlib
