@@ -4,50 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    "TAKES",
-    "RANGES",
-    "SWITCH",
-    "COMMANDS",
-    "Device",
-    "Counts",
-    "Split",
-    "field_comments",
-    "nearest",
-    "plain_message",
-    "Parser",
-    "configuration_of",
-    "add_fields",
-    "command_parser",
-    "spelled_out",
-    "command",
-    "all_runs",
-    "run_named",
-    "usable_device",
-    "interrupt_is_terminate",
-    "train_command",
-    "fuse_command",
-    "evaluate_command",
-    "predict_command",
-    "export_command",
-    "doctor_command",
-    "import_command",
-    "split_command",
-    "describe_command",
-    "synth_command",
-    "convert_command",
-    "run_row",
-    "runs_command",
-    "compare_command",
-    "bench_command",
-    "bench_table",
-    "exit_code",
-    "overview",
-    "called",
-    "told",
-    "main",
-    "sources_fingerprint",
-    "store_pages",
-]
+    'TAKES', 'RANGES', 'SWITCH', 'COMMANDS', 'Device', 'Counts', 'Split', 'field_comments',
+    'nearest', 'plain_message', 'Parser', 'configuration_of', 'add_fields', 'command_parser',
+    'spelled_out', 'command', 'all_runs', 'run_named', 'usable_device', 'interrupt_is_terminate',
+    'train_command', 'fuse_command', 'evaluate_command', 'predict_command', 'export_command',
+    'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
+    'convert_command', 'run_row', 'runs_command', 'compare_command', 'bench_command',
+    'bench_table', 'exit_code', 'overview', 'called', 'told', 'main', 'sources_fingerprint',
+    'store_pages', 'narrow_exports',
+]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
 import contextlib
@@ -60,6 +25,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import tokenize
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -728,3 +694,16 @@ def store_pages(executed: str | Path):
         study = Path(executed).resolve().parent.name
         page["metadata"]["stored_outputs"] = {"study": study, "sources": fingerprint}
         write_json(stored, page)
+
+
+# %% ../nbs/08_cli.ipynb #narrow-exports
+def narrow_exports(package: str | Path):
+    """Wrap the `__all__` of every module of a package as a block that formatters leave alone."""
+    for path in sorted(Path(package).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r"^__all__ = \[([^\]]*)\](?:  # fmt: skip)?$", text, re.MULTILINE)
+        if found and found[1]:
+            names = textwrap.fill(" ".join(found[1].split()), 94)
+            block = textwrap.indent(names.rstrip(","), "    ")
+            narrow = f"__all__ = [\n{block},\n]  # fmt: skip"
+            path.write_text(text.replace(found[0], narrow), encoding="utf-8")

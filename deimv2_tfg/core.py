@@ -4,26 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "PROFILES",
-    "PACKAGE",
-    "Profile",
-    "default_device",
-    "default_profile",
-    "project_root",
-    "Study",
-    "open_study",
-    "one_at_a_time",
-    "to_jsonable",
-    "atomic_write",
-    "write_json",
-    "read_json",
-    "append_line",
-    "read_lines",
-    "keep_lines",
-    "hash_bytes",
-    "seed_everything",
-    "progress",
-]
+    'PROFILES', 'PACKAGE', 'Profile', 'default_device', 'default_profile', 'project_root',
+    'Study', 'open_study', 'one_at_a_time', 'to_jsonable', 'atomic_write', 'write_json',
+    'read_json', 'append_line', 'read_lines', 'keep_lines', 'hash_bytes', 'seed_everything',
+    'progress',
+]  # fmt: skip
 
 # %% ../nbs/00_core.ipynb #5949b251
 import dataclasses

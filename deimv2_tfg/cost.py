@@ -4,25 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "STATUS",
-    "WAYS",
-    "PARTS",
-    "input_sizes",
-    "count_flops",
-    "seconds_of",
-    "latency",
-    "peak_of",
-    "peak_memory",
-    "device_name",
-    "model_cost",
-    "way_latency",
-    "latency_table",
-    "StepParts",
-    "arithmetic_rate",
-    "parts_table",
-    "memory_table",
-    "step_memory",
-]
+    'STATUS', 'WAYS', 'PARTS', 'input_sizes', 'count_flops', 'seconds_of', 'latency', 'peak_of',
+    'peak_memory', 'device_name', 'model_cost', 'way_latency', 'latency_table', 'StepParts',
+    'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
+]  # fmt: skip
 
 # %% ../nbs/03d_cost.ipynb #cost-imports
 import ctypes

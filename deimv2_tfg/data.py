@@ -4,25 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "DECODER",
-    "CACHES",
-    "coco_targets",
-    "cxcywh_to_xyxy",
-    "Photographs",
-    "PhotographsInMemory",
-    "CacheError",
-    "PhotographsOnDisk",
-    "photograph_cache",
-    "DetectionDataset",
-    "load_dataset",
-    "box_table",
-    "class_table",
-    "size_table",
-    "plot_classes",
-    "plot_sizes",
-    "photograph_statistics",
-    "in_words",
-]
+    'DECODER', 'CACHES', 'coco_targets', 'cxcywh_to_xyxy', 'Photographs', 'PhotographsInMemory',
+    'CacheError', 'PhotographsOnDisk', 'photograph_cache', 'DetectionDataset', 'load_dataset',
+    'box_table', 'class_table', 'size_table', 'plot_classes', 'plot_sizes',
+    'photograph_statistics', 'in_words',
+]  # fmt: skip
 
 # %% ../nbs/01_data.ipynb #95d39687
 import errno

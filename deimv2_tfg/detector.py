@@ -4,36 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "THIN",
-    "WIDE",
-    "SMALL",
-    "TINY",
-    "VARIANTS",
-    "DetectorConfig",
-    "TfgDeimv2Config",
-    "library_config",
-    "DetectorOutput",
-    "EncoderLayer",
-    "Detector",
-    "reset_class_heads",
-    "reset_parameters",
-    "build_detector",
-    "count_parameters",
-    "encode",
-    "anchor_logits",
-    "select_queries",
-    "bin_offsets",
-    "corners_to_boxes",
-    "decode",
-    "noisy_boxes",
-    "denoising_queries",
-    "attention_mask",
-    "detect",
-    "postprocess",
-    "save_detector",
-    "load_detector",
-    "convert_weights",
-]
+    'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'DetectorConfig', 'TfgDeimv2Config',
+    'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
+    'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
+    'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
+    'denoising_queries', 'attention_mask', 'detect', 'postprocess', 'save_detector',
+    'load_detector', 'convert_weights',
+]  # fmt: skip
 
 # %% ../nbs/03_detector.ipynb #1b369dd0
 import dataclasses

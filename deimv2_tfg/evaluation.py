@@ -4,37 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "AREAS",
-    "DETECTIONS",
-    "KEPT",
-    "LOADERS",
-    "CHAPTERS",
-    "OLDER",
-    "LABELS",
-    "index_truth",
-    "index_results",
-    "run_cocoeval",
-    "summarise",
-    "class_matches",
-    "Judged",
-    "judged",
-    "match_tables",
-    "coco_metrics",
-    "class_metrics",
-    "precision_recall",
-    "to_coco_results",
-    "detections",
-    "predict",
-    "detector_directory",
-    "check_classes",
-    "open_detector",
-    "trained_image_size",
-    "write_results",
-    "evaluate",
-    "jittered_results",
-    "add_labels",
-    "label",
-]
+    'AREAS', 'DETECTIONS', 'KEPT', 'LOADERS', 'CHAPTERS', 'OLDER', 'LABELS', 'index_truth',
+    'index_results', 'run_cocoeval', 'summarise', 'class_matches', 'Judged', 'judged',
+    'match_tables', 'coco_metrics', 'class_metrics', 'precision_recall', 'to_coco_results',
+    'detections', 'predict', 'detector_directory', 'check_classes', 'open_detector',
+    'trained_image_size', 'write_results', 'evaluate', 'jittered_results', 'add_labels', 'label',
+]  # fmt: skip
 
 # %% ../nbs/03b_evaluation.ipynb #11576555
 import contextlib

@@ -4,23 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "LEVERS",
-    "TRAINER",
-    "COMPILING",
-    "compile_static",
-    "l1_distance",
-    "transformers_losses",
-    "bench_optimizer",
-    "BenchStep",
-    "bench_photographs",
-    "endless_batches",
-    "step_times",
-    "bench_lever",
-    "why_missing",
-    "bench_config",
-    "measured_lever",
-    "bench_train",
-]
+    'LEVERS', 'TRAINER', 'COMPILING', 'compile_static', 'l1_distance', 'transformers_losses',
+    'bench_optimizer', 'BenchStep', 'bench_photographs', 'endless_batches', 'step_times',
+    'bench_lever', 'why_missing', 'bench_config', 'measured_lever', 'bench_train',
+]  # fmt: skip
 
 # %% ../nbs/04d_levers.ipynb #levers-exports
 import contextlib

@@ -4,35 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "RATES",
-    "CLIPS",
-    "WARMUPS",
-    "AUGMENTATIONS",
-    "RECIPE",
-    "NORMS",
-    "FACTORS",
-    "precisions",
-    "whole_grid",
-    "cell_config",
-    "run_cell",
-    "run_trial",
-    "failed_cells",
-    "run_grid",
-    "read_grid",
-    "read_cell",
-    "grid_table",
-    "over_seeds",
-    "pair_differences",
-    "mean_with_interval",
-    "finished_cells",
-    "present_levels",
-    "at_the_recipe",
-    "level_row",
-    "main_effects",
-    "crossed_effects",
-    "plot_grid",
-    "plot_main_effects",
-]
+    'RATES', 'CLIPS', 'WARMUPS', 'AUGMENTATIONS', 'RECIPE', 'NORMS', 'FACTORS', 'precisions',
+    'whole_grid', 'cell_config', 'run_cell', 'run_trial', 'failed_cells', 'run_grid', 'read_grid',
+    'read_cell', 'grid_table', 'over_seeds', 'pair_differences', 'mean_with_interval',
+    'finished_cells', 'present_levels', 'at_the_recipe', 'level_row', 'main_effects',
+    'crossed_effects', 'plot_grid', 'plot_main_effects',
+]  # fmt: skip
 
 # %% ../nbs/04a_divergence.ipynb #exports
 import dataclasses
