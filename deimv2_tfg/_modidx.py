@@ -351,6 +351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                       'deimv2_tfg.decisions.plot_reliability': ( 'decisions.html#plot_reliability',
                                                                                  'deimv2_tfg/decisions.py'),
                                       'deimv2_tfg.decisions.plot_verdicts': ('decisions.html#plot_verdicts', 'deimv2_tfg/decisions.py'),
+                                      'deimv2_tfg.decisions.store_thresholds': ( 'decisions.html#store_thresholds',
+                                                                                 'deimv2_tfg/decisions.py'),
                                       'deimv2_tfg.decisions.verdict_metrics': ('decisions.html#verdict_metrics', 'deimv2_tfg/decisions.py'),
                                       'deimv2_tfg.decisions.working_points': ('decisions.html#working_points', 'deimv2_tfg/decisions.py')},
             'deimv2_tfg.deployment': { 'deimv2_tfg.deployment.Detections': ('use.html#detections', 'deimv2_tfg/deployment.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'POINT', 'f1_curve', 'working_points', 'kept_results', 'at_working_points', 'confusion',
-    'plot_confusion', 'image_verdicts', 'verdict_metrics', 'plot_verdicts', 'calibration',
-    'calibration_error', 'plot_reliability',
+    'POINT', 'f1_curve', 'working_points', 'store_thresholds', 'kept_results',
+    'at_working_points', 'confusion', 'plot_confusion', 'image_verdicts', 'verdict_metrics',
+    'plot_verdicts', 'calibration', 'calibration_error', 'plot_reliability',
 ]  # fmt: skip
 
 # %% ../nbs/03c_decisions.ipynb #dec-imports
@@ -20,6 +20,7 @@ import seaborn as sns
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
+from .core import write_json
 from .evaluation import judged, match_tables
 from .figures import class_title, finish, gettext
 from .statistics import ClassMatches, auroc, wilson
@@ -91,6 +92,19 @@ def working_points(annotations: str | Path | dict, results: list, iou: float = 0
     points["note"] = np.where(unsure, "nothing to choose by: median of the other classes", "")
     common = points["threshold"].median()
     return points.fillna({"threshold": 1.0 if np.isnan(common) else common})
+
+
+# %% ../nbs/03c_decisions.ipynb #store-thresholds
+def store_thresholds(directory: str | Path, annotations: dict, results: list) -> dict:
+    """Choose thresholds on val, write them as `thresholds.json` beside the weights, return them.
+
+    {"thresholds": {class: float}, "chosen": {class: bool}}; not chosen: see `working_points`.
+    """
+    points = working_points(annotations, results).set_index("class")
+    chosen = points["note"] == ""
+    stored = {"thresholds": points["threshold"].to_dict(), "chosen": chosen.to_dict()}
+    write_json(Path(directory) / "thresholds.json", stored)
+    return stored
 
 
 # %% ../nbs/03c_decisions.ipynb #at-working-points

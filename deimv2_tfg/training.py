@@ -85,6 +85,7 @@ from deimv2_tfg.runs import (
 from .batches import augmented, epoch_batches, share_of, size_of_step
 from .criterion import Criterion, NonFiniteLossError, average_over_processes
 from .data import load_dataset, photograph_cache, require_dataset
+from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
 from .recipes import MODELS, TrainConfig, check_recipe, lr_factor
@@ -572,6 +573,7 @@ def keep_as_best(trainer: Trainer, results: list[dict], score: float):
         return
     about = {
         "classes": trainer.train_set.classes,
+        "category_ids": trainer.train_set.category_ids,
         "image_size": trainer.config.image_size,
         "epoch": trainer.epoch + 1,
         "val_AP": score,
@@ -596,8 +598,8 @@ def validate(trainer: Trainer) -> dict:
 
 
 # %% ../nbs/04_training_stability.ipynb #find-run
-NOT_WEIGHTS = ("core", "runs", "evaluation", "splits", "doctor", "data.require_dataset")
-NOT_WEIGHTS += ("recipes.check_fields", "recipes.TRAIN_RANGES")
+NOT_WEIGHTS = ("core", "runs", "evaluation", "decisions", "splits", "doctor")
+NOT_WEIGHTS += ("data.require_dataset", "recipes.check_fields", "recipes.TRAIN_RANGES")
 NOT_HASHED = ("data_dir", "runs_dir", "num_workers", "cache", "cache_gb", "cache_dir")
 
 
@@ -687,8 +689,9 @@ def end_epoch(trainer: Trainer, values: dict, started: float):
 
 
 def end_run(trainer: Trainer):
-    """Write the result; from now on the run is finished."""
+    """Choose the thresholds of the best weights, write the result: the run is finished."""
     if trainer.main:
+        store_thresholds(trainer.run.best, trainer.val_set.coco, trainer.run.predictions("val"))
         seen = trainer.step * min(trainer.config.batch_size, len(trainer.train_set))
         result = {
             "best_val_AP": trainer.best,
