@@ -16,7 +16,7 @@ from deimv2_tfg.evaluation import (
     write_results,
 )
 from deimv2_tfg.runs import Run
-from deimv2_tfg.statistics import sign_flip_p, stratified_weights
+from deimv2_tfg.statistics import interval, sign_flip_p, stratified_weights
 
 CLASSES = ["NORMAL", "ROTURA_FRACTURA", "HOLE"]
 JITTERS = {"one": 0.1, "two": 0.3}
@@ -109,8 +109,7 @@ def test_compare_draws_what_the_naive_bootstrap_draws(root):
     naive["b"] = naive_draws(root, 0.2, weights, picks)
     for row in table.to_dict("records"):
         drawn = naive[row["model"]]
-        bias = drawn.mean() - row["AP"]
-        ends = np.quantile(drawn, [0.025, 0.975]) - 2 * bias
+        ends = interval(drawn, row["AP"], "bias-corrected")
         assert (row["AP low"], row["AP high"]) == pytest.approx(ends, abs=1e-9)
     ends = np.quantile(naive["b"] - naive["a"], [0.025, 0.975])
     row = table.iloc[1]
