@@ -235,15 +235,18 @@ def image_verdicts(annotations: dict, results: list, normal: str = "NORMAL") -> 
 
 # %% ../nbs/03c_decisions.ipynb #image-verdicts-2
 def _scores(verdicts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the defective images, highest first, and of the good ones."""
+    """Scores of the defective images, and of the good ones."""
     score, defective = verdicts["score"].to_numpy(), verdicts["defective"].to_numpy()
-    return np.sort(score[defective])[::-1], score[~defective]
+    return score[defective], score[~defective]
 
 
 def _alarm_threshold(verdicts: pd.DataFrame, recall: float) -> float:
     """The highest threshold that finds this share of the defective images; nan without one."""
     defective, _ = _scores(verdicts)
-    return float(defective[int(np.ceil(recall * len(defective))) - 1]) if len(defective) else np.nan
+    if not len(defective):
+        return np.nan
+    needed = int(np.ceil(recall * len(defective)))
+    return float(np.sort(defective)[-needed])
 
 
 # %% ../nbs/03c_decisions.ipynb #auroc-interval

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'AREAS', 'DETECTIONS', 'KEPT', 'LOADERS', 'CHAPTERS', 'OLDER', 'LABELS', 'index_truth',
-    'index_results', 'run_cocoeval', 'summarise', 'class_matches', 'Judged', 'judged',
-    'match_tables', 'coco_metrics', 'class_metrics', 'precision_recall', 'to_coco_results',
-    'detections', 'predict', 'detector_directory', 'check_classes', 'open_detector',
-    'trained_image_size', 'write_results', 'evaluate', 'jittered_results', 'add_labels', 'label',
+    'AREAS', 'DETECTIONS', 'KEPT', 'LOADERS', 'CHAPTERS', 'OLDER', 'index_truth', 'index_results',
+    'run_cocoeval', 'summarise', 'class_matches', 'Judged', 'judged', 'match_tables',
+    'coco_metrics', 'class_metrics', 'precision_recall', 'to_coco_results', 'detections',
+    'predict', 'detector_directory', 'check_classes', 'open_detector', 'trained_image_size',
+    'write_results', 'evaluate', 'jittered_results',
 ]  # fmt: skip
 
 # %% ../nbs/03b_evaluation.ipynb #11576555
@@ -524,20 +524,3 @@ def jittered_results(annotations: dict, jitter: float, seed: int = 0) -> list[di
         about = {key: a[key] for key in ("image_id", "category_id")}
         results.append(about | {"bbox": box, "score": float(score)})
     return results
-
-
-# %% ../nbs/03b_evaluation.ipynb #labels
-LABELS = {"en": {}, "es": {}}
-
-
-def add_labels(words: dict[str, tuple[str, str]]) -> None:
-    """Words of a page's figures: key to (English, Spanish)."""
-    for language, column in zip(LABELS, zip(*words.values(), strict=True), strict=True):
-        LABELS[language] |= dict(zip(words, column, strict=True))
-
-
-def label(key: str, language: str = "en") -> str:
-    """The word that figures print for `key`; a key without a word prints itself."""
-    if language not in LABELS:
-        raise KeyError(f"language={language!r}: choose one of {list(LABELS)}")
-    return LABELS[language].get(key, key)

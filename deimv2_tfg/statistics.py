@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = [
-    'RECALLS', 'ClassMatches', 'weighted_ap', 'mean_over_classes', 'image_strata',
-    'bootstrap_weights', 'stratified_weights', 'Sampled', 'sample_ap', 'interval', 'Estimate',
+    'RECALLS', 'INTERVALS', 'LEAN', 'SPREAD', 'PHOTOGRAPHS', 'FOUND', 'NORMAL_SHIFT',
+    'ClassMatches', 'weighted_ap', 'mean_over_classes', 'image_strata', 'bootstrap_weights',
+    'stratified_weights', 'Sampled', 'sample_ap', 'interval', 'interval_coverage', 'Estimate',
     'estimate', 'sign_flip_p', 'holm', 'sign_flip_power', 'smallest_difference', 'seed_pairs',
     'Effect', 'paired_effect', 'image_swap_p', 'wilson', 'auroc',
 ]  # fmt: skip
 
 # %% ../nbs/00c_statistics.ipynb #st-imports
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import brentq
-from scipy.stats import binomtest, permutation_test
+from scipy.stats import binomtest, norm, permutation_test
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
@@ -148,24 +150,84 @@ def sample_ap(tables: list[ClassMatches], weights: np.ndarray, seed: int | None 
 
 
 # %% ../nbs/00c_statistics.ipynb #st-interval
+INTERVALS = ("percentile", "basic", "bias-corrected")
+LEAN = 2  # how many times as far a sample lies above the truth as its draws above the sample
+SPREAD = 1.1  # standard deviation of the corrected value over that of the draws
+
+
 def interval(
     draws: np.ndarray, value: float | None = None, kind: str = "percentile", level: float = 0.95
 ) -> tuple[float, float]:
-    """Bootstrap interval of `draws` (B,): percentile, basic or bias-corrected; nan without a draw.
+    """Bootstrap interval of `draws` (B,), of a kind in INTERVALS; nan without a draw.
 
     `value` is what was observed; only percentile can do without it. Raises ValueError for another
     kind.
     """
-    if kind not in ("percentile", "basic", "bias-corrected"):
-        raise ValueError(f"kind={kind!r}: choose percentile, basic or bias-corrected")
+    if kind not in INTERVALS:
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(INTERVALS)}")
     draws = draws[np.isfinite(draws)]
     if not draws.size:
         return math.nan, math.nan
+    if kind == "bias-corrected":
+        centre = value - LEAN * (draws.mean() - value)
+        half = norm.ppf((1 + level) / 2) * SPREAD * draws.std()
+        return float(centre - half), float(centre + half)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    if kind == "basic":
-        return 2 * value - high, 2 * value - low
-    bias = draws.mean() - value if kind == "bias-corrected" else 0
-    return float(low - 2 * bias), float(high - 2 * bias)
+    return (2 * value - high, 2 * value - low) if kind == "basic" else (low, high)
+
+
+# %% ../nbs/00c_statistics.ipynb #st-simulated
+PHOTOGRAPHS = (60, 30, 34, 31, 30, 19)  # of each class in the simulated test set; 0: good parts
+FOUND = (0.99, 0.75, 0.6, 0.5, 0.65, 0.5)  # share of the objects that is found at some score
+
+
+def _simulated_class(k: int, shown: np.ndarray, rng: np.random.Generator) -> ClassMatches:
+    """Matches of class k at one IoU threshold in images of the classes `shown` (I,)."""
+    every = np.arange(len(shown))
+    more = rng.poisson(0.4 if k else 0, len(shown))
+    objects = np.where(shown == k, 1 + more, 0)
+    where = np.repeat(every, objects)
+    hits = where[rng.uniform(size=len(where)) < FOUND[k]]
+    false = np.repeat(every, rng.poisson(0.3 if k else 0.05, len(shown)))
+    scores = np.concatenate([rng.beta(2, 1, len(hits)), rng.beta(1, 1.5, len(false))])
+    order = np.argsort(-scores)
+    matched = (order < len(hits))[None]
+    image = np.concatenate([hits, false])[order]
+    return ClassMatches(str(k), scores[order], image, matched, np.zeros_like(matched), objects)
+
+
+def _simulated_set(images: int, rng: np.random.Generator) -> list[ClassMatches]:
+    shares = np.array(PHOTOGRAPHS) / sum(PHOTOGRAPHS)
+    shown = rng.choice(len(shares), size=images, p=shares)
+    return [_simulated_class(k, shown, rng) for k in range(len(shares))]
+
+
+# %% ../nbs/00c_statistics.ipynb #st-coverage
+def _as_one_image(table: ClassMatches) -> ClassMatches:
+    objects = np.array([table.objects.sum()])
+    return replace(table, image=np.zeros_like(table.image), objects=objects)
+
+
+def interval_coverage(repeats: int = 200, draws: int = 500, seed: int = 0) -> pd.DataFrame:
+    """How often each kind of 95 % interval holds the true mean AP of a simulated test set.
+
+    One row per kind: covered, below and above (shares with the truth on that side), width.
+    """
+    rng = np.random.default_rng(seed)
+    population = [_as_one_image(table) for table in _simulated_set(50_000, rng)]
+    truth, _ = sample_ap(population, np.ones((1, 1))).metric("AP")
+    rows = []
+    for repeat in range(repeats):
+        tables = _simulated_set(sum(PHOTOGRAPHS), rng)
+        weights = stratified_weights(tables, draws, repeat)
+        value, drawn = sample_ap(tables, weights).metric("AP")
+        for kind in INTERVALS:
+            low, high = interval(drawn, value, kind)
+            sides = {"below": truth < low, "above": truth > high, "width": high - low}
+            rows.append({"kind": kind, **sides})
+    table = pd.DataFrame(rows).groupby("kind", sort=False).mean()
+    table.insert(0, "covered", 1 - table["below"] - table["above"])
+    return table.reset_index()
 
 
 # %% ../nbs/00c_statistics.ipynb #st-over-seeds
@@ -287,6 +349,9 @@ def seed_pairs(group: list, others: list, fixed: bool = False) -> list[tuple[int
 
 
 # %% ../nbs/00c_statistics.ipynb #st-effect
+NORMAL_SHIFT = float(norm.ppf(0.975) + norm.ppf(0.8))  # standard errors that z tests need: 2.8
+
+
 @dataclass(frozen=True)
 class Effect:
     """Difference in a metric between two models, with its 95 % interval over images and seeds."""
@@ -296,7 +361,7 @@ class Effect:
     high: float
     pairs: int  # of seeds, behind p and smallest
     p: float  # by sign flips over the pairs
-    smallest: float  # true difference that this test would have shown four times in five
+    smallest: float  # true difference that the test would have shown four times in five
 
 
 def _drawn_difference(mine: np.ndarray, theirs: np.ndarray, pairs: list, seed: int) -> np.ndarray:
@@ -326,11 +391,14 @@ def paired_effect(
     mine, draws = _values_and_draws(group, metric, leave_out)
     theirs, other_draws = _values_and_draws(others, metric, leave_out)
     pairs = seed_pairs(group, others, fixed)
-    low, high = interval(_drawn_difference(draws, other_draws, pairs, seed))
+    drawn = _drawn_difference(draws, other_draws, pairs, seed)
+    low, high = interval(drawn)
     difference = float(mine.mean() - theirs.mean())
     apart = [mine[a] - theirs[b] for a, b in pairs]
-    p = sign_flip_p(apart)
-    return Effect(difference, low, high, len(pairs), p, smallest_difference(apart))
+    smallest = smallest_difference(apart)
+    if len(apart) < 2:
+        smallest = float(NORMAL_SHIFT * drawn.std(ddof=1))
+    return Effect(difference, low, high, len(pairs), sign_flip_p(apart), smallest)
 
 
 # %% ../nbs/00c_statistics.ipynb #st-both
