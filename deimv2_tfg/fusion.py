@@ -567,7 +567,9 @@ def fusion_loss(logits, part: Queries, classes: torch.Tensor | None = None) -> t
         kept = label >= 0
         image, query, label, target = (x[kept] for x in (image, query, label, target))
         logits = logits[..., classes]
-    pairs = torch.stack([torch.zeros_like(image), image, query, torch.arange(len(image))])
+    head = torch.zeros_like(image)
+    target_index = torch.arange(len(image))
+    pairs = torch.stack([head, image, query, target_index])
     loss = mal_loss(logits[None], part.boxes[None], pairs, label, target)
     return loss.sum() / max(len(image), 1)
 
@@ -602,10 +604,10 @@ def random_queries(images=715, queries=300, width=256, classes=6, objects=2, see
     embeddings = torch.randn(images, queries, width, **random).half()
     logits = torch.randn(images, queries, classes, **random) - 4
     quality = torch.randn(images, queries, 1, **random)
-    boxes = 0.1 + 0.3 * torch.rand(images, queries, 4, **random)
+    boxes = torch.rand(images, queries, 4, **random).mul(0.3).add(0.1)
     query = torch.randint(queries, (images, objects), **random)
     label = torch.randint(classes, (images, objects), **random)
-    target = 0.1 + 0.3 * torch.rand(images, objects, 4, **random)
+    target = torch.rand(images, objects, 4, **random).mul(0.3).add(0.1)
     matches = query, label, target
     size = torch.full((images, 2), 640)
     return Queries(embeddings, logits, quality, boxes, *matches, torch.arange(images), size)
@@ -633,9 +635,8 @@ def bench_heads(
     """
     cache = random_queries(images, queries, width, classes)
     token_class = torch.arange(classes).repeat_interleave(15)
-    text = ClassText(
-        orthogonal_rows(classes, 512, 0), torch.randn(len(token_class), 512), token_class
-    )
+    tokens = torch.randn(len(token_class), 512)
+    text = ClassText(orthogonal_rows(classes, 512, 0), tokens, token_class)
     rows = []
     for kind in HEADS:
         head = build_head(kind, width, text)
