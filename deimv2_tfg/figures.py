@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = [
     'LINES', 'LANGUAGES', 'CLASS_TITLES', 'MISSING', 'NUMBERS', 'EFFECTS', 'LEFT_OUT', 'LONG',
-    'WIDE', 'NOT_MAKERS', 'WHEN', 'SUMMARY', 'STATES', 'SECTIONS', 'class_style', 'catalogue',
-    'gettext', 'class_title', 'short_titles', 'format_number', 'caption_in', 'finish',
-    'place_labels', 'draw_boxes', 'for_print', 'to_latex', 'made_by', 'run_digest',
+    'WIDE', 'NOT_MAKERS', 'PACKAGE_STUDY', 'WHEN', 'SUMMARY', 'STATES', 'SECTIONS', 'class_style',
+    'catalogue', 'gettext', 'class_title', 'short_titles', 'format_number', 'caption_in',
+    'finish', 'place_labels', 'draw_boxes', 'for_print', 'to_latex', 'made_by', 'run_digest',
     'read_provenance', 'note_runs', 'save_figure', 'save_table', 'of_package', 'check_figures',
     'section_of', 'write_index', 'report_figures',
 ]  # fmt: skip
@@ -396,6 +396,7 @@ def to_latex(printed: pd.DataFrame, caption: str = "", label: str = "") -> str:
 
 # %% ../nbs/00d_figures.ipynb #makers
 NOT_MAKERS = ("core", "runs", "figures")
+PACKAGE_STUDY = "package"  # what no study changes is kept there
 
 
 def _without_magics(source: str) -> str:
@@ -512,11 +513,12 @@ def _note(frame, page: Study, name: str, kind: str, caption: str, runs, by, colu
     """Write the record of a figure or table, and the rows of its runs."""
     runs = [Path(r) for r in runs]
     about = environment()
-    data = _data_hash(page.data_dir) if page.data_dir else f"built in, {page.profile.name}"
+    data = _data_hash(page.data_dir) if page.data_dir else "built in"
     record = {"name": f"{page.chapter}/{name}".lstrip("/"), "kind": kind, "caption": caption}
     record["code"] = made_by(frame, by)
     record["runs"] = {r.name: run_digest(r) for r in runs}
-    record |= {"data": data, "seed": page.seed, "profile": page.profile.name}
+    profile = "any" if page.name == PACKAGE_STUDY else page.profile.name
+    record |= {"data": data, "seed": page.seed, "profile": profile}
     record |= {"commit": about["commit"], "dirty": about["dirty"], "time": about["time"]}
     if columns:
         record["columns"] = list(columns)
@@ -569,7 +571,7 @@ def of_package(page: Study) -> Study:
     """Where a page saves what no study changes: the study "package" (in smoke tests, its own)."""
     if page.profile.name == "smoke":
         return page
-    return dataclasses.replace(page, name="package", data_dir=None)
+    return dataclasses.replace(page, name=PACKAGE_STUDY, data_dir=None)
 
 
 # %% ../nbs/00d_figures.ipynb #code-changes
@@ -642,8 +644,8 @@ def check_figures(folder: str | Path, data_dir: str | Path | None = None) -> pd.
 # %% ../nbs/00d_figures.ipynb #sections
 SECTIONS = {
     "4.1 Architecture": "02_backbone 02a_weights 03_detector 03a_criterion 03d_cost 03e_input_size",
-    "4.2 Classes and data": "00e_synthetic 00f_doctor 01_data 01b_formats 01e_splits",
-    "4.3 Optimisation": "01c_transforms 03f_recipes 03g_guard 04_training_stability 04a_divergence",
+    "4.2 Classes and data": "00f_copies 00i_doctor 01_data 01b_formats 01c_transforms 01e_splits",
+    "4.3 Optimisation": "03f_recipes 03g_guard 04_training_stability 04a_divergence 04d_levers",
     "4.4 The detector and convolutional networks": "03b_evaluation 06_baselines 09_pretraining",
     "5.2 Descriptions of the classes": "04b_text",
     "5.3 Fusion": "04c_fusion",
