@@ -1,4 +1,4 @@
-"""Baselines: the right boxes and labels in and out, empty photographs, an overfit handful, and the same trainer and judge as DEIMv2."""
+"""Baselines: right boxes and labels, empty photographs, an overfit handful, one trainer and judge."""
 
 import dataclasses
 import json
