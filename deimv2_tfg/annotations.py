@@ -145,7 +145,7 @@ def mended_box(annotation: dict, size: tuple | None, trusted: bool = True):
     if problem is None:
         return box
     if problem[0] in NO_ANSWER or not trusted or size is None:
-        return box if problem[0] == "box-tiny" else LEAVE
+        return box if problem[0] in ("box-tiny", "box-over-edge") else LEAVE
     if problem[0] in ("box-malformed", "box-nan", "box-empty"):
         if not annotation.get("segmentation"):
             return None
@@ -157,12 +157,12 @@ def mended_box(annotation: dict, size: tuple | None, trusted: bool = True):
 
 
 # %% ../nbs/00h_annotations.ipynb #are-corners
-def _are_corners(sheet: Sheet) -> tuple[int, int, int] | None:
-    """(boxes that stick out, boxes, index of the first) where a split's boxes are two corners."""
+def _as_corners(sheet: Sheet) -> tuple[int, int, int] | None:
+    """(boxes that stick out, boxes, index of the first) where all may be two corners, else None."""
     rows = []
     for i, a in enumerate(sheet.coco["annotations"]):
         entry = sheet.images.get(id_key(a.get("image_id"))) if isinstance(a, dict) else None
-        box = a.get("bbox") if entry and entry.size and entry.trusted else None
+        box = box_numbers(a.get("bbox")) if entry and entry.size and entry.trusted else None
         problem = box_problem(box, *entry.size) if box is not None else ("",)
         if problem is None or problem[0] in ("box-over-edge", "box-tiny", "box-outside"):
             rows.append((i, *box, *entry.size))
@@ -171,7 +171,7 @@ def _are_corners(sheet: Sheet) -> tuple[int, int, int] | None:
     index, x, y, w, h, width, height = np.array(rows, float).T
     over = (x + w > width + 1) | (y + h > height + 1)
     corners = (x < w) & (w <= width + 1) & (y < h) & (h <= height + 1)
-    if not corners.all() or over.sum() < max(2, len(rows) / 4):
+    if not corners.all() or not over.any():
         return None
     return int(over.sum()), len(rows), int(index[over.argmax()])
 
@@ -441,9 +441,22 @@ def _check_annotation_id(at: Place, a: dict, ids: _Ids):
     ids.seen.add(id_key(raw))
 
 
+# %% ../nbs/00h_annotations.ipynb #from-corners
+def _from_corners(box) -> list | None:
+    """x, y, width, height of two corners; None where it is no box between two corners."""
+    corners = box_numbers(box)
+    if corners is None or not (corners[0] < corners[2] and corners[1] < corners[3]):
+        return None
+    x, y, right, bottom = corners
+    return [x, y, right - x, bottom - y]
+
+
 # %% ../nbs/00h_annotations.ipynb #check-annotation
-def _check_annotation(at: Place, a, ids: _Ids, corners: bool):
-    """(index, annotation, box, entry) of a sound annotation; None where something is wrong."""
+def _check_annotation(at: Place, a, ids: _Ids, corners: str):
+    """(index, annotation, box, entry, crowd) of a sound annotation, else None.
+
+    `corners`: "sure" where the split's boxes are two corners, "doubt" where they may be, or "".
+    """
     if not isinstance(a, dict) or sum(k in a for k in ("image_id", "category_id", "bbox")) < 2:
         at.say("annotation-incomplete", "", "image_id, category_id or bbox missing")
         return at.take_out("annotation-incomplete")
@@ -451,13 +464,14 @@ def _check_annotation(at: Place, a, ids: _Ids, corners: bool):
     category = _check_reference(at, a, "category_id", at.sheet.categories) if entry else None
     if entry is None:
         return None
-    if corners and box_numbers(a.get("bbox")):
-        x, y, right, bottom = box_numbers(a["bbox"])
-        a = a | {"bbox": [x, y, right - x, bottom - y]}
-        at.set("box-corners", "bbox", a["bbox"])
+    as_corners = _from_corners(a.get("bbox")) if corners == "sure" else None
+    if as_corners:
+        a = a | {"bbox": as_corners}
+        at.set("box-corners", "bbox", as_corners)
     edge = entry.size or (math.inf, math.inf)
     problem = box_problem(a.get("bbox"), *edge)
-    box = mended_box(a, entry.size, entry.trusted) if problem else a["bbox"]
+    trusted = entry.trusted and (not corners or bool(as_corners))
+    box = mended_box(a, entry.size, trusted) if problem else a["bbox"]
     if problem:
         at.say(problem[0], "bbox", problem[1])
     if box is None:
@@ -476,15 +490,17 @@ def _check_annotation(at: Place, a, ids: _Ids, corners: bool):
 def _sound_annotations(sheet: Sheet) -> list[tuple]:
     """(index, annotation, box, image entry, is it a crowd) of every sound annotation."""
     annotations = sheet.coco["annotations"]
-    corners = _are_corners(sheet)
-    if corners:
-        over, among, first = corners
+    corners = ""
+    if reading := _as_corners(sheet):
+        over, among, first = reading
+        corners = "sure" if over >= max(2, among / 4) else "doubt"
+    if corners == "sure":
         message = f"{over} of {among} boxes stick out, and all fit if read as two corners"
         Place(sheet, "annotations", first).say("box-corners", "bbox", message)
     ids = _Ids(annotations)
     checked = []
     for at, a in sheet.places("annotations"):
-        checked.append(_check_annotation(at, a, ids, bool(corners)))
+        checked.append(_check_annotation(at, a, ids, corners))
     sound = [row for row in checked if row]
     crowds = sum(row[-1] for row in sound)
     if not annotations:

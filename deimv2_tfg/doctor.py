@@ -267,10 +267,19 @@ def check_dataset(root, splits=SPLITS, photographs: bool = True) -> Report:
     `photographs=False` reads only the heads of the files: the report then has no `.photographs` and
     no `.pairs`, and a photograph that is cut short is not found.
     """
+    report, sheets = _check_files(root, splits, photographs)
+    if photographs and sheets:
+        _check_copies(report, sheets)
+    return report
+
+
+# %% ../nbs/00i_doctor.ipynb #check-files
+def _check_files(root, splits, opened: bool) -> tuple[Report, list[Sheet]]:
+    """All but the search for copies: the report so far, and the splits that could be read."""
     report = Report(Path(root))
     if not report.root.is_dir():
         report.add("root-missing", ".", "", f"{root} is not a directory")
-        return report
+        return report, []
     sheets = []
     for split in splits:
         sheet = read_sheet(report, split)
@@ -283,10 +292,8 @@ def check_dataset(root, splits=SPLITS, photographs: bool = True) -> Report:
         for name in dict.fromkeys(str(entry.image["file_name"]) for entry in sheet.entries):
             homes[name].append(sheet.split)
     _check_names(report, homes)
-    _check_photographs(report, sheets, photographs)
-    if photographs and sheets:
-        _check_copies(report, sheets)
-    return report
+    _check_photographs(report, sheets, opened)
+    return report, sheets
 
 
 # %% ../nbs/00i_doctor.ipynb #dataseterror
@@ -321,13 +328,19 @@ def _line(finding: Finding) -> str:
 CHANGES = ["split", "kind", "field", "before", "after"]  # after: None where taken out
 
 
-def _taken_out(coco: dict, mends: list[Mend]) -> dict[str, dict[int, str]]:
-    """{part: {index: kind}} of entries that go; nothing of a part of which most would go."""
+def _taken_out(coco: dict, mends: list[Mend], held: set) -> dict[str, dict[int, str]]:
+    """{part: {index: kind}} of entries that go.
+
+    Nothing of a part of which most would go; its (split, part) is then in `held`.
+    """
     gone = {part: {} for part in PARTS}
     for mend in mends:
         if not mend.key:
             gone[mend.part].setdefault(mend.index, mend.kind)
-    return {p: its if len(its) <= len(coco[p]) / 2 else {} for p, its in gone.items()}
+    for part, its in gone.items():
+        if len(its) > len(coco[part]) / 2:
+            held.add((mends[0].split, part))
+    return {p: {} if (mends[0].split, p) in held else its for p, its in gone.items()}
 
 
 # %% ../nbs/00i_doctor.ipynb #with-their-images
@@ -348,8 +361,11 @@ def _with_their_images(coco: dict, gone: dict[str, dict[int, str]]):
 
 
 # %% ../nbs/00i_doctor.ipynb #mended-2
-def mended(coco: dict, mends: list[Mend]) -> tuple[dict, list[tuple]]:
-    """A split's COCO dict with the right answers of the check, and the rows of `CHANGES`."""
+def mended(coco: dict, mends: list[Mend], held: set) -> tuple[dict, list[tuple]]:
+    """A split's COCO dict with the right answers of the check, and the rows of `CHANGES`.
+
+    `held`: (split, part) of which nothing is taken out; what is found now is added.
+    """
     coco = coco | {part: list(coco[part] or []) for part in PARTS}
     changes = []
     for m in mends:
@@ -358,7 +374,7 @@ def mended(coco: dict, mends: list[Mend]) -> tuple[dict, list[tuple]]:
             place = f"{m.part}[{m.index}].{m.key}"
             changes.append((m.split, m.kind, place, dumps(entry.get(m.key)), dumps(m.value)))
             coco[m.part][m.index] = entry | {m.key: m.value}
-    gone = _taken_out(coco, mends)
+    gone = _taken_out(coco, mends, held)
     _with_their_images(coco, gone)
     for part, its in gone.items():
         for i, kind in its.items():
@@ -398,14 +414,15 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
             annotation_file(out, split).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(annotation_file(root, split), annotation_file(out, split))
         link_images(root / split / "images", out / split / "images")
-    changes = []
+    changes, held = [], set()
     mends = report.mends
     for _ in range(ROUNDS):
-        made = _apply(out, mends)
+        made = _apply(out, mends, held)
         if not made:
             break
         changes += made
-        mends = check_dataset(out, photographs=False).mends
+        named_anew = any(field.endswith("file_name") for _, _, field, _, _ in made)
+        mends = _check_files(out, SPLITS, opened=named_anew)[0].mends
     changes = pd.DataFrame(changes, columns=CHANGES)
     write_report(report, out)
     changes.to_csv(out / "changes.csv", index=False)
@@ -413,14 +430,14 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
 
 
 # %% ../nbs/00i_doctor.ipynb #apply
-def _apply(out: Path, mends: list[Mend]) -> list[tuple]:
+def _apply(out: Path, mends: list[Mend], held: set) -> list[tuple]:
     """Correct the json files of a copy; returns the changes."""
     changes = []
     for split in SPLITS:
         its = [m for m in mends if m.split == split]
         if not its:
             continue
-        coco, made = mended(read_json_file(annotation_file(out, split)), its)
+        coco, made = mended(read_json_file(annotation_file(out, split)), its, held)
         if made:
             atomic_write(annotation_file(out, split), dumps(coco, ensure_ascii=False) + "\n")
         changes += made

@@ -382,6 +382,15 @@ def _boxes_fit(annotations: list, size: tuple) -> bool:
 
 
 # %% ../nbs/00g_findings.ipynb #check-size-2
+def _tells_size(header: Photograph | None, said: tuple, boxes: list) -> bool:
+    """Can a file's size be taken? Not where a box, or what is said of a side, is against it."""
+    if header is None or header.problem or header.orientation != 1:
+        return False
+    agrees = all(v <= 0 or v == real for v, real in zip(said, header.size, strict=True))
+    return agrees and _boxes_fit(boxes, header.size)
+
+
+# %% ../nbs/00g_findings.ipynb #check-size-3
 def _check_size(at: Place, image: dict, header: Photograph | None, boxes: list) -> tuple | None:
     """Width and height that an image's boxes are on; None where nothing tells."""
     said = image.get("width"), image.get("height")
@@ -392,8 +401,7 @@ def _check_size(at: Place, image: dict, header: Photograph | None, boxes: list) 
         message = f"{said[0]!r} x {said[1]!r} is no size in pixels"
         at.say("image-size-invalid", "width, height", message)
     if min(size) <= 0:
-        upright = header is not None and not header.problem and header.orientation == 1
-        if not upright or not _boxes_fit(boxes, header.size):
+        if not _tells_size(header, size, boxes):
             return None
         size = header.size
     for key, old, new in zip(("width", "height"), said, size, strict=True):
