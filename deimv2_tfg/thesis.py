@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     'PLACES', 'KINDS_OF_RUN', 'PLOTS', 'Softmaxed', 'last_weights', 'old_protocol',
-    'top_score_precision', 'part_verdict', 'study_runs', 'images_seen', 'best_fusion',
+    'top_score_precision', 'verdict_table', 'study_runs', 'images_seen', 'best_fusion',
     'results_table', 'render',
 ]  # fmt: skip
 
@@ -151,7 +151,7 @@ def top_score_precision(annotations: dict, results: list, points: pd.DataFrame) 
 
 
 # %% ../nbs/07c_thesis.ipynb #part-verdict
-def part_verdict(annotations: dict, results: list, val: tuple[dict, list]) -> pd.DataFrame:
+def verdict_table(annotations: dict, results: list, val: tuple[dict, list]) -> pd.DataFrame:
     """Measures of the verdict on a part, and the calibration error: columns measure, value.
 
     annotations, results: COCO, of the split that is told of; val: the same of val, which chooses.
