@@ -1,4 +1,4 @@
-"""Baselines: right boxes and labels, empty photographs, an overfit handful, one trainer and judge."""
+"""Baselines: right boxes and labels, empty photographs, an overfit handful, one judge for all."""
 
 import dataclasses
 import json
