@@ -12,7 +12,8 @@ CORES   ?= 2
 GPU     := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 PROFILE ?= $(if $(DATA),$(if $(filter 0,$(GPU)),compact,thesis),demo)
 BIN     := $(abspath $(VENV))/bin
-GIVEN   := seed=$(SEED) gpu=$(if $(filter 0,$(GPU)),0,1) $(if $(STUDY),study='"$(STUDY)"') $(if $(DATA),data_dir='"$(abspath $(DATA))"')
+PLACE   := $(if $(DATA),$(shell $(PYTHON) -c "import os, sys; print(os.path.abspath(sys.argv[1]))" "$(DATA)"))
+GIVEN   := seed=$(SEED) gpu=$(if $(filter 0,$(GPU)),0,1) $(if $(STUDY),study='"$(STUDY)"') $(if $(DATA),data_dir='"$(PLACE)"')
 STEPS   := env PATH="$(BIN):$$PATH" $(BIN)/snakemake --configfile studies/$(PROFILE).yaml --config $(GIVEN) \
   --cores $(CORES) --resources gpu=1 --keep-going --rerun-incomplete --nolock
 OPENED   = open_study('$(PROFILE)' if '$(PROFILE)' != 'gpu' else 'thesis', '$(DATA)' or None, '$(STUDY)' or None)

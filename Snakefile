@@ -179,17 +179,16 @@ rule chapter:
         notebook=ancient(lambda wildcards: HERE / f"nbs/{wildcards.chapter}.ipynb"),
     params:
         code=lambda wildcards: code_of(wildcards.chapter),
+        begun=f"{RUNS}/failed/{{chapter}}.ipynb",
         given=page_parameters,
     message:
         "chapter {wildcards.chapter}"
-    log:
-        f"{RUNS}/failed/{{chapter}}.ipynb",
     resources:
         gpu=lambda wildcards: GPU if module_of(wildcards.chapter) in TRAINS else 0,
         mem_mb=config.get("chapter_mb", 3000),
         runtime=config.get("chapter_minutes", 30),
     shell:
-        "start=$(date +%s) && OMP_NUM_THREADS={threads} TQDM_DISABLE=1 papermill --no-progress-bar"
-        " --log-level ERROR -k python3 '{input.notebook}' '{log}' {params.given}"
-        " 2> >(grep -v IPKernelApp >&2) && mv '{log}' '{output}'"
+        "start=$(date +%s) && mkdir -p {RUNS}/failed && export TQDM_DISABLE=1 OMP_NUM_THREADS={threads}"
+        " && papermill --no-progress-bar --log-level ERROR -k python3 '{input.notebook}' '{params.begun}' {params.given}"
+        " 2> >(grep -v IPKernelApp >&2) && mv '{params.begun}' '{output}'"
         ' && echo "{wildcards.chapter}: $(($(date +%s) - start)) s"'
