@@ -85,7 +85,6 @@ def _check_results(truth: COCO, results: list) -> None:
         raise ValueError("results hold a score or a box that is not finite")
 
 
-# %% ../nbs/03b_evaluation.ipynb #check-results-2
 def index_results(truth: COCO, results: list) -> COCO:
     """pycocotools' index over a copy of COCO results; the list may be empty.
 
@@ -139,7 +138,6 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else math.nan
 
 
-# %% ../nbs/03b_evaluation.ipynb #mean-2
 def _metrics_of(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """COCO's means of precision (T, R, K, A) at 100 detections and recall (T, K, A, M)."""
     overall = precision[..., 0]
@@ -418,14 +416,12 @@ def detector_directory(run_or_checkpoint: str | Path) -> Path:
     """
     path = Path(run_or_checkpoint)
     for candidate in (path / "best", path):
-        files = candidate / "model.safetensors", candidate / "head.safetensors"
-        if any(file.is_file() for file in files):  # a head alone: of a fusion run
+        if (candidate / "model.safetensors").is_file():
             return candidate
     missing = "neither a run (no best/model.safetensors) nor a detector directory"
     raise FileNotFoundError(f"{path} is {missing} (no model.safetensors)")
 
 
-# %% ../nbs/03b_evaluation.ipynb #detector-directory-2
 def check_classes(model_classes: list, data_classes: list, where: str = "the data set") -> None:
     """Raise ValueError unless detector and data set have the same classes in the same order."""
     trained, there = list(model_classes), list(data_classes)

@@ -36,7 +36,7 @@ CATEGORIES = [
 
 
 def random_case(seed, images=12, score_step=None):
-    """Annotations without info, area and iscrowd, with annotation ids from 0, and detections of every quality."""
+    """Annotations without info, area, iscrowd, with ids from 0, and detections of every quality."""
     rng = np.random.default_rng(seed)
     annotations, results = [], []
     for image in range(1, images + 1):
@@ -89,7 +89,7 @@ def iou(a, b):
 
 
 def independent(coco, results, category, threshold):
-    """AP and recall of one class: greedy matching by score, 101-point interpolation; plain loops."""
+    """AP and recall of one class: greedy matching by score, 101 recall points; plain loops."""
     total, flags = 0, []
     for image in [i["id"] for i in coco["images"]]:
         truth = [
@@ -333,8 +333,8 @@ def test_evaluate_names_both_lists_of_classes(root, tmp_path, monkeypatch):
         evaluate(tmp_path / "nowhere", root)
 
 
-def second_judge(coco, results):
-    "The same protocol by faster-coco-eval, an implementation of its own in C++: AP, AP50, AP75, by size, AR."
+def second_evaluator(coco, results):
+    """The same protocol by faster-coco-eval, another implementation: AP, AP by size, AR."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     boxes = [
@@ -352,11 +352,11 @@ def second_judge(coco, results):
     )
     judge.evaluate(), judge.accumulate(), judge.summarize()
     names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100"]
-    return dict(zip(names, judge.stats.tolist()))
+    return dict(zip(names, judge.stats.tolist(), strict=False))
 
 
 def assert_same(coco, results):
-    ours, theirs = coco_metrics(coco, results), second_judge(coco, results)
+    ours, theirs = coco_metrics(coco, results), second_evaluator(coco, results)
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(
             math.nan if value == -1 else value, abs=1e-9, nan_ok=True
@@ -389,7 +389,7 @@ def test_predictions_of_a_network_by_faster_coco_eval(smoke_data):
 
 
 def stored_predictions():
-    "Predictions of finished or running trainings beside data sets of real photographs, where both are there."
+    """Predictions of trainings beside data sets of real photographs, where both are there."""
     for data in (Path(__file__).resolve().parents[2] / "shared" / "data").glob("*/val/val.json"):
         root = data.parents[1]
         yield from (
@@ -402,7 +402,7 @@ def test_real_predictions_by_faster_coco_eval():
     found = list(stored_predictions())
     if not found:
         pytest.skip(
-            "no ../shared/data with runs/<data>_*/*/predictions_val.json: nothing real to compare on"
+            "no data set beside runs/<data>_*/*/predictions_val.json: nothing real to compare"
         )
     for data, predictions in found[:3]:
         assert_same(json.loads(data.read_text()), json.loads(predictions.read_text()))
