@@ -46,6 +46,13 @@ def is_mask(index) -> bool:
     return torch.is_tensor(index) and index.dtype in (torch.bool, torch.uint8)
 
 
+def kernels(name, args) -> int:
+    "One for an operation; a list of several types is worked off one by one."
+    if name.startswith("_foreach") and len({tensor.dtype for tensor in args[0]}) > 1:
+        return len(args[0])
+    return 1
+
+
 def caller() -> str:
     "The line of the package (or of torchvision, transformers) that an operation comes from."
     frames = traceback.extract_stack()
@@ -94,8 +101,9 @@ class Card(TorchDispatchMode):
             if source.device.type != out.device.type and blocking:
                 self.wait(f"copy {source.device.type} -> {out.device.type}")
         if not func.is_view and name not in NO_KERNEL and on_card(args, kwargs, out):
-            self.ops[self.now] += 1
-            self.names[name] += 1
+            count = kernels(name, args)
+            self.ops[self.now] += count
+            self.names[name] += count
         return out
 
     def scalar(self, tensor):
@@ -211,8 +219,11 @@ def backward(loss):
                 _accumulate(node.variable, inputs[0])
             outputs = ()
         else:
-            outputs = node(*inputs) if given else (None,) * len(node.next_functions)
+            run = node if callable(node) else node.apply
+            outputs = run(*inputs) if given else (None,) * len(node.next_functions)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        skipped = max(len(outputs) - len(node.next_functions), 0)  # inputs that are no tensors
+        outputs = outputs[skipped:]
         for i, (following, place) in enumerate(node.next_functions):
             if following is None:
                 continue

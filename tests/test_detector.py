@@ -1,5 +1,6 @@
 """The detector against the reference's numbers, frozen vectors, and files that must not load."""
 
+import contextlib
 import json
 import pickle
 import zlib
@@ -22,6 +23,8 @@ from deimv2_tfg.detector import (
     postprocess,
     save_detector,
 )
+from deimv2_tfg.optim import recompute
+from deimv2_tfg.training import DEIMV2
 from deimv2_tfg.weights import (
     DETECTOR_RULES,
     VIT_RULES,
@@ -471,3 +474,25 @@ def test_bfloat16_outside_float32_boxes():
         == output.enc_boxes.dtype
         == torch.float32
     )
+
+
+def gradients(checkpointing):
+    "Loss and gradients of a step in bfloat16."
+    torch.manual_seed(0)
+    model = build_detector(DetectorConfig.tiny())
+    if checkpointing:
+        recompute(DEIMV2.blocks(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(2, 3, 64, 64), TARGETS)
+    loss = sum(Criterion(6)(output, TARGETS).values())
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_cast_together_are_those_that_autocast_casts(monkeypatch, checkpointing):
+    together = gradients(checkpointing)
+    monkeypatch.setattr("deimv2_tfg.detector.autocast_weights", lambda *_: contextlib.nullcontext())
+    one_by_one = gradients(checkpointing)
+    assert len(together) == len(one_by_one) > 100
+    assert all(torch.equal(a, b) for a, b in zip(together, one_by_one, strict=True))

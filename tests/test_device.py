@@ -8,6 +8,7 @@ import collections
 import pytest
 import torch
 from fake_card import DEVICE, Accelerator, autocast, counted, fake_card, real, to_card
+from torch.optim.swa_utils import AveragedModel
 
 from deimv2_tfg.baselines import BACKBONES, Baseline
 from deimv2_tfg.batches import augmented, epoch_batches
@@ -16,17 +17,10 @@ from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
 from deimv2_tfg.evaluation import detections
 from deimv2_tfg.fusion import HEADS, ClassText, build_head
 from deimv2_tfg.multimodal import FusedDetector, thaw
+from deimv2_tfg.optim import make_ema, parameter_groups, recompute
 from deimv2_tfg.pretraining import MaskedViT, random_mask
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.training import (
-    DEIMV2,
-    count_boxes,
-    in_parts,
-    make_ema,
-    parameter_groups,
-    recompute,
-    training_step,
-)
+from deimv2_tfg.training import DEIMV2, count_boxes, in_parts, training_step
 
 
 @pytest.fixture
@@ -182,6 +176,27 @@ def test_host_waits_do_not_grow_with_the_batch(card):
         assert len(training.card.waits) <= 3, collections.Counter(training.card.waits)
 
 
+# Most operations that a step of M may ask of a card, without views: 4,000 in all.
+BUDGET = {
+    "backward": 2100,
+    "backbone": 430,
+    "criterion": 420,
+    "encoder": 330,
+    "decoder layers": 300,
+    "heads": 290,
+    "step": 70,
+    "clip": 10,
+    "ema": 5,
+}
+
+
+def test_a_step_of_m_keeps_its_budget_of_operations(card):
+    Training(card, "m").second_step(batch=16, size=640)
+    assert set(card.ops) == set(BUDGET)
+    assert not {part: n for part, n in card.ops.items() if n > BUDGET[part]}, card.ops
+    assert sum(card.ops.values()) <= 4000 and len(card.waits) <= 3
+
+
 def test_no_host_wait_inside_forward(card):
     training = Training(card)
     training.second_step()
@@ -190,6 +205,34 @@ def test_no_host_wait_inside_forward(card):
         pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
         training.model(pixel_values, targets=targets_of([2, 1], DEVICE))
     assert card.waits[before:] == []
+
+
+def test_the_average_is_torchs_and_resumes():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+
+    def update(averages, currents, n):
+        weight = max(1 / 10, 1 / (1 + (int(n) + 1) / 4))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, weight)
+        else:
+            torch._foreach_copy_(averages, currents)
+
+    expected = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    ema = make_ema(model, 10)
+    for _ in range(5):
+        model(torch.randn(4, 3)).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        expected.update_parameters(model)
+        ema.update_parameters(model)
+        resumed = make_ema(model, 10)
+        resumed.load_state_dict(ema.state_dict())
+        ema = resumed
+    kept = ema.state_dict()
+    assert list(kept) == list(expected.state_dict())
+    assert all(torch.equal(value, kept[k]) for k, value in expected.state_dict().items())
 
 
 def test_loading_leaves_the_cards_generators_alone(smoke_data, monkeypatch):
