@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = [
     'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'DetectorConfig', 'TfgDeimv2Config',
-    'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
-    'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
-    'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
+    'library_config', 'DetectorOutput', 'EncoderLayer', 'autocast_weights', 'Detector',
+    'reset_class_heads', 'reset_parameters', 'build_detector', 'count_parameters', 'encode',
+    'anchor_logits', 'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
     'denoising_queries', 'attention_mask', 'detect', 'postprocess', 'save_detector',
     'load_detector', 'convert_weights',
 ]  # fmt: skip
 
 # %% ../nbs/03_detector.ipynb #1b369dd0
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -251,6 +252,56 @@ def _correct(model, config):
         head.act = nn.SiLU()
 
 
+# %% ../nbs/03_detector.ipynb #cast
+class _Cast(torch.autograd.Function):
+    "Tensors in another type, and their gradients back, each way in one operation."
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(cast, list(tensors))
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        places = [i for i, grad in enumerate(grads) if grad is not None]
+        given = [grads[i] for i in places]
+        back = [torch.empty_like(grads[i], dtype=ctx.dtypes[i]) for i in places]
+        if places:
+            torch._foreach_copy_(back, given)
+        found = dict(zip(places, back, strict=True))
+        return None, *(found.get(i) for i in range(len(grads)))
+
+
+# %% ../nbs/03_detector.ipynb #autocast-weights
+def _weights(model) -> list[tuple]:
+    "(module, name) of the trainable weights that autocast would cast."
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for name, value in module._parameters.items():
+                if value is not None and value.requires_grad:
+                    found.append((module, name))
+    return found
+
+
+@contextlib.contextmanager
+def autocast_weights(model: nn.Module, device_type: str):
+    """While it lasts, weights in autocast's type, made in one operation; else nothing changes."""
+    places = _weights(model) if torch.is_autocast_enabled(device_type) else []
+    own = [module._parameters[name] for module, name in places]
+    cast = _Cast.apply(torch.get_autocast_dtype(device_type), *own) if places else ()
+    try:
+        for (module, name), value in zip(places, cast, strict=True):
+            module._parameters[name] = value
+        yield
+    finally:
+        for (module, name), value in zip(places, own, strict=True):
+            module._parameters[name] = value
+
+
 # %% ../nbs/03_detector.ipynb #detector
 class Detector(Deimv2ForObjectDetection):
     """DEIMv2 as published: `model(pixel_values) -> DetectorOutput`.
@@ -280,8 +331,9 @@ class Detector(Deimv2ForObjectDetection):
         image: {"labels": (n,) int64 in [0, C), "boxes": (n, 4) cxcywh in [0, 1]}, n may be 0. With
         them the outputs of all layers are given and, in training mode, denoising queries run along.
         """
-        memory, shapes = encode(self, pixel_values)
-        return detect(self, memory, shapes, targets)
+        with autocast_weights(self, pixel_values.device.type):
+            memory, shapes = encode(self, pixel_values)
+            return detect(self, memory, shapes, targets)
 
     def reset_class_heads(self):
         """Draw anew what depends on the number of classes; scores start at the class prior."""

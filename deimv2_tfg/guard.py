@@ -87,16 +87,26 @@ def set_random_state(state: dict):
 
 
 # %% ../nbs/03g_guard.ipynb #buffers
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]):
+    "In one operation on a card for each type of numbers."
+    for dtype in {target.dtype for target in targets}:
+        places = [i for i, target in enumerate(targets) if target.dtype == dtype]
+        torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
+
+
+@torch.no_grad()
 def saved_buffers(model) -> list[torch.Tensor]:
     """A copy of a network's buffers, for `restore_buffers`."""
-    return [buffer.clone() for buffer in model.buffers()]
+    buffers = list(model.buffers())
+    saved = [torch.empty_like(buffer) for buffer in buffers]
+    _copy_all(saved, buffers)
+    return saved
 
 
 @torch.no_grad()
 def restore_buffers(model, saved: list[torch.Tensor]):
     """Put a network's buffers (running statistics) back to what they were."""
-    for buffer, before in zip(model.buffers(), saved, strict=True):
-        buffer.copy_(before)
+    _copy_all(list(model.buffers()), saved)
 
 
 # %% ../nbs/03g_guard.ipynb #is-finite

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'BACKBONE', 'backbone_factor', 'parameter_groups', 'make_ema', 'pick_precision',
+    'BACKBONE', 'backbone_factor', 'parameter_groups', 'Ema', 'make_ema', 'pick_precision',
     'start_accelerator', 'recompute',
 ]  # fmt: skip
 
@@ -49,20 +49,43 @@ def parameter_groups(model, config: TrainConfig, backbone: str = BACKBONE) -> li
 
 
 # %% ../nbs/03i_optimizer.ipynb #make-ema
-def make_ema(model, horizon: float) -> AveragedModel:
+class Ema(AveragedModel):
     """torch's `AveragedModel` as an exponential moving average, buffers included.
 
-    Its memory is `horizon` steps, and `(steps + 1) / 4` while fewer were made.
+    Its memory is `horizon` steps, and `(steps + 1) / 4` while fewer were made. Updates are counted
+    on the host as well (`updates`): torch reads its own count from the device, and waits.
     """
 
-    def update(averages, currents, n):
-        weight = max(1 / max(horizon, 1), 1 / (1 + (int(n) + 1) / 4))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, currents, weight)
-        else:
-            torch._foreach_copy_(averages, currents)
+    def __init__(self, model: torch.nn.Module, horizon: float):
+        super().__init__(model, use_buffers=True)
+        self.horizon = horizon
+        self.updates = 0
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module):
+        """Move the average towards the model; the first time, to it."""
+        weight = max(1 / max(self.horizon, 1), 1 / (1 + (self.updates + 1) / 4))
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        currents = [*model.parameters(), *model.buffers()]
+        pairs = list(zip(averages, currents, strict=True))
+        moved = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not (self.updates and pair[0].is_floating_point())]
+        if moved:
+            torch._foreach_lerp_(*map(list, zip(*moved, strict=True)), weight)
+        if copied:
+            torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+        self.updates += 1
+        self.n_averaged += 1
+
+    def load_state_dict(self, *args, **kwargs):
+        found = super().load_state_dict(*args, **kwargs)
+        self.updates = int(self.n_averaged)
+        return found
+
+
+def make_ema(model: torch.nn.Module, horizon: float) -> Ema:
+    """The `Ema` of a model."""
+    return Ema(model, horizon)
 
 
 # %% ../nbs/03i_optimizer.ipynb #pick-precision

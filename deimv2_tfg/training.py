@@ -217,6 +217,8 @@ def _failure(terms, grad_norm, accelerator) -> str:
 # %% ../nbs/04_training_stability.ipynb #mean-terms
 def _mean_terms(terms: list[dict], shares: list[float]) -> dict:
     """Each term of the batch from those of its parts; a part may lack a term."""
+    if len(terms) == 1:
+        return terms[0]
     whole = sum(shares[: len(terms)])
     means = {}
     for part, share in zip(terms, shares, strict=False):  # a failed step has fewer terms
@@ -255,7 +257,8 @@ def training_step(
             if anywhere(not losses, accelerator.device):
                 failure = "loss"
                 break
-            accelerator.backward(sum(losses.values()) * shares[k])
+            loss = sum(losses.values())
+            accelerator.backward(loss * shares[k] if len(parts) > 1 else loss)
         terms.append({name: value.detach() for name, value in losses.items()})
     if not failure:
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip or math.inf).detach()
@@ -367,12 +370,22 @@ def batches_of(trainer: Trainer, epoch: int, first: int = 0) -> DataLoader:
 
 
 # %% ../nbs/04_training_stability.ipynb #in-parts
+def _targets_on(targets: list[dict], device) -> list[dict]:
+    """The targets on a device: one copy of all labels and one of all boxes, none waited for."""
+    counts = [len(target["labels"]) for target in targets]
+    moved = [dict(target) for target in targets]
+    for name in ("labels", "boxes"):
+        together = torch.cat([target[name] for target in targets])
+        parts = together.to(device, non_blocking=True).split(counts)
+        for target, part in zip(moved, parts, strict=True):
+            target[name] = part
+    return moved
+
+
 def in_parts(trainer: Trainer, pixel_values: torch.Tensor, targets: list[dict]) -> list[tuple]:
     """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets)."""
     device = trainer.accelerator.device
-    moved = []
-    for target in targets:
-        moved.append({k: v.to(device) if torch.is_tensor(v) else v for k, v in target.items()})
+    moved = _targets_on(targets, device)
     n = trainer.micro or len(targets)
     split = pixel_values.to(device, non_blocking=True).split(n)
     return [(part, moved[i * n : (i + 1) * n]) for i, part in enumerate(split)]
