@@ -39,7 +39,7 @@ from deimv2_tfg.doctor import (
 )
 
 from .core import atomic_write, hash_bytes, one_at_a_time, project_root
-from .figures import class_style, finish, gettext
+from .figures import class_style, class_title, finish, gettext
 from .photographs import read_json_file, read_photograph
 
 
@@ -345,6 +345,7 @@ def plot_classes(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Objects of each class by split, as bars; `table`: of `class_table`."""
     objects = table.drop(index="all").filter(like="objects")
     objects.columns = [gettext(c.removesuffix(" objects"), language) for c in objects]
+    objects.index = [class_title(name, language) for name in objects.index]
     fig, ax = plt.subplots(figsize=(6.2, 2.8), layout="constrained")
     greys = ["0.25", "0.55", "0.8"]
     objects.plot.barh(ax=ax, width=0.8, color=greys, edgecolor="black", linewidth=0.4)
