@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = [
     'PICTURES', 'LEFTOVERS', 'KIND_FOLDERS', 'SPLIT_NAMES', 'NO_LABELS', 'coco_of', 'write_split',
-    'Item', 'Foreign', 'photograph_size', 'balance', 'require_balance', 'key', 'split_of',
-    'files_of', 'by_key', 'PhotographIndex', 'VocFile', 'xml_root', 'read_voc_file', 'read_voc',
-    'read_lists', 'read_voc_set', 'write_voc', 'read_yolo', 'yolo_classes', 'read_yolo_set',
-    'write_yolo', 'coco_box', 'is_coco', 'read_coco_set', 'read_cvat', 'read_labelme',
+    'Item', 'Foreign', 'whole_size', 'photograph_size', 'balance', 'require_balance', 'key',
+    'split_of', 'files_of', 'by_key', 'PhotographIndex', 'VocFile', 'xml_root', 'read_voc_file',
+    'read_voc', 'read_lists', 'read_voc_set', 'write_voc', 'read_yolo', 'yolo_classes',
+    'read_yolo_set', 'write_yolo', 'coco_box', 'is_coco', 'read_coco_set', 'read_cvat',
+    'read_labelme',
 ]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
@@ -32,6 +33,7 @@ from deimv2_tfg.photographs import (
     read_json_file,
     read_photograph,
     read_text,
+    whole_number,
 )
 
 from .core import write_json
@@ -153,6 +155,12 @@ class Foreign:
 
 
 # %% ../nbs/01b_formats.ipynb #photograph-size
+def whole_size(width, height) -> tuple[int, int] | None:
+    """(width, height) as an annotation says it; None where it says none, or 0."""
+    size = (whole_number(width), whole_number(height))
+    return size if all(size) else None
+
+
 def photograph_size(path: Path, declared: tuple | None = None) -> tuple[int, int]:
     """(width, height) of a photograph as viewers show it.
 
@@ -190,6 +198,17 @@ def balance(found: Foreign) -> list[str]:
     return lines
 
 
+def _wrong_boxes(item: Item) -> list[str]:
+    """What is wrong with the boxes of a photograph: no class, no number, no area."""
+    wrong = []
+    for name, *box in item.boxes:
+        if not name:
+            wrong.append(f"box {box} has no class")
+        elif not np.isfinite(box[:4]).all() or min(box[2:4]) <= 0:
+            wrong.append(f"box {box} of {name} has no area")
+    return wrong
+
+
 def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
     """Raise `ValueError` with all problems, or with leftovers that are not allowed by name."""
     if unknown := [kind for kind in allow if kind not in LEFTOVERS]:
@@ -204,6 +223,8 @@ def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
         problems.append("no photograph")
     if found.items and not any(item.boxes for item in found.items):
         problems.append("none of the photographs has a box")
+    for item in found.items:
+        problems += [f"{found.named(item.path)}: {wrong}" for wrong in _wrong_boxes(item)]
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"{len(problems)} problem(s) in {found.root}:\n  {shown}")
@@ -287,7 +308,8 @@ class PhotographIndex:
 
         Raises `ValueError` where there is none, or several.
         """
-        wanted = [p for p in re.split(r"[\\/]+", name.strip().lower()) if p not in ("", ".", "..")]
+        parts = re.split(r"[\\/]+", name.strip().lower()) if isinstance(name, str) else []
+        wanted = [part for part in parts if part not in ("", ".", "..")]
         tail = "/".join(wanted)
         folder = near.relative_to(self.root).as_posix().lower()
         for place in (folder, f"{folder}/images", "", "images"):
@@ -323,7 +345,7 @@ def _value(node, tag: str) -> float:
     """A number of an XML node. Raises `ValueError` that names it."""
     text = None if node is None else node.findtext(tag)
     value = number(text)
-    if value is None:
+    if value is None or not np.isfinite(value):
         said = "is missing" if text is None else f"is no number: {text!r}"
         raise ValueError(f"{tag} {said}")
     return int(value) if value.is_integer() else value
@@ -342,10 +364,8 @@ def read_voc_file(path: Path) -> VocFile:
     """One VOC annotation file. Raises `ValueError` with the file's name."""
     tree = xml_root(path)
     try:
-        size = tree.find("size")
-        if size is not None:
-            size = (int(_value(size, "width")), int(_value(size, "height")))
-        found = VocFile(tree.findtext("filename") or "", size if size and all(size) else None, [])
+        size = whole_size(tree.findtext("size/width"), tree.findtext("size/height"))
+        found = VocFile(tree.findtext("filename") or "", size, [])
         for thing in tree.iter("object"):
             name = (thing.findtext("name") or "").strip()
             if not name:
@@ -734,8 +754,7 @@ def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) ->
         except (KeyError, ValueError) as error:
             found.problems.append(f"{found.named(path)}: {error}")
             continue
-        declared = [number(image.get(side)) for side in ("width", "height")]
-        size = found.sized(photograph, None if None in declared else tuple(map(int, declared)))
+        size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
         if size is not None:
             own = boxes.pop(str(image.get("id")), [])
             found.items.append(Item(photograph, size, own, split_of(path, found.root)))
@@ -807,12 +826,11 @@ def read_cvat(root: str | Path) -> Foreign:
 def _add_cvat(found: Foreign, path: Path, image, index: PhotographIndex) -> None:
     """Add one photograph of CVAT's XML."""
     photograph = index.find(image.get("name"), path.parent)
-    declared = (int(image.get("width")), int(image.get("height")))
-    size = found.sized(photograph, declared)
-    boxes = [(shape.get("label"), *_cvat_box(shape)) for shape in image if shape.get("label")]
-    tags = [shape for shape in boxes if shape[0] is None]
+    size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
+    shapes = [shape for shape in image if shape.tag != "tag"]
+    boxes = [(shape.get("label") or "", *_cvat_box(shape)) for shape in shapes]
     split = SPLIT_NAMES.get((image.get("subset") or "").lower(), "")
-    if size is not None and not tags:
+    if size is not None:
         found.items.append(Item(photograph, size, boxes, split))
 
 
@@ -844,8 +862,8 @@ def read_labelme(root: str | Path) -> Foreign:
         except (KeyError, TypeError, ValueError) as error:
             found.problems.append(f"{found.named(path)}: {error}")
             continue
-        sides = [number(content.get(f"image{side}")) for side in ("Width", "Height")]
-        size = found.sized(photograph, None if None in sides else tuple(map(int, sides)))
+        declared = whole_size(content.get("imageWidth"), content.get("imageHeight"))
+        size = found.sized(photograph, declared)
         if size is not None:
             found.items.append(Item(photograph, size, boxes, split_of(photograph, found.root)))
     _finish_tool(found, index)

@@ -45,11 +45,17 @@ from deimv2_tfg.formats import (
     xml_root,
     yolo_classes,
 )
+from deimv2_tfg.photographs import (
+    header_of,
+    look_at_all,
+    read_json_file,
+    read_photograph,
+    read_text,
+)
 
 from .copies import clusters, copies_by_name, same_pairs
 from .core import write_json
 from .data import SPLITS
-from .photographs import look_at_all, read_json_file, read_photograph, read_text
 from .splits import deal
 
 # %% ../nbs/01f_importing.ipynb #mask-values
@@ -58,9 +64,17 @@ VOID = 255  # of masks with a palette: the border between classes, as VOC has it
 
 
 def mask_values(path: Path) -> np.ndarray:
-    """The values (H, W) of a mask: index, grey, alpha, or a colour as one number (0xRRGGBB)."""
-    with Image.open(path) as image:
-        image.load()
+    """The values (H, W) of a mask: index, grey, alpha, or a colour as one number (0xRRGGBB).
+
+    Raises `ValueError` for a file that is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:  # Pillow's plugins raise whatever their parsers meet
+        raise ValueError(
+            f"not readable as a mask ({error})".replace(str(path), path.name)
+        ) from None
     if image.mode in ("LA", "RGBA", "PA"):
         alpha = np.asarray(image.getchannel("A"))
         if alpha.min() < alpha.max():
@@ -217,7 +231,7 @@ class MaskReader:
         """Add a photograph with its mask, or without one."""
         folders = mask_key(path, self.found.root)[:-1]
         folder = path.parent.name if folders else ""
-        declared = mask and Image.open(mask).size
+        declared = tuple(header_of(mask).size) if mask else None
         size = self.found.sized(path, declared)
         if size is None:
             return
@@ -229,7 +243,7 @@ class MaskReader:
                 item.boxes = [(folder, 0, 0, *size)]
             elif folder.lower() not in SOUND:
                 self.found.leave("unlabelled", path)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             self.found.problems.append(f"{self.found.named(mask)}: {error}")
             return
         self.found.items.append(item)
@@ -259,6 +273,11 @@ def read_masks(
         same = [p for p in by_key[own] if p.parent.name != "good"] or by_key[own]
         if len(same) != 1:
             found.leave("masks", mask)
+            continue
+        try:
+            mask_values(mask)
+        except ValueError as error:
+            found.problems.append(f"{found.named(mask)}: {error}")
             continue
         of_photograph[same[0]] = mask
         by_folder[same[0].parent.name if len(own) > 1 else ""].append(mask)

@@ -866,3 +866,68 @@ def test_readers_keep_what_they_read(smoke_data, tmp_path):
     for found in (voc, yolo):
         assert not found.problems and not found.left
         assert len(found.items) == 24
+
+
+# --- damaged files ---
+
+
+def damaged(content, rng):
+    "The bytes of a file, cut off, with bytes changed or taken out, or replaced by noise."
+    kind = rng.integers(4)
+    data = bytearray(content)
+    i, j = sorted(rng.integers(0, len(data), 2).tolist())
+    if kind == 0:
+        return bytes(data[:j])
+    if kind == 1:
+        data[j] = rng.integers(256)
+        return bytes(data)
+    if kind == 2:
+        return bytes(data[:i] + data[j:])
+    return rng.bytes(100)
+
+
+def five_sets(root):
+    "One small set of each kind that is told by its files."
+    voc_set(root / "voc", 4)
+    yolo_set(root / "yolo", "images/{0}.png", "labels/{0}.txt", 4)
+    for kind in ("coco", "cvat", "labelme", "masks/Crack"):
+        for k in range(4):
+            photograph(root / kind / f"{k}.jpg", k)
+    write_json(root / "coco" / "all.json", coco_of_names([f"{k}.jpg" for k in range(4)]))
+    box = '<box label="crack" xtl="61" ytl="39" xbr="73" ybr="56"/>'
+    shape = {"label": "crack", "points": [[73, 56], [61, 39]], "shape_type": "rectangle"}
+    images = [f'<image name="{k}.jpg" width="96" height="72">{box}</image>' for k in range(4)]
+    (root / "cvat" / "all.xml").write_text(f"<annotations>{''.join(images)}</annotations>")
+    for k in range(4):
+        said = {"imagePath": f"{k}.jpg", "imageWidth": 96, "imageHeight": 72, "shapes": [shape]}
+        write_json(root / "labelme" / f"{k}.json", said)
+        mask_of("palette", root / "masks" / "Crack" / f"{k}.png")
+    return [path for path in sorted(root.rglob("*")) if path.is_file()]
+
+
+def test_damaged_files_are_refused_and_never_a_traceback(tmp_path):
+    files = five_sets(tmp_path / "in")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        path = files[rng.integers(len(files))]
+        content = path.read_bytes()
+        path.write_bytes(damaged(content, rng))
+        source = tmp_path / "in" / path.relative_to(tmp_path / "in").parts[0]
+        try:
+            import_dataset(source, tmp_path / "out", one_piece=True)
+            shutil.rmtree(tmp_path / "out")
+        except (ValueError, FileNotFoundError):
+            refused += 1
+            assert not (tmp_path / "out").exists()
+        path.write_bytes(content)
+    assert refused > 100
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize("box", ["0 .5 .5 0 .1", "0 .5 .5 nan .1", "0 .5 .5 inf .1"])
+def test_a_box_without_area_is_a_problem(tmp_path, box):
+    root = yolo_set(tmp_path / "in", "{0}.png", "{0}.txt")
+    (root / "0.txt").write_text(box)
+    with pytest.raises(ValueError, match="0.png|0.txt"):
+        import_dataset(root, tmp_path / "out")
