@@ -6,10 +6,10 @@
 __all__ = [
     'PHOTOGRAPHS', 'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
     'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
-    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'frames',
-    'good_class', 'part_verdict', 'PredictionReport', 'write_coco', 'write_csv', 'write_tables',
-    'clear_results', 'predict_files', 'Exported', 'query_difference', 'onnx_difference',
-    'export_notes', 'export_onnx',
+    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'pages_of',
+    'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_coco', 'write_csv',
+    'write_tables', 'clear_results', 'predict_files', 'Exported', 'query_difference',
+    'onnx_difference', 'export_notes', 'export_onnx',
 ]  # fmt: skip
 
 # %% ../nbs/07b_use.ipynb #use-imports
@@ -39,7 +39,7 @@ from .decisions import working_points
 from .detector import Detector
 from .evaluation import detections, detector_directory, open_detector, to_coco_results
 from .figures import draw_boxes
-from .photographs import PhotographError, read_photograph
+from .photographs import PhotographError, header_of, read_photograph
 from .runs import Run, file_digest
 from .transforms import to_pixel_values
 
@@ -305,15 +305,29 @@ def video_frames(path: Path, every: int = 1) -> Iterator[tuple[int, Image.Image]
 
 
 # %% ../nbs/07b_use.ipynb #frames-2
+def pages_of(path: Path) -> Iterator[Image.Image]:
+    """Every page of a TIFF as an RGB photograph."""
+    with Image.open(path) as file:
+        for page in range(file.n_frames):
+            file.seek(page)
+            yield as_rgb(file)
+
+
 def frames(
     files: list[Path], base: Path, every: int = 1
 ) -> Iterator[tuple[str, Image.Image | Exception]]:
-    """(name relative to `base`, RGB photograph or the exception it caused) of files and frames."""
+    """(name, RGB photograph or the exception it caused) of files, frames and pages.
+
+    `name` is relative to `base`; of a video or a scan of several pages it ends in a number.
+    """
     for path in files:
         name = path.relative_to(base).as_posix()
         try:
             if path.suffix.lower() in VIDEOS:
                 for number, photograph in video_frames(path, every):
+                    yield f"{name}#{number:06d}", photograph
+            elif path.suffix.lower() in (".tif", ".tiff") and header_of(path).frames > 1:
+                for number, photograph in enumerate(pages_of(path)):
                     yield f"{name}#{number:06d}", photograph
             else:
                 yield name, read_photograph(path)

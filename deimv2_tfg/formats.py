@@ -71,6 +71,7 @@ def coco_of(names: list[str], sizes: list, boxes: list, ids: Mapping[str, int]) 
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+# %% ../nbs/01b_formats.ipynb #write-split-2
 def write_split(
     root: str | Path, split: str, photographs: list, boxes: list, classes: Iterable[str] | Mapping
 ) -> Path:
@@ -198,6 +199,7 @@ def balance(found: Foreign) -> list[str]:
     return lines
 
 
+# %% ../nbs/01b_formats.ipynb #wrong-boxes
 def _wrong_boxes(item: Item) -> list[str]:
     """What is wrong with the boxes of a photograph: no class, no number, no area."""
     wrong = []
@@ -209,6 +211,7 @@ def _wrong_boxes(item: Item) -> list[str]:
     return wrong
 
 
+# %% ../nbs/01b_formats.ipynb #require-balance
 def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
     """Raise `ValueError` with all problems, or with leftovers that are not allowed by name."""
     if unknown := [kind for kind in allow if kind not in LEFTOVERS]:
@@ -255,6 +258,7 @@ def key(path: Path, root: Path) -> tuple[str, ...]:
     return (*(f for f in folders if f not in KIND_FOLDERS), stem)
 
 
+# %% ../nbs/01b_formats.ipynb #split-of
 def split_of(path: Path, root: Path) -> str:
     """The split that a folder or the file's own name says: train, val, test or ""."""
     for part in reversed(path.relative_to(root).parts):
@@ -360,6 +364,7 @@ def xml_root(path: Path):
         raise ValueError(f"{path}: not readable as XML ({type(error).__name__}: {error})") from None
 
 
+# %% ../nbs/01b_formats.ipynb #read-voc-file-2
 def read_voc_file(path: Path) -> VocFile:
     """One VOC annotation file. Raises `ValueError` with the file's name."""
     tree = xml_root(path)
@@ -381,6 +386,7 @@ def read_voc_file(path: Path) -> VocFile:
     return found
 
 
+# %% ../nbs/01b_formats.ipynb #read-voc-2
 def read_voc(path: str | Path) -> tuple[tuple[str, int, int], list]:
     """(file name, width, height) of a VOC file and its boxes (class, x, y, w, h)."""
     found = read_voc_file(Path(path))
@@ -408,6 +414,7 @@ def read_lists(found: Foreign, stems: Mapping[str, Iterable]) -> dict[str, str]:
     return splits
 
 
+# %% ../nbs/01b_formats.ipynb #listed-stem
 def _listed_stem(line: str, stems: Mapping[str, Iterable]) -> str | None:
     """The stem that a line of a list means."""
     for name in (line, re.sub(r"\s+-?[01]$", "", line)):
@@ -449,6 +456,7 @@ def read_voc_set(root: str | Path) -> Foreign:
     return found
 
 
+# %% ../nbs/01b_formats.ipynb #first-pixel
 def _first_pixel(found: Foreign, files: Iterable[VocFile]) -> int:
     """1, VOC's own; 0 where a corner at 0 says that the tool counts from there."""
     lows = [min(c[1:3]) for file in files for c in file.corners]
@@ -458,6 +466,7 @@ def _first_pixel(found: Foreign, files: Iterable[VocFile]) -> int:
     return 0
 
 
+# %% ../nbs/01b_formats.ipynb #add-voc
 def _add_voc(found: Foreign, path: Path, file: VocFile | None, first: int, split: str | None):
     """Add a photograph with the boxes of its file (None: none)."""
     declared = file.size if file else None
@@ -545,6 +554,7 @@ def _yolo_box(values: list[float]) -> tuple[float, float, float, float]:
     return box
 
 
+# %% ../nbs/01b_formats.ipynb #read-yolo-2
 def read_yolo(text: str, width: int, height: int, classes) -> list[tuple]:
     """The boxes of one YOLO file as (class, x, y, w, h) in pixels.
 
@@ -578,6 +588,7 @@ def _yaml(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+# %% ../nbs/01b_formats.ipynb #yolo-classes
 def yolo_classes(root: str | Path) -> dict[int, str]:
     """{number: name} of a YOLO set, from a yaml with `names`, `classes.txt` or `obj.names`.
 
@@ -618,6 +629,7 @@ def _yolo_texts(found: Foreign, pictures: dict) -> dict[tuple, Path]:
     return labels
 
 
+# %% ../nbs/01b_formats.ipynb #read-yolo-set
 def read_yolo_set(root: str | Path) -> Foreign:
     """A YOLO set in any of its arrangements."""
     found = Foreign(Path(root), "YOLO")
@@ -643,6 +655,7 @@ def read_yolo_set(root: str | Path) -> Foreign:
     return found
 
 
+# %% ../nbs/01b_formats.ipynb #yolo-backgrounds
 def _yolo_backgrounds(found: Foreign, labels: dict) -> None:
     """Count photographs without a text file; where a whole split has none, they are left over."""
     by_split = defaultdict(list)
@@ -670,6 +683,7 @@ def _yolo_lines(image: dict, annotations: list, category_ids: list) -> str:
     return "".join(lines)
 
 
+# %% ../nbs/01b_formats.ipynb #write-yolo-2
 def write_yolo(root: str | Path, out: str | Path) -> Path:
     """A data set in the thesis's layout as YOLO: images, labels and `data.yaml`."""
     out = Path(out)
@@ -736,6 +750,7 @@ def _coco_names(found: Foreign, coco: dict) -> dict:
     return names
 
 
+# %% ../nbs/01b_formats.ipynb #add-coco
 def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) -> None:
     """Add the photographs of one COCO json."""
     names = _coco_names(found, coco)
@@ -794,6 +809,7 @@ def _around(points: Iterable) -> tuple[float, float, float, float]:
     return tuple(float(v) for v in (*low, *(points.max(0) - low)))
 
 
+# %% ../nbs/01b_formats.ipynb #cvat-box
 def _cvat_box(shape) -> tuple[float, float, float, float]:
     """The box of a shape of CVAT's XML. Raises `ValueError` for a kind that has none."""
     if shape.tag == "box":
@@ -806,6 +822,7 @@ def _cvat_box(shape) -> tuple[float, float, float, float]:
     raise ValueError(f"a {shape.tag} has no box")
 
 
+# %% ../nbs/01b_formats.ipynb #read-cvat-2
 def read_cvat(root: str | Path) -> Foreign:
     """A set in CVAT's own format ("for images"): one XML with all photographs."""
     found = Foreign(Path(root), "CVAT")
@@ -823,6 +840,7 @@ def read_cvat(root: str | Path) -> Foreign:
     return found
 
 
+# %% ../nbs/01b_formats.ipynb #add-cvat
 def _add_cvat(found: Foreign, path: Path, image, index: PhotographIndex) -> None:
     """Add one photograph of CVAT's XML."""
     photograph = index.find(image.get("name"), path.parent)
@@ -848,6 +866,7 @@ def _labelme_box(shape: dict) -> tuple[float, float, float, float]:
     return _around(points)
 
 
+# %% ../nbs/01b_formats.ipynb #read-labelme-2
 def read_labelme(root: str | Path) -> Foreign:
     """A set of LabelMe: one json per photograph."""
     found = Foreign(Path(root), "LabelMe")
@@ -870,6 +889,7 @@ def read_labelme(root: str | Path) -> Foreign:
     return found
 
 
+# %% ../nbs/01b_formats.ipynb #finish-tool
 def _finish_tool(found: Foreign, index: PhotographIndex) -> None:
     """Classes by name, and photographs that no annotation names."""
     names = sorted({box[0] for item in found.items for box in item.boxes})

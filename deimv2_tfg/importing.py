@@ -89,6 +89,7 @@ def mask_values(path: Path) -> np.ndarray:
     return (red << 16) + (green << 8) + blue
 
 
+# %% ../nbs/01f_importing.ipynb #is-smooth
 def is_smooth(masks: Iterable[Path]) -> bool:
     """Whether masks are smoothed black and white: many values, up to white."""
     many, brightest = False, 0
@@ -99,6 +100,7 @@ def is_smooth(masks: Iterable[Path]) -> bool:
     return many and 191 < brightest <= 255
 
 
+# %% ../nbs/01f_importing.ipynb #marked
 def marked(values: np.ndarray, smooth: bool = False) -> np.ndarray:
     """Which pixels (H, W) are defect. Raises `ValueError` for values that are no mask's."""
     if not smooth:
@@ -176,6 +178,7 @@ def _label_map(root: Path) -> dict[int, str]:
     return names
 
 
+# %% ../nbs/01f_importing.ipynb #value-names
 def value_names(root: Path, masks: Sequence[Path], classes: Sequence[str]) -> dict[int, str]:
     """{value: class} of masks that hold several classes. Raises `ValueError` with the values."""
     if is_smooth(masks):
@@ -290,6 +293,7 @@ def read_masks(
     return found
 
 
+# %% ../nbs/01f_importing.ipynb #number-classes
 def number_classes(found: Foreign) -> None:
     """Number the classes of the boxes by name, from 0."""
     names = sorted({box[0] for item in found.items for box in item.boxes})
@@ -333,6 +337,7 @@ def _json_format(paths: Sequence[Path]) -> str:
     return ""
 
 
+# %% ../nbs/01f_importing.ipynb #has-class-names
 def _has_class_names(root: Path) -> bool:
     try:
         return bool(yolo_classes(root))
@@ -340,6 +345,7 @@ def _has_class_names(root: Path) -> bool:
         return False
 
 
+# %% ../nbs/01f_importing.ipynb #format-of-2
 def format_of(source: str | Path) -> str:
     """One of READERS. Raises `ValueError` where it is none, `FileNotFoundError` for no folder."""
     source = Path(source)
@@ -430,6 +436,7 @@ def deal_items(found: Foreign, by: Iterable[str] = ("look", "name"), seed: int =
         )
 
 
+# %% ../nbs/01f_importing.ipynb #settle-splits
 def settle_splits(found: Foreign, by: Iterable[str] = ("look", "name"), seed: int = 0) -> None:
     """Give every photograph a split: its own, or a dealt one."""
     named = Counter(item.split for item in found.items if item.split)
@@ -460,6 +467,7 @@ def _distinct_names(found: Foreign) -> None:
             item.name = found.named(item.path).replace("/", "__")
 
 
+# %% ../nbs/01f_importing.ipynb #write-items-2
 def write_items(found: Foreign, out: Path, splits: Iterable[str] = SPLITS) -> None:
     """Write the splits of a set to a folder."""
     for split in splits:
@@ -468,6 +476,7 @@ def write_items(found: Foreign, out: Path, splits: Iterable[str] = SPLITS) -> No
         write_split(out, split, photographs, [item.boxes for item in items], found.classes)
 
 
+# %% ../nbs/01f_importing.ipynb #write-one-piece
 def write_one_piece(found: Foreign, out: Path) -> None:
     """`images/` and `annotations.json`, for `split` to deal."""
     (out / "images").mkdir()
@@ -541,6 +550,7 @@ def import_dataset(
     return out
 
 
+# %% ../nbs/01f_importing.ipynb #write-whole
 def _write_whole(found: Foreign, out: Path, one_piece: bool) -> None:
     """Write a set beside its place and move it there."""
     out.parent.mkdir(parents=True, exist_ok=True)

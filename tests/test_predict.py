@@ -248,6 +248,16 @@ def test_a_turned_photograph_is_read_upright(run, tmp_path):
     assert Image.open(tmp_path / "out" / "pictures" / "phone.jpg").size == (40, 60)
 
 
+def test_every_page_of_a_scan_is_a_photograph(run, tmp_path):
+    pages = [Image.new("RGB", (40, 30), (40 * k, 90, 90)) for k in range(5)]
+    pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
+    report = predict_files(
+        str(run), str(tmp_path / "scan.tif"), str(tmp_path / "out"), threshold=0.5
+    )
+    names = [row["file_name"] for row in report.photographs]
+    assert names == [f"scan.tif#{k:06d}" for k in range(5)]
+
+
 def test_thresholds_come_from_val_and_travel_with_the_weights(run, smoke_data, tmp_path):
     dataset = load_dataset(smoke_data, "val")
     points = working_points(dataset.coco, Run(run).predictions("val"))
