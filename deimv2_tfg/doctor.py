@@ -143,29 +143,39 @@ DAMAGED = ("photo-empty", "photo-unreadable", "photo-truncated")  # taken out of
 
 
 # %% ../nbs/00i_doctor.ipynb #check-photographs-2
-def _check_photographs(report: Report, sheets: list[Sheet], opened: bool):
-    """What is wrong with each listed photograph; `opened`: decode it and keep what was seen."""
-    entries = {}
+def _entries_by_file(sheets: list[Sheet]) -> dict[tuple, list]:
+    """{(split, name): [(sheet, entry)]} of the files that entries name; mostly one each."""
+    found = defaultdict(list)
     for sheet in sheets:
         for entry in sheet.entries:
             if entry.path:
                 name = entry.path.relative_to(sheet.folder).as_posix()
-                entries.setdefault((sheet.split, name), (sheet, entry))
-    paths = [entry.path for _, entry in entries.values()]
+                found[sheet.split, name].append((sheet, entry))
+    return found
+
+
+# %% ../nbs/00i_doctor.ipynb #check-photographs-3
+def _check_photographs(report: Report, sheets: list[Sheet], opened: bool):
+    """What is wrong with each listed photograph; `opened`: decode it and keep what was seen."""
+    files = _entries_by_file(sheets)
+    paths = [its[0][1].path for its in files.values()]
     seen = look_at_all(paths) if opened else [header_of(path) for path in paths]
     if opened:
-        report.photographs = dict(zip(entries, seen, strict=True))
-    for photograph, (key, (sheet, entry)) in zip(seen, entries.items(), strict=True):
-        place = f"{key[0]}/images/{key[1]}"
+        report.photographs = dict(zip(files, seen, strict=True))
+    for photograph, (split, name) in zip(seen, files, strict=True):
+        place = f"{split}/images/{name}"
+        its = files[split, name]
         if photograph.problem:
             kind = f"photo-{photograph.problem}"
             report.add(kind, place, "", photograph.message)
-            if kind in DAMAGED:
+            for sheet, entry in its if kind in DAMAGED else ():
                 Place(sheet, "images", entry.index).take_out(kind)
             continue
-        boxes = len(sheet.boxes[id_key(entry.image.get("id"))])
-        problems = [*_geometry_problems(photograph, entry.size, boxes)]
-        for kind, key, message in problems + [*_content_problems(photograph)]:
+        boxes = sum(len(sheet.boxes[id_key(entry.image.get("id"))]) for sheet, entry in its)
+        sizes = dict.fromkeys(entry.size for _, entry in its)
+        problems = [p for size in sizes for p in _geometry_problems(photograph, size, boxes)]
+        problems += _content_problems(photograph)
+        for kind, key, message in dict.fromkeys(problems):
             report.add(kind, place, key, message)
 
 
@@ -328,6 +338,7 @@ def _line(finding: Finding) -> str:
 CHANGES = ["split", "kind", "field", "before", "after"]  # after: None where taken out
 
 
+# %% ../nbs/00i_doctor.ipynb #taken-out
 def _taken_out(coco: dict, mends: list[Mend], held: set) -> dict[str, dict[int, str]]:
     """{part: {index: kind}} of entries that go.
 

@@ -171,7 +171,8 @@ UPRIGHT = {
 def _orientation(image) -> int:
     """EXIF tag 274: 1 as stored, 2 to 8 turned or mirrored by viewers; 1 where EXIF is damaged."""
     try:
-        tag = image.getexif().get(274, 1)
+        # The plain method: that of PNG decodes the picture, and may fail over it.
+        tag = Image.Image.getexif(image).get(274, 1)
     except Exception:  # a damaged tag is no reason to refuse the picture
         return 1
     return tag if tag in UPRIGHT else 1
@@ -192,8 +193,8 @@ def read_photograph(source, name="") -> Image.Image:
             opened = True
             if kind := _deep(image):
                 raise PhotographError(file, kind, DEEP[kind])
-            orientation = _orientation(image)
             image.load()
+            orientation = _orientation(image)
             rgb = image.convert("RGB")
     except (FileNotFoundError, PhotographError):
         raise
@@ -303,19 +304,28 @@ _one_large = Lock()
 
 
 # %% ../nbs/00a_photographs.ipynb #look
+def _frames(image) -> int:
+    """Pages or frames of a file; 1 where those after the first are damaged."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:
+        return 1
+
+
+# %% ../nbs/00a_photographs.ipynb #look-2
 def _look(path, header) -> Photograph:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     opened = False
     try:
         with Image.open(path) as image:
             opened = True
-            frames = getattr(image, "n_frames", 1)
             image.load()
             facts = pixel_facts(image)
             small = thumbnail_of(image)
+            facts |= {"orientation": _orientation(image), "frames": _frames(image)}
     except Exception as e:  # see `read_photograph`
         return Photograph(path, *_refusal(e, opened))
-    return replace(header, frames=frames, bytes_digest=digest, thumbnail=small, **facts)
+    return replace(header, bytes_digest=digest, thumbnail=small, **facts)
 
 
 # %% ../nbs/00a_photographs.ipynb #look-at-2
