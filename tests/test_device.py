@@ -244,3 +244,15 @@ def test_loading_leaves_the_cards_generators_alone(smoke_data, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
     monkeypatch.setattr(torch.cuda, "manual_seed", seeded)
     assert len(list(epoch_batches(view, config, 0))) > 1
+
+
+def test_batches_and_generators_do_not_depend_on_the_number_of_workers(smoke_data):
+    seen = []
+    for workers in (0, 2):
+        config = TrainConfig(str(smoke_data), image_size=64, batch_size=4, num_workers=workers)
+        view = augmented(load_dataset(smoke_data, "train"), config)
+        torch.manual_seed(3)
+        images = [pixel_values for pixel_values, _ in epoch_batches(view, config, 0)]
+        seen.append([*images, torch.rand(3)])
+    assert len(seen[0]) > 2
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
