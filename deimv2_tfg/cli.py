@@ -586,10 +586,10 @@ def bench_command(
 # %% ../nbs/08_cli.ipynb #bench-table
 def bench_table(what, repeats, workers, compiled, model, image_size, batch_size) -> Any:
     """The data frame of one measurement; see `bench_command`."""
-    from deimv2_tfg import cost, criterion, fusion, levers
+    from deimv2_tfg import cost, fusion, levers, library_loss
 
     if what == "criterion":
-        return criterion.bench_criterion(repeats=repeats)
+        return library_loss.bench_criterion(repeats=repeats)
     if what == "heads":
         return fusion.bench_heads(repeats=repeats)
     if what == "train":

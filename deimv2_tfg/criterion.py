@@ -9,23 +9,19 @@ __all__ = [
     'two_bins', 'fgl_loss', 'ddf_loss', 'NonFiniteLossError', 'peaks', 'check_peaks',
     'check_targets', 'check_terms', 'fetch', 'send', 'average_over_processes', 'float_outputs',
     'Heads', 'stack_heads', 'random_outputs', 'denoising_pairs', 'for_every_head', 'Pairs',
-    'name_terms', 'Criterion', 'match', 'head_terms', 'all_terms', 'transformers_arguments',
-    'transformers_terms', 'bench_criterion',
+    'name_terms', 'Criterion', 'match', 'head_terms', 'all_terms',
 ]  # fmt: skip
 
 # %% ../nbs/03a_criterion.ipynb #09923556
 import math
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from .core import default_device
 from .detector import bin_offsets
 
 
@@ -667,89 +663,3 @@ def all_terms(
         pairs = Pairs(for_every_head(noisy, len(heads.logits)), noisy, total, total)
         losses |= head_terms(criterion, heads, pairs, *rest)
     return losses
-
-
-# %% ../nbs/03a_criterion.ipynb #transformers-arguments
-def _behind_denoising(outputs, what, axis) -> torch.Tensor:
-    return torch.cat([outputs[f"dn_{what}"], outputs[what]], axis)
-
-
-def transformers_arguments(outputs, targets: list[dict]) -> dict:
-    """Training outputs with denoising, and targets, as arguments of `transformers_terms`."""
-    from transformers import Deimv2Config  # here, because only this comparison needs it
-
-    heads = []
-    for what in ("logits", "boxes"):
-        pre = _behind_denoising(outputs, f"pre_{what}", 1)
-        layers = _behind_denoising(outputs, f"layer_{what}", 2)
-        heads.append(torch.cat([pre[None], layers]).transpose(0, 1))
-    classes, boxes = heads
-    names = ("dn_num_split", "dn_num_group", "dn_positive_idx")
-    book = {name: outputs[name] for name in names}
-    book["dn_positive_idx"] = [
-        torch.as_tensor(places, device=classes.device) for places in book["dn_positive_idx"]
-    ]
-    arguments = {"outputs_class": classes, "outputs_coord": boxes, "device": classes.device}
-    arguments["logits"] = classes[:, -1]
-    arguments["pred_boxes"] = boxes[:, -1]
-    arguments["enc_topk_logits"] = outputs["enc_logits"]
-    arguments["enc_topk_bboxes"] = outputs["enc_boxes"]
-    arguments["denoising_meta_values"] = book
-    corners = _behind_denoising(outputs, "layer_corners", 2)
-    refs = _behind_denoising(outputs, "layer_refs", 2)
-    arguments["predicted_corners"] = corners.transpose(0, 1)
-    arguments["initial_reference_points"] = refs.transpose(0, 1)
-    arguments["labels"] = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
-    return arguments | {"config": Deimv2Config(num_labels=classes.shape[-1])}
-
-
-def transformers_terms(arguments: dict) -> dict:
-    """The named terms of transformers' own loss."""
-    from transformers.loss.loss_deimv2 import Deimv2ForObjectDetectionLoss
-
-    return Deimv2ForObjectDetectionLoss(**arguments)[1]
-
-
-# %% ../nbs/03a_criterion.ipynb #bench-criterion
-def _seconds(step, leaves, device) -> float:
-    "Wall time of forward and backward, the device's queue included."
-    for leaf in leaves:
-        leaf.grad = None
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    sum(step().values()).backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def bench_criterion(
-    batch=16, boxes=4, queries=300, groups=25, num_classes=6, repeats=7, device=None, seed=0
-) -> pd.DataFrame:
-    """Forward and backward of our criterion and of transformers' loss on the same float32 tensors.
-
-    In turn, `repeats` times: number of terms, median and least seconds, speed-up (of medians).
-    """
-    device = str(device or default_device())
-    shape = {"batch": batch, "boxes": boxes, "queries": queries, "groups": groups}
-    outputs, targets = random_outputs(num_classes, **shape, seed=seed, device=device)
-    theirs = {}
-    for name, value in transformers_arguments(outputs, targets).items():
-        leaf = torch.is_tensor(value)
-        theirs[name] = value.detach().contiguous().requires_grad_() if leaf else value
-    steps = {
-        "this chapter": lambda: Criterion(num_classes)(outputs, targets),
-        "transformers": lambda: transformers_terms(theirs),
-    }
-    values = [*outputs.values(), *theirs.values()]
-    leaves = [value for value in values if torch.is_tensor(value) and value.requires_grad]
-    times = pd.DataFrame(columns=list(steps))
-    for i in range(repeats + 1):
-        for name, step in steps.items():
-            times.loc[i, name] = _seconds(step, leaves, device)
-    times = times.astype(float)[1:]  # the first round warms up
-    table = pd.DataFrame({"median_s": times.median(), "least_s": times.min()})
-    table.insert(0, "terms", [len(step()) for step in steps.values()])
-    table["speedup"] = table.median_s["transformers"] / table.median_s
-    return table.assign(device=device, threads=torch.get_num_threads())

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = [
     'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'DetectorConfig', 'TfgDeimv2Config',
-    'library_config', 'DetectorOutput', 'EncoderLayer', 'autocast_weights', 'Detector',
-    'reset_class_heads', 'reset_parameters', 'build_detector', 'count_parameters', 'encode',
-    'anchor_logits', 'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
+    'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
+    'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
+    'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
     'denoising_queries', 'attention_mask', 'detect', 'postprocess', 'save_detector',
     'load_detector', 'convert_weights',
 ]  # fmt: skip
 
 # %% ../nbs/03_detector.ipynb #1b369dd0
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from deimv2_tfg.weights import (
 
 from .backbone import Backbone, vit_config
 from .core import atomic_write, read_json, write_json
+from .precision import autocast_weights
 
 # %% ../nbs/03_detector.ipynb #variants
 THIN = {"encoder_depth": 0.67, "encoder_expansion": 0.34}
@@ -252,56 +252,6 @@ def _correct(model, config):
         head.act = nn.SiLU()
 
 
-# %% ../nbs/03_detector.ipynb #cast
-class _Cast(torch.autograd.Function):
-    "Tensors in another type, and their gradients back, each way in one operation."
-
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(cast, list(tensors))
-        return tuple(cast)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        places = [i for i, grad in enumerate(grads) if grad is not None]
-        given = [grads[i] for i in places]
-        back = [torch.empty_like(grads[i], dtype=ctx.dtypes[i]) for i in places]
-        if places:
-            torch._foreach_copy_(back, given)
-        found = dict(zip(places, back, strict=True))
-        return None, *(found.get(i) for i in range(len(grads)))
-
-
-# %% ../nbs/03_detector.ipynb #autocast-weights
-def _weights(model) -> list[tuple]:
-    "(module, name) of the trainable weights that autocast would cast."
-    found = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for name, value in module._parameters.items():
-                if value is not None and value.requires_grad:
-                    found.append((module, name))
-    return found
-
-
-@contextlib.contextmanager
-def autocast_weights(model: nn.Module, device_type: str):
-    """While it lasts, weights in autocast's type, made in one operation; else nothing changes."""
-    places = _weights(model) if torch.is_autocast_enabled(device_type) else []
-    own = [module._parameters[name] for module, name in places]
-    cast = _Cast.apply(torch.get_autocast_dtype(device_type), *own) if places else ()
-    try:
-        for (module, name), value in zip(places, cast, strict=True):
-            module._parameters[name] = value
-        yield
-    finally:
-        for (module, name), value in zip(places, own, strict=True):
-            module._parameters[name] = value
-
-
 # %% ../nbs/03_detector.ipynb #detector
 class Detector(Deimv2ForObjectDetection):
     """DEIMv2 as published: `model(pixel_values) -> DetectorOutput`.
@@ -421,7 +371,6 @@ AutoConfig.register(TfgDeimv2Config.model_type, TfgDeimv2Config, exist_ok=True)
 AutoModelForObjectDetection.register(TfgDeimv2Config, Detector, exist_ok=True)
 
 
-# %% ../nbs/03_detector.ipynb #count-parameters
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, each counted once, trained or not: as the reference counts."""
     return sum(p.numel() for p in model.parameters())
@@ -652,7 +601,6 @@ def _split(decoded, n, every_layer) -> dict:
     return parts
 
 
-# %% ../nbs/03_detector.ipynb #with-noise
 def _with_noise(model, content, box_logits, noise) -> tuple:
     "Denoising queries before the selected ones; the mask and the bookkeeping come along."
     labels, noisy, book = noise

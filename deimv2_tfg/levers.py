@@ -24,8 +24,8 @@ import torch
 
 from .batches import augmented, epoch_batches
 from .core import open_study, seed_everything
-from .criterion import transformers_arguments, transformers_terms
 from .data import CacheError, load_dataset, photograph_cache
+from .library_loss import transformers_arguments, transformers_terms
 from .optim import make_ema, parameter_groups, start_accelerator
 from .recipes import TrainConfig
 from .synthetic import study_data

@@ -23,7 +23,10 @@ NAMES = [p.stem for p in CHAPTERS]
 SAVING = [p for p in CHAPTERS if p.stem > "00d_figures"]  # those below cannot import it
 PARAMETERS = {"profile", "data_dir", "study", "seed"}
 ABSOLUTE = re.compile(r"(?<![\w./:])/(?:home|root|work|tmp|Users|mnt|content|kaggle)/[\w.-]+")
-LONG_PAGES = {"08_cli": "one cell per command"}  # "page": why it is longer
+LONG_PAGES = {  # "page": why it is longer
+    "03_detector": "the whole network, one part per cell",
+    "08_cli": "one cell per command",
+}
 SHOWN_ELSEWHERE = {}  # "page.name": why no cell near its definition uses it
 
 
