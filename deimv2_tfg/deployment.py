@@ -6,9 +6,9 @@
 __all__ = [
     'PHOTOGRAPHS', 'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
     'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
-    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'pages_of',
-    'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_coco', 'write_csv',
-    'write_tables', 'clear_results', 'predict_files', 'Exported', 'query_difference',
+    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count',
+    'pages_of', 'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_coco',
+    'write_csv', 'write_tables', 'clear_results', 'predict_files', 'Exported', 'query_difference',
     'onnx_difference', 'export_notes', 'export_onnx',
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ from .decisions import working_points
 from .detector import Detector
 from .evaluation import detections, detector_directory, open_detector, to_coco_results
 from .figures import draw_boxes
-from .photographs import PhotographError, header_of, read_photograph
+from .photographs import PhotographError, read_photograph
 from .runs import Run, file_digest
 from .transforms import to_pixel_values
 
@@ -305,6 +305,17 @@ def video_frames(path: Path, every: int = 1) -> Iterator[tuple[int, Image.Image]
 
 
 # %% ../nbs/07b_use.ipynb #frames-2
+def page_count(path: Path) -> int:
+    """Pages of a TIFF; 1 of anything else, and of a file that cannot be read."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return 1
+    try:
+        with Image.open(path) as file:
+            return getattr(file, "n_frames", 1)
+    except Exception:  # whatever a damaged file makes Pillow raise: its reader will say so
+        return 1
+
+
 def pages_of(path: Path) -> Iterator[Image.Image]:
     """Every page of a TIFF as an RGB photograph."""
     with Image.open(path) as file:
@@ -326,7 +337,7 @@ def frames(
             if path.suffix.lower() in VIDEOS:
                 for number, photograph in video_frames(path, every):
                     yield f"{name}#{number:06d}", photograph
-            elif path.suffix.lower() in (".tif", ".tiff") and header_of(path).frames > 1:
+            elif page_count(path) > 1:
                 for number, photograph in enumerate(pages_of(path)):
                     yield f"{name}#{number:06d}", photograph
             else:

@@ -1,4 +1,4 @@
-"""The built-in set: the same for a seed, exact counts, tight boxes, no file of anybody overwritten."""
+"""The built-in set: the same for a seed, exact counts, tight boxes, nobody's files overwritten."""
 
 import hashlib
 import json
