@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                        'deimv2_tfg.deployment.list_files': ('use.html#list_files', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.one_threshold': ('use.html#one_threshold', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.onnx_difference': ('use.html#onnx_difference', 'deimv2_tfg/deployment.py'),
+                                       'deimv2_tfg.deployment.page_count': ('use.html#page_count', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.pages_of': ('use.html#pages_of', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.part_verdict': ('use.html#part_verdict', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.predict_files': ('use.html#predict_files', 'deimv2_tfg/deployment.py'),
