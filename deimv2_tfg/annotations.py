@@ -27,6 +27,7 @@ from deimv2_tfg.findings import (
     warning_kind,
 )
 
+from .core import progress
 from .photographs import read_json_file, whole_number
 
 # %% ../nbs/00h_annotations.ipynb #box-kinds
@@ -164,7 +165,7 @@ def _as_corners(sheet: Sheet) -> tuple[int, int, int] | None:
         entry = sheet.images.get(id_key(a.get("image_id"))) if isinstance(a, dict) else None
         box = box_numbers(a.get("bbox")) if entry and entry.size and entry.trusted else None
         problem = box_problem(box, *entry.size) if box is not None else ("",)
-        if problem is None or problem[0] in ("box-over-edge", "box-tiny", "box-outside"):
+        if problem is None or problem[0] == "box-over-edge":  # others are evidence for nothing
             rows.append((i, *box, *entry.size))
     if not rows:
         return None
@@ -499,7 +500,7 @@ def _sound_annotations(sheet: Sheet) -> list[tuple]:
         Place(sheet, "annotations", first).say("box-corners", "bbox", message)
     ids = _Ids(annotations)
     checked = []
-    for at, a in sheet.places("annotations"):
+    for at, a in progress(sheet.places("annotations"), "annotations", delay=2):
         checked.append(_check_annotation(at, a, ids, corners))
     sound = [row for row in checked if row]
     crowds = sum(row[-1] for row in sound)

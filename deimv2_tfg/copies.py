@@ -97,7 +97,8 @@ def fingerprints(thumbnails) -> np.ndarray:
     for start in progress(range(0, len(thumbnails), 128), "detail of photographs", delay=2):
         some = thumbnails[start : start + 128].astype(np.float32)
         whole = detail(some, open_pixels(some))
-        parts.append(whole.reshape(-1, SIDE // 2, 2, SIDE // 2, 2).mean((2, 4)))
+        fours = whole.reshape(-1, SIDE // 2, 2, SIDE // 2, 2)
+        parts.append(fours.mean((2, 4)))
     halves = np.concatenate(parts)
     length = np.linalg.norm(halves, axis=(1, 2), keepdims=True)
     return halves / np.maximum(length, 1e-6)
@@ -106,7 +107,8 @@ def fingerprints(thumbnails) -> np.ndarray:
 # %% ../nbs/00f_copies.ipynb #similarity
 def _blocks(x) -> np.ndarray:
     """Sums over 8 x 8 blocks: (n, 64, 64) to (n, 64)."""
-    return x.reshape(-1, 8, SIDE // 8, 8, SIDE // 8).sum((2, 4)).reshape(len(x), -1)
+    blocks = x.reshape(-1, 8, SIDE // 8, 8, SIDE // 8)
+    return blocks.sum((2, 4)).reshape(len(x), -1)
 
 
 # %% ../nbs/00f_copies.ipynb #similarity-2
@@ -119,11 +121,14 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     weights = open_pixels(a) * open_pixels(b)
     x = detail(a, weights)
     y = detail(b, weights)
-    power = (x * x).sum((1, 2)) * (y * y).sum((1, 2))
-    overall = (x * y).sum((1, 2)) / np.sqrt(power + SIDE)  # SIDE: nothing is not like nothing
-    local = _blocks(x * y) / np.sqrt((_blocks(x * x) + 3) * (_blocks(y * y) + 3))
-    counted = np.sort(np.where(_blocks(weights) > SIDE / 2, local, np.inf))
-    at = np.minimum(np.isfinite(counted).sum(1) // 10, counted.shape[1] - 1)
+    product, power_x, power_y = (z.sum((1, 2)) for z in (x * y, x * x, y * y))
+    overall = product / np.sqrt(power_x * power_y + SIDE)  # SIDE: nothing is not like nothing
+    powers = (_blocks(x * x) + 3) * (_blocks(y * y) + 3)
+    local = _blocks(x * y) / np.sqrt(powers)
+    half_open = _blocks(weights) > SIDE / 2
+    counted = np.sort(np.where(half_open, local, np.inf))
+    tenth = np.isfinite(counted).sum(1) // 10
+    at = np.minimum(tenth, counted.shape[1] - 1)
     worst = np.nan_to_num(counted[np.arange(len(a)), at], posinf=0)
     return np.where(weights.mean((1, 2)) < 0.1, 0, overall), worst
 
@@ -231,7 +236,7 @@ def _alike(thumbnails, least: float):
 def clusters(n: int, pairs) -> np.ndarray:
     """Connected component of `n` things under pairs (i, j): its smallest member, (n,) int."""
     pairs = np.asarray(pairs, int).reshape(-1, 2)
-    links = sparse.coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    links = sparse.coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(n, n))
     _, labels = sparse.csgraph.connected_components(links, directed=False)
     _, first = np.unique(labels, return_index=True)
     return first[labels]
@@ -297,7 +302,8 @@ def _spread(table: pd.DataFrame, most: int) -> pd.DataFrame:
     """At most `most` rows of a table, evenly spread from the first to the last."""
     if len(table) <= most:
         return table
-    return table.iloc[np.unique(np.linspace(0, len(table) - 1, most).round().astype(int))]
+    places = np.linspace(0, len(table) - 1, most).round()
+    return table.iloc[np.unique(places.astype(int))]
 
 
 def _draw_grey(ax, photograph: Photograph, orientation: int, title: str):
@@ -412,8 +418,8 @@ def copy_recall(photographs: list[Photograph], chosen) -> pd.DataFrame:
     for k, kind in enumerate(COPIES):
         first = n + k * len(sound)
         its = (b >= first) & (b < first + len(sound))
-        found = len(set(b[its & right & (a < n)].tolist()))
-        share = found / max(1, len(sound))
-        rows.append((kind, len(sound), found, share, int((its & ~right).sum())))
+        found = len(np.unique(b[its & right & (a < n)]))
+        false_pairs = int((its & ~right).sum())
+        rows.append((kind, len(sound), found, found / max(1, len(sound)), false_pairs))
     columns = ["copy", "planted", "found", "share", "false pairs"]
     return pd.DataFrame(rows, columns=columns).set_index("copy")

@@ -404,17 +404,22 @@ def in_words(photographs: pd.DataFrame, boxes: pd.DataFrame) -> str:
     long = 100 * (np.maximum(ratio, 1 / ratio) > 3).mean()
     medians = area.groupby(boxes["class"], sort=False).median().sort_values()
     ranges = [f"{photographs[k].min()} to {photographs[k].max()}" for k in ("width", "height")]
-    return "\n".join(
-        [
-            f"{len(photographs)} photographs show {objects.sum()} objects: {objects.mean():.2f} on"
-            f" average, at most {objects.max()}; {(objects == 0).sum()} show none and"
-            f" {(photographs['classes'] > 1).sum()} show several classes.",
-            f"Photographs measure {ranges[0]} by {ranges[1]} pixels; the median side (root of the"
-            f" area) is {side:.0f}.",
-            f"{long:.0f} % of the boxes are more than three times as long as wide; the median box"
-            f" covers {area.median():.1f} % of its photograph, a tenth cover less than"
-            f" {area.quantile(0.1):.1f} %.",
-            f"The smallest class is {medians.index[0]} (median {medians.iloc[0]:.1f} %), the"
-            f" largest {medians.index[-1]} ({medians.iloc[-1]:.1f} %).",
-        ]
+    count = (
+        f"{len(photographs)} photographs show {objects.sum()} objects: {objects.mean():.2f} on"
+        f" average, at most {objects.max()}; {(objects == 0).sum()} show none and"
+        f" {(photographs['classes'] > 1).sum()} show several classes."
     )
+    size = (
+        f"Photographs measure {ranges[0]} by {ranges[1]} pixels; the median side (root of the"
+        f" area) is {side:.0f}."
+    )
+    shape = (
+        f"{long:.0f} % of the boxes are more than three times as long as wide; the median box"
+        f" covers {area.median():.1f} % of its photograph, a tenth cover less than"
+        f" {area.quantile(0.1):.1f} %."
+    )
+    extremes = (
+        f"The smallest class is {medians.index[0]} (median {medians.iloc[0]:.1f} %), the"
+        f" largest {medians.index[-1]} ({medians.iloc[-1]:.1f} %)."
+    )
+    return "\n".join([count, size, shape, extremes])

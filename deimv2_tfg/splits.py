@@ -104,8 +104,10 @@ def groups_of(root, by=("look", "name"), column="", splits=SPLITS, report=None) 
 # %% ../nbs/01e_splits.ipynb #equal
 def _equal(values: list) -> np.ndarray:
     """(p, 2) positions of equal values, each with the first of them; None is equal to nothing."""
-    first = {}
-    pairs = [(first.setdefault(str(v), k), k) for k, v in enumerate(values) if v is not None]
+    first, pairs = {}, []
+    for k, value in enumerate(values):
+        if value is not None:
+            pairs.append((first.setdefault(str(value), k), k))
     return np.array(pairs, int).reshape(-1, 2)
 
 
@@ -274,8 +276,8 @@ def manifest_of(root, made: dict | None = None) -> dict:
     files = {path.relative_to(root).as_posix(): file_digest(path) for path in sorted(set(paths))}
     files = dict(sorted(files.items()))
     counts = {split: sum(k.startswith(f"{split}/images/") for k in files) for split in SPLITS}
-    total = hash_bytes(*(f"{name} {digest}".encode() for name, digest in files.items()))
-    return {"hash": total, "photographs": counts, "made": made or {}, "files": files}
+    lines = [f"{name} {digest}".encode() for name, digest in files.items()]
+    return {"hash": hash_bytes(*lines), "photographs": counts, "made": made or {}, "files": files}
 
 
 # %% ../nbs/01e_splits.ipynb #freeze
@@ -298,7 +300,9 @@ def changes_between(old: dict, new: dict, most: int = 10) -> list[str]:
     lines = [f"changed: {k}" for k in before if k in now and before[k] != now[k]]
     lines += [f"gone: {k}" for k in before if k not in now]
     lines += [f"new: {k}" for k in now if k not in before]
-    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+    if len(lines) > most:
+        lines[most:] = [f"and {len(lines) - most} more"]
+    return lines
 
 
 # %% ../nbs/01e_splits.ipynb #require-frozen
@@ -348,7 +352,8 @@ def bind_data(run, data_dir, allow_changed: bool = False) -> str:
 def _folder_of(file: Path, images: str = "") -> Path:
     """The folder with the photographs of a COCO file: the first that has all of them."""
     names = [image["file_name"] for image in read_json_file(file)["images"]]
-    near = [file.parent / "images", file.parent, file.parent.parent / "images", file.parent.parent]
+    here, above = file.parent, file.parent.parent
+    near = [here / "images", here, above / "images", above]
     folders = [Path(images)] if images else near
     missing = {}
     for folder in folders:
@@ -436,8 +441,8 @@ def split_quality(table: pd.DataFrame, twins: np.ndarray) -> dict[str, float]:
     class's share of photographs in the test from the split's own.
     """
     test = table["share"].to_numpy() == 2
-    both = np.concatenate([twins, twins[:, ::-1]])
-    leaks = both[test[both[:, 0]] & ~test[both[:, 1]], 0]
+    one, other = np.concatenate([twins, twins[:, ::-1]]).T
+    leaks = one[test[one] & ~test[other]]
     shown = table[_classes(table)].to_numpy() > 0
     away = shown[test].sum(0) / np.maximum(shown.sum(0), 1) - test.mean()
     leaked = len(np.unique(leaks))

@@ -153,7 +153,7 @@ def test_an_image_without_boxes_is_legal(photographs):
 
 
 def test_augmentation_keeps_boxes_on_their_objects(tmp_path):
-    "A bright rectangle on black: after any augmentation the box must be where the bright pixels are."
+    "A bright rectangle on black: after augmentation its box is where the bright pixels are."
     image = Image.new("RGB", (60, 40))
     image.paste((255, 255, 255), (10, 8, 40, 28))
     target = {
@@ -171,6 +171,7 @@ def test_augmentation_keeps_boxes_on_their_objects(tmp_path):
         for got, expected in zip(
             (*bright.min(0).values.tolist(), *bright.max(0).values.tolist()),
             (cy - h / 2, cx - w / 2, cy + h / 2, cx + w / 2),
+            strict=True,
         ):
             assert abs(got - expected) < 0.05
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""Every kind of damage that the check knows is planted, on synthetic and on real photographs, and is found under its name; sound sets have no error."""
+"""Every kind of damage is planted, on built-in and real photographs, and found under its name."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ no_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real photographs {R
 
 def subset(source, there, counts):
     "The first photographs of each split, an even share a class, with their annotations."
-    for split, n in zip(SPLITS, counts):
+    for split, n in zip(SPLITS, counts, strict=True):
         coco = read_json(annotation_file(source, split))
         chosen, classes = [], sorted({c["id"] for c in coco["categories"]})
         for k in range(n):
@@ -642,7 +642,7 @@ def test_real_photographs_have_no_error_and_one_is_told_from_another():
     }
     source = [sources[k].startswith("exp") for k in report.photographs]
     assert all(
-        source[a] == source[b] for a, b in zip(report.pairs.a, report.pairs.b)
+        source[a] == source[b] for a, b in zip(report.pairs.a, report.pairs.b, strict=True)
     )  # never a tile with a steel sheet
     tiles = report.pairs[[source[a] for a in report.pairs.a]]
     assert (

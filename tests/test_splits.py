@@ -28,7 +28,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "industrial6"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    "A synthetic set in which ten test photographs are mirrored copies of training photographs and four are named as augmented ones."
+    "Six test photographs are mirrored copies of training photographs, four named as augmented."
     root = make_dataset(
         tmp_path_factory.mktemp("data") / "set", profile="smoke", counts=(80, 12, 24)
     )
@@ -193,6 +193,7 @@ def test_real_photographs_of_one_part_stay_together():
     keys = list(report.photographs)
     assert report.pairs.across.sum() > 300  # as it is, the splits share parts
     assert all(
-        index[keys[a]] == index[keys[b]] for a, b in zip(report.pairs.a, report.pairs.b)
+        index[keys[a]] == index[keys[b]]
+        for a, b in zip(report.pairs.a, report.pairs.b, strict=True)
     )  # dealt anew, none
     assert np.abs(np.bincount(table["share"]) - (715, 102, 204)).max() <= 2
