@@ -34,7 +34,7 @@ from .training import Family, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 
 
-# %% ../nbs/06_baselines.ipynb #resnet18-fpn
+# %% ../nbs/06_baselines.ipynb #with-pyramid
 def with_pyramid(network, stages: dict, widths: list[int], channels: int) -> nn.Module:
     """A convolutional network's stages in torchvision's feature pyramid of `channels`.
 
@@ -45,6 +45,7 @@ def with_pyramid(network, stages: dict, widths: list[int], channels: int) -> nn.
     return neck
 
 
+# %% ../nbs/06_baselines.ipynb #resnet18-fpn
 def resnet18_fpn(pretrained=False, channels=256) -> nn.Module:
     """ResNet-18 with a feature pyramid, all stages trainable."""
     network = resnet18(weights=ResNet18_Weights.DEFAULT if pretrained else None)
@@ -227,6 +228,7 @@ def _baseline_losses(config: TrainConfig, num_classes: int):
     return losses
 
 
+# %% ../nbs/06_baselines.ipynb #predict-baseline
 def _predict_baseline(model, dataset, image_size, device):
     return predict(model, dataset, image_size, device=device)
 

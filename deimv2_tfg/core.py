@@ -52,7 +52,7 @@ PROFILES = {
 }
 
 
-# %% ../nbs/00_core.ipynb #default-profile
+# %% ../nbs/00_core.ipynb #default-device
 def default_device() -> str:
     """The device that is used when none is asked for: "cuda" where there is a GPU, else "cpu"."""
     import torch
@@ -60,6 +60,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# %% ../nbs/00_core.ipynb #default-profile
 def default_profile(data_dir=None) -> str:
     """Name of the profile that is used when none is asked for: by test runner, data and device."""
     if os.environ.get("IN_TEST"):
@@ -172,6 +173,7 @@ def write_json(path, obj) -> Path:
     return atomic_write(path, json.dumps(to_jsonable(obj), indent=1, ensure_ascii=False) + "\n")
 
 
+# %% ../nbs/00_core.ipynb #read-json
 def read_json(path):
     """The content of a JSON file; a byte order mark, as Windows editors write it, is left out."""
     return json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -184,6 +186,7 @@ def append_line(path, line: dict):
         f.write(json.dumps(line) + "\n")
 
 
+# %% ../nbs/00_core.ipynb #read-lines
 def read_lines(path) -> list[dict]:
     """The objects of a JSON-lines file without a last line that was cut off; [] without a file."""
     path = Path(path)

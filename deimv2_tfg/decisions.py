@@ -32,6 +32,7 @@ def _level(iou: float) -> int:
     return round((iou - 0.5) / 0.05)
 
 
+# %% ../nbs/03c_decisions.ipynb #thresholds
 def _thresholds(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Last index of each run of equal scores (falling), and the threshold right below it."""
     if not len(scores):
@@ -240,6 +241,7 @@ def _scores(verdicts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return score[defective], score[~defective]
 
 
+# %% ../nbs/03c_decisions.ipynb #alarm-threshold
 def _alarm_threshold(verdicts: pd.DataFrame, recall: float) -> float:
     """The highest threshold that finds this share of the defective images; nan without one."""
     defective, _ = _scores(verdicts)
@@ -264,6 +266,7 @@ def _auroc_interval(verdicts: pd.DataFrame, draws: int, seed: int) -> tuple[floa
     return float(low), float(high)
 
 
+# %% ../nbs/03c_decisions.ipynb #at-threshold
 def _at_threshold(verdicts: pd.DataFrame, threshold: float) -> tuple[float, int]:
     """Share of the defective images that reach a threshold, and number of good ones that do."""
     defective, good = _scores(verdicts)

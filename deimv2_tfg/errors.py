@@ -231,6 +231,7 @@ def _bin_name(low: float, high: float, whole: bool) -> str:
     return f"{low:g}" if last == low else f"{low:g} to {last:g}"
 
 
+# %% ../nbs/07a_errors.ipynb #found-by
 def found_by(objects: pd.DataFrame, column: str, edges: list) -> pd.DataFrame:
     """Share of the objects found by a column of `object_table`, in bins [low, high).
 

@@ -85,6 +85,7 @@ def _check_results(truth: COCO, results: list) -> None:
         raise ValueError("results hold a score or a box that is not finite")
 
 
+# %% ../nbs/03b_evaluation.ipynb #index-results
 def index_results(truth: COCO, results: list) -> COCO:
     """pycocotools' index over a copy of COCO results; the list may be empty.
 
@@ -101,7 +102,7 @@ def index_results(truth: COCO, results: list) -> COCO:
     return _index(truth.dataset["images"], truth.dataset["categories"], boxes)
 
 
-# %% ../nbs/03b_evaluation.ipynb #run-cocoeval
+# %% ../nbs/03b_evaluation.ipynb #category-ids
 def _category_ids(truth: COCO, classes: list | None) -> list[int]:
     """Ids of the classes named, or of all, in id order. Raises ValueError for an unknown name."""
     categories = sorted(truth.dataset["categories"], key=lambda c: c["id"])
@@ -112,6 +113,7 @@ def _category_ids(truth: COCO, classes: list | None) -> list[int]:
     return [ids[name] for name in classes or ids]
 
 
+# %% ../nbs/03b_evaluation.ipynb #run-cocoeval
 def run_cocoeval(
     annotations: str | Path | dict, results: list, classes: list | None = None
 ) -> COCOeval:
@@ -172,6 +174,7 @@ def _joined(found: list, key: str, thresholds: int) -> np.ndarray:
     return np.concatenate([np.zeros((thresholds, 0), dtype=bool), *parts], axis=1)
 
 
+# %% ../nbs/03b_evaluation.ipynb #class-matches
 def class_matches(evaluator: COCOeval, k: int) -> ClassMatches:
     """Matches of the evaluator's k-th class, all sizes, at most 100 detections an image."""
     params = evaluator.params
@@ -422,6 +425,7 @@ def detector_directory(run_or_checkpoint: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is {missing} (no model.safetensors)")
 
 
+# %% ../nbs/03b_evaluation.ipynb #check-classes
 def check_classes(model_classes: list, data_classes: list, where: str = "the data set") -> None:
     """Raise ValueError unless detector and data set have the same classes in the same order."""
     trained, there = list(model_classes), list(data_classes)

@@ -59,7 +59,7 @@ def class_style(index: int) -> dict:
     return {"color": color, "linestyle": LINES[index % len(LINES)]}
 
 
-# %% ../nbs/00d_figures.ipynb #gettext
+# %% ../nbs/00d_figures.ipynb #catalogue
 LANGUAGES = ("en", "es")
 
 
@@ -72,6 +72,7 @@ def catalogue(language: str) -> dict[str, str]:
     return {m.id: m.string for m in messages if m.id and m.string}
 
 
+# %% ../nbs/00d_figures.ipynb #gettext
 def gettext(text: str, language: str = "en") -> str:
     """An English text in a language. Raises ValueError for a language that is not in LANGUAGES."""
     if language not in LANGUAGES:
@@ -95,6 +96,7 @@ def class_title(name: str, language: str = "en") -> str:
     return gettext(CLASS_TITLES.get(name, str(name).replace("_", " ")), language)
 
 
+# %% ../nbs/00d_figures.ipynb #short-titles
 def short_titles(classes: list[str], language: str = "en") -> list[str]:
     """Titles that fit beside a box: the first word, or the whole title where that is not unique."""
     titles = [class_title(c, language) for c in classes]
@@ -118,7 +120,7 @@ def format_number(value, digits: int = 3, language: str = "en", signed: bool = F
     return format_decimal(value, format=pattern, locale=language)
 
 
-# %% ../nbs/00d_figures.ipynb #caption-in
+# %% ../nbs/00d_figures.ipynb #number-in
 NUMBERS = re.compile(r"(?<![\w.])[+-]?(?:\d+(?:[.,]\d+)*|\.\d+)(?![\w])")
 
 
@@ -130,6 +132,7 @@ def _number_in(text: str, language: str) -> str:
     return text.replace(",", "0,", 1) if re.match(r"[+-]?,", text) else text
 
 
+# %% ../nbs/00d_figures.ipynb #caption-in
 def caption_in(caption: str, language: str = "en") -> str:
     """A caption in a language: looked up as a whole, its numbers lifted out and put back."""
     numbers = [_number_in(n, language) for n in NUMBERS.findall(caption)]
@@ -150,6 +153,7 @@ def finish(figure: plt.Figure, language: str = "en") -> plt.Figure:
     return figure
 
 
+# %% ../nbs/00d_figures.ipynb #localformatter
 class _LocalFormatter(ScalarFormatter):
     """Matplotlib's plain numbers with the decimal sign of a language."""
 
@@ -171,6 +175,7 @@ def _overlap(box, others) -> float:
     return float(sides.prod(axis=1).sum())
 
 
+# %% ../nbs/00d_figures.ipynb #label-places
 def _label_places(box, size, picture) -> np.ndarray:
     """(9, 4) xyxy rectangles for a label of `size` (width, height) at a box, the best first."""
     x0, y0, x1, y1 = box
@@ -221,6 +226,7 @@ def _rgb(index: int) -> tuple[int, int, int]:
     return tuple(round(255 * part) for part in class_style(index)["color"])
 
 
+# %% ../nbs/00d_figures.ipynb #box-texts
 def _box_texts(labels, names: list[str], scores=None) -> list[str]:
     """What is written beside each box: the class's name, and the score where there is one."""
     texts = [names[int(k)] for k in labels]
@@ -330,6 +336,7 @@ def _written(column: str, values: pd.Series, language: str) -> pd.Series:
     return pd.concat([row.map(_writer(column, row, language)) for row in rows])
 
 
+# %% ../nbs/00d_figures.ipynb #with-interval
 def _with_interval(table, column: str, bounds: tuple[str, str], language: str) -> pd.Series:
     """A column as "0.495 [0.459; 0.544]"; a missing estimate has no interval."""
     write = _writer(column, table[column], language)
@@ -338,7 +345,7 @@ def _with_interval(table, column: str, bounds: tuple[str, str], language: str) -
     return (value + " [" + low + "; " + high + "]").where(known, value)
 
 
-# %% ../nbs/00d_figures.ipynb #for-print
+# %% ../nbs/00d_figures.ipynb #telling
 def _telling(table: pd.DataFrame) -> list[str]:
     """Columns that are neither hashes nor empty and, in a wide table, not the same all the way."""
     told = table.drop(columns=list(LEFT_OUT), errors="ignore").dropna(axis="columns", how="all")
@@ -347,6 +354,7 @@ def _telling(table: pd.DataFrame) -> list[str]:
     return list(told.columns)
 
 
+# %% ../nbs/00d_figures.ipynb #for-print
 def for_print(
     table: pd.DataFrame, language: str = "en", columns: list | None = None
 ) -> pd.DataFrame:
@@ -403,6 +411,7 @@ def _without_magics(source: str) -> str:
     return "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
 
 
+# %% ../nbs/00d_figures.ipynb #cell-names
 def _cell_names(frame) -> tuple[set[str], str | None]:
     """Names that the calling cell or function uses, and the cell's source where it is one."""
     cells = frame.f_globals.get("In")
@@ -413,6 +422,7 @@ def _cell_names(frame) -> tuple[set[str], str | None]:
     return {node.id for node in nodes if isinstance(node, ast.Name)}, source
 
 
+# %% ../nbs/00d_figures.ipynb #made-by
 def made_by(frame, by=None) -> dict[str, str]:
     """{"module.name": hash} of the package's code that drew what is saved; else {"cell": hash}.
 
@@ -611,6 +621,7 @@ def _run_change(run: Path, before: str | None) -> tuple[str, str] | None:
     return None if now == before else (STATES[1], f"run {run.name} has changed")
 
 
+# %% ../nbs/00d_figures.ipynb #changes
 def _changes(record: dict, runs: Path, data_dir: Path | None) -> list[tuple[str, str]]:
     chapter = record["name"].rpartition("/")[0]
     found = [_code_change(d, before, chapter) for d, before in record["code"].items()]
@@ -662,7 +673,7 @@ def section_of(name: str) -> str:
     return next((s for s, its in SECTIONS.items() if chapter in its.split()), "Annexes")
 
 
-# %% ../nbs/00d_figures.ipynb #write-index
+# %% ../nbs/00d_figures.ipynb #index-line
 def _index_line(folder: Path, record: dict) -> str:
     suffixes = ("png", "pdf", "csv", "tex")
     name = record["name"]
@@ -671,6 +682,7 @@ def _index_line(folder: Path, record: dict) -> str:
     return f"- **{name.rpartition('/')[2]}** {record['caption']} {' '.join(files)}"
 
 
+# %% ../nbs/00d_figures.ipynb #write-index
 def write_index(folder: str | Path) -> Path:
     """Write a study's `index.md`: its figures and tables by section of the thesis."""
     folder = Path(folder)

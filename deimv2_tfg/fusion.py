@@ -546,6 +546,7 @@ def build_head(kind: str, width: int, text: ClassText, seed=0) -> Head:
     return head
 
 
+# %% ../nbs/04c_fusion.ipynb #parameter-count
 def parameter_count(head: Head) -> int:
     """Numbers that a head learns."""
     return sum(p.numel() for p in head.parameters())

@@ -94,6 +94,7 @@ def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]):
         torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
 
 
+# %% ../nbs/03g_guard.ipynb #saved-buffers
 @torch.no_grad()
 def saved_buffers(model) -> list[torch.Tensor]:
     """A copy of a network's buffers, for `restore_buffers`."""
@@ -103,13 +104,14 @@ def saved_buffers(model) -> list[torch.Tensor]:
     return saved
 
 
+# %% ../nbs/03g_guard.ipynb #restore-buffers
 @torch.no_grad()
 def restore_buffers(model, saved: list[torch.Tensor]):
     """Put a network's buffers (running statistics) back to what they were."""
     _copy_all(list(model.buffers()), saved)
 
 
-# %% ../nbs/03g_guard.ipynb #is-finite
+# %% ../nbs/03g_guard.ipynb #tensors
 def _tensors(x):
     if torch.is_tensor(x):
         yield x
@@ -118,6 +120,7 @@ def _tensors(x):
             yield from _tensors(part)
 
 
+# %% ../nbs/03g_guard.ipynb #is-finite
 def is_finite(x) -> bool:
     """Whether all floating-point tensors in `x`, a tensor or nested dicts and lists, are finite."""
     floats = (t for t in _tensors(x) if t.is_floating_point())

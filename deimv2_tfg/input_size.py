@@ -176,7 +176,7 @@ def recommend(
     return size, f"{size} px: " + ", ".join(reasons)
 
 
-# %% ../nbs/03e_input_size.ipynb #plot-shares
+# %% ../nbs/03e_input_size.ipynb #lines
 SHARES = ("under 8 px", "under 16 px", "under 32 px")
 MEMORY = ("kept, 32 bit (GB)", "kept, 16 bit (GB)", "peak, 16 bit (GB)")
 
@@ -189,6 +189,7 @@ def _lines(axes, table: pd.DataFrame, columns, language: str) -> None:
     axes.legend()
 
 
+# %% ../nbs/03e_input_size.ipynb #plot-shares
 def plot_shares(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Share of small boxes, and memory of a training step, by input size.
 

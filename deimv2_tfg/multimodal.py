@@ -102,6 +102,7 @@ def _fusion_data(run: str, data_dir: str, views: int, detector: str, data: str) 
     return FusionData(classes, sets["train"].category_ids, views, splits, coco)
 
 
+# %% ../nbs/05_multimodal.ipynb #fusion-data-2
 def fusion_data(config: FusionConfig) -> FusionData:
     """Everything that a run needs of detector and photographs: computed once, then read."""
     hashes = detector_hash(config.run), data_hash(config.data_dir)
@@ -121,6 +122,7 @@ def fusion_text(config: FusionConfig, classes: list) -> ClassText:
     return text
 
 
+# %% ../nbs/05_multimodal.ipynb #text-hash
 def text_hash(text: ClassText) -> str:
     """Hash of the numbers that a head is given as text."""
     parts = []
@@ -142,6 +144,7 @@ def _fusion_code() -> str:
     return hash_bytes(*(code_hash(*entry, rooms).encode() for entry in entries))
 
 
+# %% ../nbs/05_multimodal.ipynb #find-fusion-run
 def find_fusion_run(config: FusionConfig, text: ClassText) -> Path:
     """The directory of the frozen run.
 
@@ -403,7 +406,7 @@ def fused_family(stage: str) -> Family:
     return dataclasses.replace(DEIMV2, **own, blocks=lambda model: [], models=())
 
 
-# %% ../nbs/05_multimodal.ipynb #train-stage
+# %% ../nbs/05_multimodal.ipynb #stage-config
 def _stage_config(config: FusionConfig, start: Path) -> TrainConfig:
     """How a stage is trained from the run `start`, with the augmentation of phase 1."""
     phase1 = Run(config.run).config
@@ -416,6 +419,7 @@ def _stage_config(config: FusionConfig, start: Path) -> TrainConfig:
     return TrainConfig(config.data_dir, folder, seed=config.seed, **fields)
 
 
+# %% ../nbs/05_multimodal.ipynb #train-stage
 def _train_stage(config: FusionConfig, stage: str, start: Path) -> Path:
     """One stage of thawing from the run `start`; judged on val and test like a frozen run."""
     stage_config = _stage_config(config, start)
@@ -481,6 +485,7 @@ def sample_run(run: Path, split="test", data_dir: str | None = None) -> Sampled:
     return sample_ap(found.tables, stratified_weights(found.tables), found.seed)
 
 
+# %% ../nbs/05_multimodal.ipynb #sample-detector
 def sample_detector(data: FusionData, split="test") -> Sampled:
     """The same of the detector that heads start from, by its cached queries."""
     queries = data.splits[split]

@@ -48,7 +48,7 @@ def parameter_groups(model, config: TrainConfig, backbone: str = BACKBONE) -> li
     return groups
 
 
-# %% ../nbs/03i_optimizer.ipynb #make-ema
+# %% ../nbs/03i_optimizer.ipynb #ema
 class Ema(AveragedModel):
     """torch's `AveragedModel` as an exponential moving average, buffers included.
 
@@ -83,6 +83,7 @@ class Ema(AveragedModel):
         return found
 
 
+# %% ../nbs/03i_optimizer.ipynb #make-ema
 def make_ema(model: torch.nn.Module, horizon: float) -> Ema:
     """The `Ema` of a model."""
     return Ema(model, horizon)

@@ -173,6 +173,7 @@ def vit_state(vit) -> dict:
     return published
 
 
+# %% ../nbs/09_pretraining.ipynb #save-vit
 def save_vit(vit, path: str | Path) -> Path:
     """Write `vit_state`, whole or not at all."""
     written = io.BytesIO()
@@ -364,6 +365,7 @@ def arm_configs(base: TrainConfig, pretraining: Path, seeds) -> dict:
     return configs
 
 
+# %% ../nbs/09_pretraining.ipynb #train-arms
 def train_arms(configs: dict) -> dict:
     """`{arm: [run of each seed]}`; what is not there yet is trained, and judged on test."""
     runs = {}

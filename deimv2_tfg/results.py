@@ -96,13 +96,14 @@ def _draw_losses(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
     ax.legend(ncols=2, loc="upper right")
 
 
-# %% ../nbs/07_results.ipynb #plot-training
+# %% ../nbs/07_results.ipynb #draw-rate
 def _draw_rate(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
     ax.plot(train["epoch"], train["train/lr"], color="black", linewidth=1.2)
     ax.set(ylabel=gettext("learning rate", language), ylim=(0, None))
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
+# %% ../nbs/07_results.ipynb #plot-training
 def plot_training(metrics: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Loss by family, learning rate, and AP on val over the epochs of `Run(run).metrics()`."""
     train, val = (metrics[metrics["split"] == split] for split in ("train", "val"))
@@ -356,6 +357,7 @@ def _model_name(config: dict) -> str:
     return f"{name}, {size} px" if size else name
 
 
+# %% ../nbs/07_results.ipynb #differing
 def _differing(configs: list[dict]) -> list[str]:
     """Fields that all of these have and differ in (one that some lack is younger than they)."""
     shared = [f for f in configs[0] if all(f in c for c in configs) and f not in NOT_COMPARED]
@@ -454,6 +456,7 @@ def _image_swap(model: _Model, first: _Model, draws: int, seed: int) -> float:
     return image_swap_p(tables, draws, seed)
 
 
+# %% ../nbs/07_results.ipynb #against
 def _against(model: _Model, first: _Model, draws: int, seed: int, without: tuple) -> dict:
     """What tells a model's AP from the first one's: differences with intervals, and tests."""
     effect = paired_effect(model.sampled, first.sampled, seed=seed)

@@ -196,6 +196,7 @@ def _simulated_class(k: int, shown: np.ndarray, rng: np.random.Generator) -> Cla
     return ClassMatches(str(k), scores[order], image, matched, np.zeros_like(matched), objects)
 
 
+# %% ../nbs/00c_statistics.ipynb #simulated-set
 def _simulated_set(images: int, rng: np.random.Generator) -> list[ClassMatches]:
     shares = np.array(PHOTOGRAPHS) / sum(PHOTOGRAPHS)
     shown = rng.choice(len(shares), size=images, p=shares)
@@ -208,6 +209,7 @@ def _as_one_image(table: ClassMatches) -> ClassMatches:
     return replace(table, image=np.zeros_like(table.image), objects=objects)
 
 
+# %% ../nbs/00c_statistics.ipynb #interval-coverage
 def interval_coverage(repeats: int = 200, draws: int = 500, seed: int = 0) -> pd.DataFrame:
     """How often each kind of 95 % interval holds the true mean AP of a simulated test set.
 
@@ -258,6 +260,7 @@ class Estimate:
     values: np.ndarray  # (seeds,)
 
 
+# %% ../nbs/00c_statistics.ipynb #estimate
 def estimate(
     group: list[Sampled],
     metric: str = "AP",
@@ -326,6 +329,7 @@ def _shift_needed(pairs: int, power: float) -> float:
     return brentq(lambda shift: sign_flip_power(shift, pairs) - power, 0.0, 20.0, xtol=1e-3)
 
 
+# %% ../nbs/00c_statistics.ipynb #smallest-difference
 def smallest_difference(differences: list | np.ndarray, power: float = 0.8) -> float:
     """The true difference that `sign_flip_p` of such pairs would have found with this power.
 
@@ -364,6 +368,7 @@ class Effect:
     smallest: float  # true difference that the test would have shown four times in five
 
 
+# %% ../nbs/00c_statistics.ipynb #drawn-difference
 def _drawn_difference(mine: np.ndarray, theirs: np.ndarray, pairs: list, seed: int) -> np.ndarray:
     """Draws (B,) of the difference of two models, paired by seed where all seeds are."""
     if len(pairs) == len(mine) == len(theirs):
@@ -423,6 +428,7 @@ def _swapped_difference(first: list, second: list, one: np.ndarray) -> np.ndarra
     return (mean_ap[0] - mean_ap[1]).mean(axis=0)
 
 
+# %% ../nbs/00c_statistics.ipynb #image-swap-p
 def image_swap_p(pairs: list[tuple[list, list]], draws: int = 2000, seed: int = 0) -> float:
     """Two-sided p of a difference in AP when the results of two models are swapped at random.
 

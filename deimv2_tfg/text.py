@@ -101,6 +101,7 @@ def _wrong_texts(texts: dict, what: str) -> list[str]:
     return lines
 
 
+# %% ../nbs/04b_text.ipynb #text-missing
 def text_missing(classes, described: dict, languages=LANGUAGES, fields=FIELDS) -> list[str]:
     """Texts that these classes lack or share, one line per language and field; may be empty."""
     lines = []
@@ -169,12 +170,13 @@ def text_advice(classes, described: dict, data_dir: str | Path) -> str:
     return "\n".join([*lines, *text_missing(classes, described)])
 
 
-# %% ../nbs/04b_text.ipynb #skip-page
+# %% ../nbs/04b_text.ipynb #nothing
 def _nothing(lines: list[str]) -> list[str]:
     """A cell's lines, replaced by none: see `skip_page`."""
     return ["pass\n"]
 
 
+# %% ../nbs/04b_text.ipynb #skip-page
 def skip_page(reason: str) -> None:
     """Print `reason`, and let all further cells of this notebook do nothing (until a restart)."""
     from IPython import get_ipython
@@ -213,6 +215,7 @@ class Encoder:
     limit: int | None = None  # tokens that it reads; None: what its configuration says
 
 
+# %% ../nbs/04b_text.ipynb #encodererror
 class EncoderError(ValueError):
     """A text encoder is not available; the message says how to get it."""
 
@@ -250,6 +253,7 @@ def _hub_file(repository: str, **where) -> str | None:
         return None
 
 
+# %% ../nbs/04b_text.ipynb #hub-encoder
 def _hub_encoder(name: str) -> Encoder:
     """An encoder of `HUB`. Raises `EncoderError` where it is neither here nor on the hub."""
     repository, limit = HUB[name]
@@ -398,6 +402,7 @@ def text_key(encoder: Encoder, text: str) -> str:
     return hash_bytes(*parts, length=16)
 
 
+# %% ../nbs/04b_text.ipynb #about-text
 def _about_text(encoder: Encoder, text: str) -> dict:
     """What is stored beside a text's vectors, and compared when they are read."""
     return {"encoder": encoder.name, "revision": encoder.revision, "text": text}

@@ -216,6 +216,7 @@ def _at_budget(runs: list[Run], split: str, draws: int) -> pd.DataFrame:
     return table.assign(**{"images seen": images_seen(runs[0])})
 
 
+# %% ../nbs/07c_thesis.ipynb #results-table
 def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.DataFrame:
     """`compare` among the study's runs of each budget, the most images first.
 
@@ -248,6 +249,7 @@ def _plot_verdicts(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_verdicts(table, language=language)
 
 
+# %% ../nbs/07c_thesis.ipynb #plot-classes
 def _plot_classes(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_classes(table.set_index("class"), language)
 
@@ -268,7 +270,7 @@ PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
 }
 
 
-# %% ../nbs/07c_thesis.ipynb #render
+# %% ../nbs/07c_thesis.ipynb #render-one
 def _render_one(record: dict, table: pd.DataFrame, language: str, path: Path) -> bool:
     """Write a table as LaTeX, a figure as PDF; False where a figure has no plot of its data."""
     name = path.name
@@ -285,6 +287,7 @@ def _render_one(record: dict, table: pd.DataFrame, language: str, path: Path) ->
     return True
 
 
+# %% ../nbs/07c_thesis.ipynb #render
 def render(folder: str | Path, out: str | Path, language: str = "es") -> pd.DataFrame:
     """Write a study's tables and figures in a language under `out`: columns name, written.
 

@@ -227,6 +227,7 @@ def _mean_terms(terms: list[dict], shares: list[float]) -> dict:
     return {name: value / whole for name, value in means.items()}
 
 
+# %% ../nbs/04_training_stability.ipynb #lower-scale
 def _lower_scale(scaler):
     if scaler is not None:
         scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
@@ -362,6 +363,7 @@ def set_rate(trainer: Trainer):
         group["lr"] = rate * factor
 
 
+# %% ../nbs/04_training_stability.ipynb #batches-of
 def batches_of(trainer: Trainer, epoch: int, first: int = 0) -> DataLoader:
     """This process's batches of an epoch, from batch `first` on."""
     accelerator = trainer.accelerator
@@ -369,7 +371,7 @@ def batches_of(trainer: Trainer, epoch: int, first: int = 0) -> DataLoader:
     return epoch_batches(trainer.view, trainer.config, epoch, first, *place)
 
 
-# %% ../nbs/04_training_stability.ipynb #in-parts
+# %% ../nbs/04_training_stability.ipynb #targets-on
 def _targets_on(targets: list[dict], device) -> list[dict]:
     """The targets on a device: one copy of all labels and one of all boxes, none waited for."""
     counts = [len(target["labels"]) for target in targets]
@@ -382,6 +384,7 @@ def _targets_on(targets: list[dict], device) -> list[dict]:
     return moved
 
 
+# %% ../nbs/04_training_stability.ipynb #in-parts
 def in_parts(trainer: Trainer, pixel_values: torch.Tensor, targets: list[dict]) -> list[tuple]:
     """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets)."""
     device = trainer.accelerator.device
@@ -577,7 +580,7 @@ def predict_val(trainer: Trainer) -> list[dict]:
     return sorted(gather_object(results), key=lambda r: place[r["image_id"]])
 
 
-# %% ../nbs/04_training_stability.ipynb #validate
+# %% ../nbs/04_training_stability.ipynb #keep-as-best
 def keep_as_best(trainer: Trainer, results: list[dict], score: float):
     """Keep the EMA weights as `best/`, with their predictions on val."""
     trainer.best = score
@@ -596,6 +599,7 @@ def keep_as_best(trainer: Trainer, results: list[dict], score: float):
     trainer.run.save_predictions("val", results)
 
 
+# %% ../nbs/04_training_stability.ipynb #validate
 def validate(trainer: Trainer) -> dict:
     """Evaluate the EMA weights on val, keep them if they are the best so far.
 
@@ -701,6 +705,7 @@ def end_epoch(trainer: Trainer, values: dict, started: float):
     snapshot(trainer)
 
 
+# %% ../nbs/04_training_stability.ipynb #end-run
 def end_run(trainer: Trainer):
     """Choose the thresholds of the best weights, write the result: the run is finished."""
     if trainer.main:
@@ -719,7 +724,7 @@ def end_run(trainer: Trainer):
     trainer.accelerator.wait_for_everyone()
 
 
-# %% ../nbs/04_training_stability.ipynb #train
+# %% ../nbs/04_training_stability.ipynb #check-model
 def check_model(config: TrainConfig, family: Family):
     """Raise `ValueError` for a network that is not of this family."""
     if family.models and config.model not in family.models:
@@ -727,6 +732,7 @@ def check_model(config: TrainConfig, family: Family):
         raise ValueError(f"model={config.model!r} (allowed for {family.name}: {choices})")
 
 
+# %% ../nbs/04_training_stability.ipynb #train
 def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
     """Train a network, or resume, or find, the run of this configuration; its directory.
 
@@ -775,7 +781,7 @@ def finished_before(config: TrainConfig, family: Family) -> Path | None:
     return None
 
 
-# %% ../nbs/04_training_stability.ipynb #phase1-run
+# %% ../nbs/04_training_stability.ipynb #phase1-config
 def phase1_config(study: Study) -> TrainConfig:
     """How a study's detector is trained, by its profile."""
     p = study.profile
@@ -792,6 +798,7 @@ def phase1_config(study: Study) -> TrainConfig:
     )
 
 
+# %% ../nbs/04_training_stability.ipynb #phase1-run
 def phase1_run(study: Study) -> Path:
     """The study's phase-1 run: `$DEIMV2_TFG_PHASE1` where that is set, else found or trained.
 
