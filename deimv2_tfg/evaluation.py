@@ -419,7 +419,8 @@ def detector_directory(run_or_checkpoint: str | Path) -> Path:
     """
     path = Path(run_or_checkpoint)
     for candidate in (path / "best", path):
-        if (candidate / "model.safetensors").is_file():
+        files = candidate / "model.safetensors", candidate / "head.safetensors"
+        if any(file.is_file() for file in files):  # a head alone: of a fusion run
             return candidate
     missing = "neither a run (no best/model.safetensors) nor a detector directory"
     raise FileNotFoundError(f"{path} is {missing} (no model.safetensors)")
