@@ -196,12 +196,20 @@ def _origin(cause, bad_weight, seen) -> str:
     return "loss" if cause["term"] else ""
 
 
+# %% ../nbs/03g_guard.ipynb #bad-images
+def _bad_images(parts) -> list:
+    """Ids of the photographs that are not finite themselves."""
+    found = []
+    for pixel_values, targets in parts:
+        for pixels, target in zip(pixel_values, targets, strict=True):
+            if not is_finite(pixels):
+                found.append(target["image_id"])
+    return found
+
+
 # %% ../nbs/03g_guard.ipynb #find-cause
 def _find_cause(model, compute_losses, parts, epoch, scale) -> dict:
-    images = [
-        t["image_id"] for p, ts in parts for x, t in zip(p, ts, strict=True) if not is_finite(x)
-    ]
-    cause = {"origin": "", "module": "", "term": "", "images": images}
+    cause = {"origin": "", "module": "", "term": "", "images": _bad_images(parts)}
     bad_weight = next((name for name, p in model.named_parameters() if not is_finite(p)), "")
     with watch(model) as seen:
         for pixel_values, targets in parts:  # all: several processes must do the same
@@ -244,13 +252,11 @@ def diagnose(model, compute_losses, parts, epoch: int, random_numbers=None, scal
 
 
 # %% ../nbs/03g_guard.ipynb #diverged
-KEPT_BATCHES = 5  # of a run: batch and weights of a failed step
-
-
 class Diverged(Exception):
     """Several steps in a row have failed."""
 
 
+# %% ../nbs/03g_guard.ipynb #loss-scale
 def loss_scale(accelerator) -> float:
     """The scale of the loss when the last step failed (lowered since); 1 without fp16."""
     scaler = accelerator.scaler
@@ -271,6 +277,9 @@ def _of_all_processes(cause: dict, image_ids: list) -> tuple[dict, list]:
 
 
 # %% ../nbs/03g_guard.ipynb #keep-batch
+KEPT_BATCHES = 5  # of a run: batch and weights of a failed step
+
+
 def _keep_batch(trainer, parts, random_numbers, scale) -> str | None:
     """Keep a failed batch with the weights that it failed on; its path inside the run."""
     if trainer.incidents >= KEPT_BATCHES:
@@ -287,6 +296,44 @@ def _keep_batch(trainer, parts, random_numbers, scale) -> str | None:
     return name
 
 
+# %% ../nbs/03g_guard.ipynb #image-ids
+def _image_ids(parts) -> list:
+    """Ids of the photographs of a batch, those that were mixed in included."""
+    ids = []
+    for _, targets in parts:
+        for target in targets:
+            ids += [target["image_id"], *target.get("mixed_with", [])]
+    return ids
+
+
+# %% ../nbs/03g_guard.ipynb #incident-line
+def _incident_line(trainer, step, cause: dict, scale: float) -> dict:
+    """What `incidents.jsonl` says of a failed step."""
+    return {
+        "step": trainer.step,
+        "epoch": trainer.epoch + 1,
+        "failure": step.failure,
+        "origin": cause["origin"],
+        "term": cause["term"],
+        "module": cause["module"],
+        "found": list(step.found[:8]),
+        "bad_images": cause["images"],
+        "grad_norm": str(step.grad_norm.item()),
+        "scale": scale,
+        "lr": trainer.optimizer.param_groups[-1]["lr"],
+        "in_a_row": trainer.in_a_row,
+    }
+
+
+# %% ../nbs/03g_guard.ipynb #refuse-to-go-on
+def _give_up(trainer, step, cause: dict):
+    """Raise `Diverged` with the last failure and its cause."""
+    when = f"the last at epoch {trainer.epoch + 1}, step {trainer.step}: {step.failure}"
+    what = cause["term"] or cause["origin"] or "not found again"
+    where = cause["module"] or "no module"
+    raise Diverged(f"{trainer.in_a_row} steps in a row failed, {when}, first {what} in {where}")
+
+
 # %% ../nbs/03g_guard.ipynb #record-incident-2
 def record_incident(trainer, step, parts, random_numbers: dict):
     """Find out what failed, write it to `incidents.jsonl`, keep the batch.
@@ -297,36 +344,16 @@ def record_incident(trainer, step, parts, random_numbers: dict):
     scale = loss_scale(trainer.accelerator)
     model = trainer.accelerator.unwrap_model(trainer.model)
     cause = diagnose(model, trainer.compute_losses, parts, trainer.epoch, random_numbers, scale)
-    image_ids = []
-    for target in (t for _, targets in parts for t in targets):
-        image_ids += [target["image_id"], *target.get("mixed_with", [])]
-    cause, image_ids = _of_all_processes(cause, image_ids)
+    cause, image_ids = _of_all_processes(cause, _image_ids(parts))
     trainer.in_a_row += step.failure != "overflow"
     if trainer.main:
-        line = {
-            "step": trainer.step,
-            "epoch": trainer.epoch + 1,
-            "failure": step.failure,
-            "origin": cause["origin"],
-            "term": cause["term"],
-            "module": cause["module"],
-            "found": list(step.found[:8]),
-            "bad_images": cause["images"],
-            "image_ids": image_ids,
-            "grad_norm": str(step.grad_norm.item()),
-            "scale": scale,
-            "lr": trainer.optimizer.param_groups[-1]["lr"],
-            "in_a_row": trainer.in_a_row,
-            "batch": _keep_batch(trainer, parts, random_numbers, scale),
-        }
+        line = _incident_line(trainer, step, cause, scale)
+        line["image_ids"] = image_ids
+        line["batch"] = _keep_batch(trainer, parts, random_numbers, scale)
         append_line(trainer.run.path / "incidents.jsonl", line)
     trainer.incidents += 1
     if trainer.in_a_row >= trainer.config.max_skips:
-        when = f"the last at epoch {trainer.epoch + 1}, step {trainer.step}: {step.failure}"
-        what = cause["term"] or cause["origin"] or "not found again"
-        where = cause["module"] or "no module"
-        message = f"{trainer.in_a_row} steps in a row failed, {when}, first {what} in {where}"
-        raise Diverged(message)
+        _give_up(trainer, step, cause)
 
 
 # %% ../nbs/03g_guard.ipynb #replay

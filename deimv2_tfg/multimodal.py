@@ -168,6 +168,7 @@ def _head_optimizer(head: Head, config: FusionConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([decayed, free], config.lr)
 
 
+# %% ../nbs/05_multimodal.ipynb #epoch-queries
 def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Queries:
     """What an epoch trains on: a view in turn, or at the end the photographs as they are."""
     first_plain = round((1 - config.plain) * config.epochs)
@@ -176,6 +177,7 @@ def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Querie
     return data.views[epoch % len(data.views)]
 
 
+# %% ../nbs/05_multimodal.ipynb #trained-labels
 def _trained_labels(config: FusionConfig, classes: list) -> torch.Tensor | None:
     """Labels of all classes but the one that is held out; None: all."""
     if not config.held_out:
@@ -274,6 +276,7 @@ def _save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
     return metrics
 
 
+# %% ../nbs/05_multimodal.ipynb #judge-head
 def _judge_head(run: Path, head: Head, data: FusionData) -> dict:
     """Judge a head on val and test: `{split: metrics}`, written into its run directory."""
     metrics = {}
@@ -384,7 +387,7 @@ def thaw(model: FusedDetector, stage: str) -> FusedDetector:
     return model
 
 
-# %% ../nbs/05_multimodal.ipynb #fused-family
+# %% ../nbs/05_multimodal.ipynb #save-fused
 def _save_fused(model: FusedDetector, directory, classes, **meta) -> None:
     save_head(model.head, model.text, directory, model.about)
     save_detector(model.detector, directory, classes, **meta)
@@ -392,6 +395,7 @@ def _save_fused(model: FusedDetector, directory, classes, **meta) -> None:
     write_json(config, read_json(config) | {"kind": "fused"})
 
 
+# %% ../nbs/05_multimodal.ipynb #fused-family
 def fused_family(stage: str) -> Family:
     """How chapter 4's trainer trains a fused detector: DEIMv2's losses, another network.
 

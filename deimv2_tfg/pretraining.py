@@ -229,11 +229,11 @@ def _pretrain_step(model: MaskedViT, optimizer, pixel_values, mask, half: bool) 
     return loss.item()
 
 
+# %% ../nbs/09_pretraining.ipynb #pretrain-epoch
 def _takes_bf16(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
 
 
-# %% ../nbs/09_pretraining.ipynb #pretrain-epoch
 def pretrain_epoch(model, optimizer, loader, config: PretrainConfig, epoch: int, device) -> float:
     """One pass over the photographs; the mean loss.
 
@@ -267,6 +267,7 @@ class _Progress:
     seconds: float = 0.0  # spent before this start
 
 
+# %% ../nbs/09_pretraining.ipynb #start-or-resume
 def _start_or_resume(run: Path, config: PretrainConfig) -> _Progress:
     """The networks as the last complete epoch left them, or new ones, written as `vit_start.pt`."""
     seed_everything(config.seed)
@@ -301,6 +302,7 @@ def _epoch_loader(config: PretrainConfig, data: Unlabelled, epoch: int) -> DataL
     )
 
 
+# %% ../nbs/09_pretraining.ipynb #save-progress
 def _save_progress(run: Path, state: _Progress, seconds: float) -> None:
     weights = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
     save_state(run, state.epoch, weights | {"epoch": state.epoch, "seconds": seconds})

@@ -8,7 +8,7 @@ __all__ = [
     'shares_of', 'Step', 'training_step', 'Trainer', 'set_rate', 'batches_of', 'in_parts',
     'snapshot', 'restore', 'fit_micro_batch', 'summarise_steps', 'row_of', 'train_batch',
     'train_epoch', 'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields',
-    'find_run', 'first_state', 'open_run', 'end_epoch', 'end_run', 'check_model', 'train',
+    'find_run', 'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train',
     'finished_before', 'phase1_config', 'phase1_run',
 ]  # fmt: skip
 
@@ -126,6 +126,17 @@ def _build_deimv2(config, num_classes):
     return model
 
 
+# %% ../nbs/04_training_stability.ipynb #deimv2-blocks
+def _deimv2_blocks(model):
+    return [*model.model.conv_encoder.backbone.model.layer, *model.model.decoder.layers]
+
+
+# %% ../nbs/04_training_stability.ipynb #count-boxes
+def count_boxes(targets) -> int:
+    """Objects of a batch."""
+    return sum(len(t["labels"]) for t in targets)
+
+
 # %% ../nbs/04_training_stability.ipynb #deimv2-losses
 def _deimv2_losses(config, num_classes):
     criterion = Criterion(num_classes, change_epoch=round(config.matcher_change * config.epochs))
@@ -139,18 +150,9 @@ def _deimv2_losses(config, num_classes):
     return losses
 
 
+# %% ../nbs/04_training_stability.ipynb #predict-deimv2
 def _predict_deimv2(model, dataset, image_size, device):
     return predict(model, dataset, image_size, device=device)
-
-
-def _deimv2_blocks(model):
-    return [*model.model.conv_encoder.backbone.model.layer, *model.model.decoder.layers]
-
-
-# %% ../nbs/04_training_stability.ipynb #count-boxes
-def count_boxes(targets) -> int:
-    """Objects of a batch."""
-    return sum(len(t["labels"]) for t in targets)
 
 
 # %% ../nbs/04_training_stability.ipynb #family-deimv2-2
@@ -202,18 +204,6 @@ def _named_losses(model, compute_losses, pixel_values, targets, epoch) -> tuple[
         return {}, tuple(e.found)
 
 
-# %% ../nbs/04_training_stability.ipynb #failure
-def _failure(terms, grad_norm, accelerator) -> str:
-    """Why a step must not be made: "" where its gradient is finite."""
-    if torch.isfinite(grad_norm):
-        return ""
-    bad = any(not torch.isfinite(value) for part in terms for value in part.values())
-    if anywhere(bad, accelerator.device):
-        return "loss"
-    scaler = accelerator.scaler
-    return "overflow" if scaler is not None and scaler.get_scale() > 1 else "gradient"
-
-
 # %% ../nbs/04_training_stability.ipynb #mean-terms
 def _mean_terms(terms: list[dict], shares: list[float]) -> dict:
     """Each term of the batch from those of its parts; a part may lack a term."""
@@ -225,6 +215,18 @@ def _mean_terms(terms: list[dict], shares: list[float]) -> dict:
         for name, value in part.items():
             means[name] = means.get(name, 0) + value * share
     return {name: value / whole for name, value in means.items()}
+
+
+# %% ../nbs/04_training_stability.ipynb #failure
+def _failure(terms, grad_norm, accelerator) -> str:
+    """Why a step must not be made: "" where its gradient is finite."""
+    if torch.isfinite(grad_norm):
+        return ""
+    bad = any(not torch.isfinite(value) for part in terms for value in part.values())
+    if anywhere(bad, accelerator.device):
+        return "loss"
+    scaler = accelerator.scaler
+    return "overflow" if scaler is not None and scaler.get_scale() > 1 else "gradient"
 
 
 # %% ../nbs/04_training_stability.ipynb #lower-scale
@@ -289,6 +291,7 @@ COUNTERS = {
 }
 
 
+# %% ../nbs/04_training_stability.ipynb #open-data
 def _open_data(trainer):
     """The photographs of a training, and how long it is."""
     config = trainer.config
@@ -617,7 +620,6 @@ def validate(trainer: Trainer) -> dict:
 # %% ../nbs/04_training_stability.ipynb #find-run
 NOT_WEIGHTS = ("core", "runs", "evaluation", "decisions", "splits", "doctor")
 NOT_WEIGHTS += ("data.require_dataset", "recipes.check_fields", "recipes.TRAIN_RANGES")
-NOT_HASHED = ("data_dir", "runs_dir", "num_workers", "cache", "cache_gb", "cache_dir")
 
 
 @functools.cache
@@ -626,6 +628,10 @@ def training_code(family: Family = DEIMV2) -> str:
     hashes = [code_hash("training", "train", (*NOT_WEIGHTS, "training.DEIMV2"))]
     hashes += [code_hash(*entry, NOT_WEIGHTS) for entry in family.code]
     return hash_bytes(*(h.encode() for h in hashes))
+
+
+# %% ../nbs/04_training_stability.ipynb #hashed-fields
+NOT_HASHED = ("data_dir", "runs_dir", "num_workers", "cache", "cache_gb", "cache_dir")
 
 
 def hashed_fields(config: TrainConfig) -> dict:
@@ -638,6 +644,7 @@ def hashed_fields(config: TrainConfig) -> dict:
     return fields
 
 
+# %% ../nbs/04_training_stability.ipynb #find-run-2
 def find_run(config: TrainConfig, family: Family = DEIMV2) -> Path:
     """The run directory that `train(config, family)` uses.
 
@@ -649,32 +656,48 @@ def find_run(config: TrainConfig, family: Family = DEIMV2) -> Path:
     return run_directory(runs, family.name, fields, data_hash(data_dir), training_code(family))
 
 
+# %% ../nbs/04_training_stability.ipynb #check-model
+def check_model(config: TrainConfig, family: Family):
+    """Raise `ValueError` for a network that is not of this family."""
+    if family.models and config.model not in family.models:
+        choices = ", ".join(family.models)
+        raise ValueError(f"model={config.model!r} (allowed for {family.name}: {choices})")
+
+
 # %% ../nbs/04_training_stability.ipynb #open-run
+def _describe_run(trainer: Trainer):
+    """Write what a new run is made of: `config.json` and `env.json`."""
+    config = trainer.config
+    stored = dataclasses.asdict(config)
+    stored["data_dir"] = str(Path(config.data_dir).expanduser().absolute())
+    stored["family"] = trainer.family.name
+    stored["classes"] = trainer.train_set.classes
+    trainer.run.write("config.json", stored)
+    made_with = environment(
+        seed=config.seed,
+        data_hash=data_hash(config.data_dir),
+        code_hash=training_code(trainer.family),
+        precision=pick_precision(config),
+        processes=trainer.accelerator.num_processes,
+        start=trainer.start,
+    )
+    trainer.run.write("env.json", made_with)
+
+
+# %% ../nbs/04_training_stability.ipynb #first-state
 def first_state(trainer: Trainer):
     """Write what a new run starts with: configuration, environment, weights."""
     config = trainer.config
     if config.micro_batch:
         trainer.micro = fit_micro_batch(trainer) if config.micro_batch < 0 else config.micro_batch
     if trainer.main:
-        stored = dataclasses.asdict(config)
-        stored["data_dir"] = str(Path(config.data_dir).expanduser().absolute())
-        stored["family"] = trainer.family.name
-        stored["classes"] = trainer.train_set.classes
-        trainer.run.write("config.json", stored)
-        made_with = environment(
-            seed=config.seed,
-            data_hash=data_hash(config.data_dir),
-            code_hash=training_code(trainer.family),
-            precision=pick_precision(config),
-            processes=trainer.accelerator.num_processes,
-            start=trainer.start,
-        )
-        trainer.run.write("env.json", made_with)
+        _describe_run(trainer)
     for warning in check_recipe(config, len(trainer.train_set)):
         warnings.warn(warning, stacklevel=2)
     snapshot(trainer)
 
 
+# %% ../nbs/04_training_stability.ipynb #open-run-2
 def open_run(trainer: Trainer):
     """Resume from the last state, or write the first one; open the log."""
     if trainer.main:
@@ -722,14 +745,6 @@ def end_run(trainer: Trainer):
         }
         trainer.run.write("result.json", result)
     trainer.accelerator.wait_for_everyone()
-
-
-# %% ../nbs/04_training_stability.ipynb #check-model
-def check_model(config: TrainConfig, family: Family):
-    """Raise `ValueError` for a network that is not of this family."""
-    if family.models and config.model not in family.models:
-        choices = ", ".join(family.models)
-        raise ValueError(f"model={config.model!r} (allowed for {family.name}: {choices})")
 
 
 # %% ../nbs/04_training_stability.ipynb #train
