@@ -34,7 +34,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         extra: cfg[f"{extra}_requirements"].split()
-        for extra in ("dev", "export", "slurm", "text", "video")
+        for extra in ("dev", "export", "imagenet", "slurm", "text", "video")
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -7,9 +7,9 @@ __all__ = [
     'FRACTION', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'MODELS', 'BASELINES', 'PRECISIONS',
     'LR_RULES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS', 'FUSION_RANGES',
     'REFERENCE', 'SECOND_RUN', 'RECIPES', 'SHIPPED', 'Within', 'check_fields', 'TrainConfig',
-    'scaled_lr', 'Schedule', 'lr_factor', 'FusionConfig', 'IterationRecipe', 'fractions_of',
-    'check_recipe', 'shipped_recipes', 'recipe_file', 'recipe_fields', 'load_recipe', 'config_of',
-    'write_recipe',
+    'scaled_lr', 'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig', 'IterationRecipe',
+    'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_file', 'recipe_fields',
+    'load_recipe', 'config_of', 'write_recipe',
 ]  # fmt: skip
 
 # %% ../nbs/03f_recipes.ipynb #recipes-imports
@@ -98,8 +98,8 @@ def check_fields(config, allowed: dict):
 
 # %% ../nbs/03f_recipes.ipynb #choices
 # Configurations of the detector chapter (its VARIANTS)
-MODELS = ("s", "m", "thesis_m", "small", "tiny")
-BASELINES = ("resnet18", "efficientnet_b0")  # backbones of chapter 6's Faster R-CNN
+MODELS = ("s", "m", "thesis_m", "small", "tiny", "lite")
+BASELINES = ("resnet18", "efficientnet_b0", "lite0")  # backbones of chapter 6's Faster R-CNN
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 LR_RULES = {
     "linear": lambda batch: batch / 32,
@@ -116,6 +116,7 @@ TRAIN_RANGES = {
     "image_size": Within(32, step=32),
     "lr": POSITIVE,
     "ema": Within(0, 10),
+    "frozen": Within(0, 7),
     "micro_batch": Within(-1),
     **dict.fromkeys(("epochs", "batch_size", "eval_every", "max_skips"), COUNT),
     **dict.fromkeys(("weight_decay", "backbone_lr", "clip", "cache_gb"), NOT_NEGATIVE),
@@ -137,13 +138,18 @@ class TrainConfig:
     data_dir: str  # a data set in the thesis's layout
     runs_dir: str | None = None  # where the run is made; None: runs/<name of the data set>
     model: str = "small"  # a configuration of DetectorConfig
-    init: str = "scratch"  # "scratch", "coco", "dinov3", a file, a directory, a hub's owner/name
+    init: str = (
+        "scratch"  # or "imagenet", "coco", "dinov3", a file, a directory, a hub's owner/name
+    )
+    frozen: int | None = None  # stages that "lite" never trains; None: 2 from ImageNet, else 0
     image_size: int = 160  # side of the square input, pixels
     epochs: int = 100
     batch_size: int = 16
     lr: float = 5e-4  # at batch 32
     lr_rule: str = "linear"  # how the rate follows the batch: "linear", "sqrt" or "none"
-    backbone_lr: float | None = None  # factor for the ViT; None: 1 from scratch, else 0.05
+    backbone_lr: float | None = (
+        None  # factor for the backbone; None: 1 from scratch, 0.3 from ImageNet, else 0.05
+    )
     weight_decay: float = 1e-4  # none on norms and biases
     warmup: float = 0.03  # fraction of training
     flat: float = 0.5  # fraction after which the rate falls (cosine); 1: it never does
@@ -185,6 +191,13 @@ class TrainConfig:
 def scaled_lr(config: TrainConfig) -> float:
     """The learning rate at the configuration's batch size."""
     return config.lr * LR_RULES[config.lr_rule](config.batch_size)
+
+
+def frozen_stages(config: TrainConfig) -> int:
+    """Stages of EfficientNet-Lite0 that this training leaves as they are, its stem included."""
+    if config.frozen is not None:
+        return config.frozen
+    return 2 if config.init == "imagenet" else 0
 
 
 # %% ../nbs/03f_recipes.ipynb #lr-factor

