@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'BACKBONES', 'SMALL_RPN', 'FASTER_RCNN', 'with_pyramid', 'resnet18_fpn',
-    'efficientnet_b0_fpn', 'anchors_for', 'torchvision_target', 'Baseline', 'save_baseline',
-    'load_baseline', 'build_baseline', 'baseline_config', 'native_size', 'overfit', 'trained',
+    'BACKBONES', 'ANCHORS', 'LITE_ANCHORS', 'SMALL_RPN', 'FASTER_RCNN', 'with_pyramid',
+    'resnet18_fpn', 'efficientnet_b0_fpn', 'lite0_fpn', 'anchors_for', 'torchvision_target',
+    'Baseline', 'save_baseline', 'load_baseline', 'build_baseline', 'baseline_config',
+    'native_size', 'overfit', 'trained',
 ]  # fmt: skip
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
@@ -29,7 +30,8 @@ from torchvision.ops import box_convert
 
 from .core import Study, atomic_write, one_at_a_time, read_json, write_json
 from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
-from .recipes import TrainConfig
+from .lite import CHANNELS, LiteFeatures, draw_lite, load_imagenet
+from .recipes import TrainConfig, frozen_stages
 from .training import Family, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 
@@ -61,14 +63,36 @@ def efficientnet_b0_fpn(pretrained=False, channels=256) -> nn.Module:
     return with_pyramid(network, stages, [24, 40, 112, 320], channels)
 
 
+class _NamedMaps(LiteFeatures):
+    "Its maps by name, as torchvision's pyramid takes them."
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {str(i): m for i, m in enumerate(super().forward(pixel_values))}
+
+
+def lite0_fpn(pretrained=False, channels=256) -> nn.Module:
+    """`lite`'s backbone (chapter 2b) with a feature pyramid on the same strides, 8, 16 and 32."""
+    neck = BackboneWithFPN(nn.Identity(), {}, CHANNELS, channels)
+    neck.body = _NamedMaps()
+    draw_lite(neck.body)
+    if pretrained:
+        load_imagenet(neck.body)
+    return neck
+
+
 # %% ../nbs/06_baselines.ipynb #baseline
 BACKBONES = {"resnet18": resnet18_fpn, "efficientnet_b0": efficientnet_b0_fpn}
+BACKBONES["lite0"] = lite0_fpn
 
 
-def anchors_for(image_size: int) -> AnchorGenerator:
-    """One size for each of five levels, torchvision's shares of a 640 px input, in three shapes."""
-    sizes = tuple((image_size * share / 640,) for share in (32, 64, 128, 256, 512))
-    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+ANCHORS = ((32,), (64,), (128,), (256,), (512,))  # of each level, at 640 px
+LITE_ANCHORS = ((32, 48), (64, 96), (128, 192), (256, 512))  # of one level fewer
+
+
+def anchors_for(image_size: int, levels: tuple = ANCHORS) -> AnchorGenerator:
+    """Anchors in three shapes; `levels`: their sizes on each level, as shares of a 640 px input."""
+    sizes = tuple(tuple(image_size * size / 640 for size in level) for level in levels)
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels))
 
 
 # %% ../nbs/06_baselines.ipynb #small-head
@@ -92,7 +116,8 @@ def _faster_rcnn(backbone: str, num_classes: int, image_size: int, pretrained: b
         settings |= SMALL_RPN
     settings |= {"box_score_thresh": 0.0, "box_detections_per_img": 300}
     body = BACKBONES[backbone](pretrained, channels)
-    return FasterRCNN(body, rpn_anchor_generator=anchors_for(image_size), **settings)
+    anchors = anchors_for(image_size, LITE_ANCHORS if backbone == "lite0" else ANCHORS)
+    return FasterRCNN(body, rpn_anchor_generator=anchors, **settings)
 
 
 # %% ../nbs/06_baselines.ipynb #baseline-3
@@ -217,6 +242,10 @@ def build_baseline(config: TrainConfig, num_classes: int) -> Baseline:
         ) from e
     if config.init not in ("scratch", "imagenet"):
         _load_body(model, config.init)
+    if config.model == "lite0":
+        model.detector.backbone.body.freeze(frozen_stages(config))
+    elif config.frozen:
+        raise ValueError(f"frozen={config.frozen}: {config.model} has no frozen stages, lite0 has")
     return model
 
 

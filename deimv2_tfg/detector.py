@@ -41,6 +41,7 @@ from deimv2_tfg.weights import (
 
 from .backbone import Backbone, vit_config
 from .core import atomic_write, read_json, write_json
+from .lite import LiteBackbone, draw_lite, load_imagenet
 from .precision import autocast_weights
 
 # %% ../nbs/03_detector.ipynb #variants
@@ -75,6 +76,7 @@ TINY = SMALL | {
 }
 VARIANTS = {"m": {}, "thesis_m": WIDE | THIN, "small": SMALL, "tiny": TINY}
 VARIANTS["s"] = {"vit_width": 192, "vit_heads": 3, "width": 192} | THIN
+VARIANTS["lite"] = SMALL | {"backbone": "lite0", "frozen": 2}
 
 
 # %% ../nbs/03_detector.ipynb #detectorconfig
@@ -101,6 +103,14 @@ class DetectorConfig:
     label_noise: float = 0.5
     box_noise: float = 1.0
     class_prior: float = 0.01  # score of every class at first
+    backbone: str = "vit"  # "vit", or "lite0": EfficientNet-Lite0, which the vit_* do not shape
+    frozen: int = 0  # of lite0: with n, the stem and n stages of 7 are never trained
+
+    def __post_init__(self):
+        if self.backbone not in ("vit", "lite0"):
+            raise ValueError(f"backbone={self.backbone!r}: choose vit or lite0")
+        if self.frozen and self.backbone == "vit":
+            raise ValueError(f"frozen={self.frozen}: a ViT has no frozen stages, only lite0 has")
 
     @classmethod
     def named(cls, name: str, num_classes: int = 6, **overrides) -> "DetectorConfig":
@@ -112,6 +122,7 @@ class DetectorConfig:
     s = partialmethod(named, "s")
     small = partialmethod(named, "small")
     tiny = partialmethod(named, "tiny")
+    lite = partialmethod(named, "lite")
 
     @classmethod
     def of(cls, stored: dict) -> "DetectorConfig":
@@ -126,7 +137,8 @@ class DetectorConfig:
         """The named configuration with these tensors, apart from the classes; or None."""
         free = ("num_classes", "num_queries", "num_denoising", "label_noise", "box_noise")
         own = {name: getattr(self, name) for name in (*free, "class_prior")}
-        same = [name for name in VARIANTS if self.named(name, **own) == self]
+        trained = dataclasses.replace(self, frozen=0)
+        same = [name for name in VARIANTS if self.named(name, frozen=0, **own) == trained]
         return same[0] if same else None
 
 
@@ -243,7 +255,9 @@ def _box_heads(model) -> list:
 def _correct(model, config):
     "The corrections that configuration cannot make."
     inner = model.model
-    inner.conv_encoder = Backbone(config)
+    own = DetectorConfig.of(config.detector)
+    lite = own.backbone == "lite0"
+    inner.conv_encoder = LiteBackbone(own.width, own.frozen) if lite else Backbone(config)
     inner.enc_output = nn.Identity()
     transformer = inner.encoder.aifi[0]
     layers = [EncoderLayer(config) for _ in transformer.layers]
@@ -292,6 +306,12 @@ class Detector(Deimv2ForObjectDetection):
     def draw_weights(self):
         """Random weights as the reference draws them, with the current seed."""
         reset_parameters(self)
+
+    def load_imagenet(self) -> LoadReport:
+        """ImageNet's weights in the backbone (`lite` alone has them). Raises `WeightsError`."""
+        if self.detector_config.backbone != "lite0":
+            raise WeightsError("init='imagenet': of DEIMv2's variants only `lite` has such weights")
+        return load_imagenet(self.model.conv_encoder.backbone)
 
 
 # %% ../nbs/03_detector.ipynb #reset-vit
@@ -354,7 +374,10 @@ def reset_parameters(model: Detector) -> None:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    _reset_vit(model.model.conv_encoder.backbone)
+    if model.detector_config.backbone == "lite0":
+        draw_lite(model.model.conv_encoder.backbone)
+    else:
+        _reset_vit(model.model.conv_encoder.backbone)
     _reset_attention(model)
     _reset_heads(model)
 

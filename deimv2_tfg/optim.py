@@ -23,7 +23,7 @@ def backbone_factor(config: TrainConfig) -> float:
     """Factor on the learning rate of the backbone: small where it was trained before."""
     if config.backbone_lr is not None:
         return config.backbone_lr
-    return 1.0 if config.init == "scratch" else 0.05
+    return {"scratch": 1.0, "imagenet": 0.3}.get(config.init, 0.05)
 
 
 # %% ../nbs/03i_optimizer.ipynb #parameter-groups

@@ -421,7 +421,7 @@ def find_weights(init: str, config) -> Path:
     if init not in ("coco", "dinov3"):
         raise WeightsError(
             f"init='{init}': no such file or directory; give a path, a hub name (owner/name), "
-            "'coco', 'dinov3' or 'scratch'"
+            "'coco', 'dinov3', 'imagenet' or 'scratch'"
         )
     file, repository = _published(init, config)
     folder = Path(os.environ.get("DEIMV2_TFG_WEIGHTS") or project_root() / "weights")
@@ -440,13 +440,15 @@ def find_weights(init: str, config) -> Path:
 def init_weights(model: nn.Module, init: str = "scratch", reinit_head: bool = True) -> LoadReport:
     """Starting point of a detector's training.
 
-    `init`: "scratch", "coco", "dinov3", a file in the original format, a directory of
-    `save_detector`, or a hub's owner/name. Heads for another number of classes are drawn anew
-    (`reinit_head`). Raises `WeightsError` with what to do.
+    `init`: "scratch", "imagenet" (for `lite`), "coco", "dinov3", a file in the original format, a
+    directory of `save_detector`, or a hub's owner/name. Heads for another number of classes are
+    drawn anew (`reinit_head`). Raises `WeightsError` with what to do.
     """
     if init == "scratch":
         model.draw_weights()
         return LoadReport(taken="random weights")
+    if init == "imagenet":
+        return model.load_imagenet()
     path = find_weights(str(init), model.detector_config)
     if not path.is_dir():
         return load_original_weights(model, path, reinit_head)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a backbone: every weight by its name, and what is frozen stays as it was."""
+"""EfficientNet-Lite0 as a backbone: every weight by its name, and what is frozen stands still."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from deimv2_tfg import lite
+from deimv2_tfg import deployment, lite
 from deimv2_tfg.baselines import Baseline, build_baseline, load_baseline, save_baseline
 from deimv2_tfg.core import seed_everything
 from deimv2_tfg.criterion import Criterion
@@ -125,7 +125,8 @@ def test_thawed_and_frozen_by_the_configuration():
     pretrained = TrainConfig("", model="lite", init="imagenet")
     assert frozen_stages(scratch) == 0 and frozen_stages(pretrained) == 2
     assert backbone_factor(scratch) == 1 and backbone_factor(pretrained) == 0.3
-    assert all(p.requires_grad for p in DEIMV2.build(scratch, 6).parameters())
+    thawed = DEIMV2.build(scratch, 6).model.conv_encoder
+    assert all(p.requires_grad for p in thawed.parameters())
     model = DEIMV2.build(dataclasses.replace(pretrained, frozen=1), 6)
     assert not model.model.conv_encoder.backbone.network.blocks[0].training
     assert model.model.conv_encoder.backbone.network.blocks[1].training
@@ -186,13 +187,10 @@ def test_faster_rcnn_on_the_same_weights(tmp_path):
 def test_the_exported_network_is_the_same_network(tmp_path):
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
-    from deimv2_tfg import deployment
-
-    run = save_detector(detector().eval(), tmp_path / "lite", [f"class {i}" for i in range(6)])
-    path = tmp_path / "lite.onnx"
-    notes = deployment.export_onnx(run, path, (64, 96))
-    assert notes
+    names = [f"class {i}" for i in range(6)]
+    run = save_detector(detector().eval(), tmp_path / "lite", names, image_size=96)
+    path = deployment.export_onnx(str(run), str(tmp_path / "lite.onnx"))
+    model = load_detector(run)
     for n in (1, 3):
-        pixel_values = torch.randn(n, 3, 64, 96)
-        model = load_detector(run)
+        pixel_values = torch.randn(n, 3, 96, 96)
         assert deployment.onnx_difference(path, model, pixel_values) < 1e-3
