@@ -88,7 +88,7 @@ from .data import load_dataset, photograph_cache, require_dataset
 from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
-from .recipes import MODELS, TrainConfig, check_recipe, lr_factor
+from .recipes import MODELS, TrainConfig, check_recipe, frozen_stages, lr_factor
 from .splits import bind_data
 from .synthetic import study_data
 from .transforms import at_fraction, at_size, input_sizes
@@ -118,7 +118,10 @@ class Family:
 
 # %% ../nbs/04_training_stability.ipynb #family-deimv2
 def _build_deimv2(config, num_classes):
-    model = build_detector(getattr(DetectorConfig, config.model)(num_classes=num_classes))
+    shape = DetectorConfig.named(config.model, num_classes)
+    if config.frozen or shape.backbone == "lite0":
+        shape = dataclasses.replace(shape, frozen=frozen_stages(config))
+    model = build_detector(shape)
     report = LoadReport(taken="random weights")
     if config.init != "scratch":
         report = init_weights(model, config.init)
@@ -128,7 +131,11 @@ def _build_deimv2(config, num_classes):
 
 # %% ../nbs/04_training_stability.ipynb #deimv2-blocks
 def _deimv2_blocks(model):
-    return [*model.model.conv_encoder.backbone.model.layer, *model.model.decoder.layers]
+    "Those without batch norms, whose statistics a second forward pass would count twice."
+    blocks = list(model.model.decoder.layers)
+    if model.detector_config.backbone == "vit":
+        blocks += model.model.conv_encoder.backbone.model.layer
+    return blocks
 
 
 # %% ../nbs/04_training_stability.ipynb #count-boxes
