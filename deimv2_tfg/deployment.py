@@ -58,7 +58,6 @@ class Thresholds:
         return any(self.chosen.values())
 
 
-# %% ../nbs/07b_use.ipynb #kept-thresholds
 def kept_thresholds(path: Path) -> Thresholds:
     """The thresholds of a `thresholds.json`; an older one has numbers alone (1: not chosen)."""
     kept = read_json(path)
@@ -108,7 +107,6 @@ def run_thresholds(run_or_checkpoint: str | Path | Run) -> Thresholds:
     return Thresholds(values, dict(zip(points["class"], points["note"] == "", strict=True)))
 
 
-# %% ../nbs/07b_use.ipynb #input-size
 def input_size(run_or_checkpoint: str | Path | Run) -> tuple[int, int]:
     """(height, width) of the network's input. Raises `ValueError` where it is not known."""
     size = Run(run_or_checkpoint).image_size
@@ -173,7 +171,6 @@ def _score(result: dict) -> float:
     return result["score"]
 
 
-# %% ../nbs/07b_use.ipynb #predictor
 def _device(device: str | None) -> torch.device:
     """The device of this name, or the best one. Raises `ValueError` for one that is not there."""
     if device is None:
@@ -269,7 +266,6 @@ class NeedsPackage(RuntimeError):
     """Something was asked for that takes a package which is not installed; it says which."""
 
 
-# %% ../nbs/07b_use.ipynb #list-files
 def list_files(source: str | Path, leave_out: str | Path | None = None) -> list[Path]:
     """Photographs and videos of `source`, a file or a folder with all below it, by name.
 
@@ -441,7 +437,6 @@ def write_coco(report: PredictionReport, predictor: Predictor) -> None:
     write_json(report.directory / "images.json", coco)
 
 
-# %% ../nbs/07b_use.ipynb #write-csv
 def write_csv(report: PredictionReport, predictor: Predictor) -> None:
     """`predictions.csv`: one row per detection."""
     files = {row["image_id"]: row["file_name"] for row in report.photographs}
@@ -478,7 +473,6 @@ def write_tables(report: PredictionReport) -> None:
     errors.to_csv(report.directory / "errors.csv", index=False)
 
 
-# %% ../nbs/07b_use.ipynb #clear-results
 def clear_results(out: Path) -> None:
     """Make the folder `out`, without what an earlier call left in it; other files stay."""
     if (out / "photographs.csv").is_file():
@@ -500,7 +494,6 @@ def _batches(source: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-# %% ../nbs/07b_use.ipynb #check-options
 def _check_options(results_format: str, every: int, batch_size: int) -> None:
     """Raise `ValueError`, one line that names every wrong option."""
     wrong = []

@@ -199,7 +199,6 @@ def balance(found: Foreign) -> list[str]:
     return lines
 
 
-# %% ../nbs/01b_formats.ipynb #wrong-boxes
 def _wrong_boxes(item: Item) -> list[str]:
     """What is wrong with the boxes of a photograph: no class, no number, no area."""
     wrong = []
@@ -258,7 +257,6 @@ def key(path: Path, root: Path) -> tuple[str, ...]:
     return (*(f for f in folders if f not in KIND_FOLDERS), stem)
 
 
-# %% ../nbs/01b_formats.ipynb #split-of
 def split_of(path: Path, root: Path) -> str:
     """The split that a folder or the file's own name says: train, val, test or ""."""
     for part in reversed(path.relative_to(root).parts):
@@ -364,7 +362,6 @@ def xml_root(path: Path):
         raise ValueError(f"{path}: not readable as XML ({type(error).__name__}: {error})") from None
 
 
-# %% ../nbs/01b_formats.ipynb #read-voc-file-2
 def read_voc_file(path: Path) -> VocFile:
     """One VOC annotation file. Raises `ValueError` with the file's name."""
     tree = xml_root(path)
@@ -414,7 +411,6 @@ def read_lists(found: Foreign, stems: Mapping[str, Iterable]) -> dict[str, str]:
     return splits
 
 
-# %% ../nbs/01b_formats.ipynb #listed-stem
 def _listed_stem(line: str, stems: Mapping[str, Iterable]) -> str | None:
     """The stem that a line of a list means."""
     for name in (line, re.sub(r"\s+-?[01]$", "", line)):
@@ -466,7 +462,6 @@ def _first_pixel(found: Foreign, files: Iterable[VocFile]) -> int:
     return 0
 
 
-# %% ../nbs/01b_formats.ipynb #add-voc
 def _add_voc(found: Foreign, path: Path, file: VocFile | None, first: int, split: str | None):
     """Add a photograph with the boxes of its file (None: none)."""
     declared = file.size if file else None
@@ -588,7 +583,6 @@ def _yaml(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-# %% ../nbs/01b_formats.ipynb #yolo-classes
 def yolo_classes(root: str | Path) -> dict[int, str]:
     """{number: name} of a YOLO set, from a yaml with `names`, `classes.txt` or `obj.names`.
 
@@ -655,7 +649,6 @@ def read_yolo_set(root: str | Path) -> Foreign:
     return found
 
 
-# %% ../nbs/01b_formats.ipynb #yolo-backgrounds
 def _yolo_backgrounds(found: Foreign, labels: dict) -> None:
     """Count photographs without a text file; where a whole split has none, they are left over."""
     by_split = defaultdict(list)
@@ -683,7 +676,6 @@ def _yolo_lines(image: dict, annotations: list, category_ids: list) -> str:
     return "".join(lines)
 
 
-# %% ../nbs/01b_formats.ipynb #write-yolo-2
 def write_yolo(root: str | Path, out: str | Path) -> Path:
     """A data set in the thesis's layout as YOLO: images, labels and `data.yaml`."""
     out = Path(out)
@@ -809,7 +801,6 @@ def _around(points: Iterable) -> tuple[float, float, float, float]:
     return tuple(float(v) for v in (*low, *(points.max(0) - low)))
 
 
-# %% ../nbs/01b_formats.ipynb #cvat-box
 def _cvat_box(shape) -> tuple[float, float, float, float]:
     """The box of a shape of CVAT's XML. Raises `ValueError` for a kind that has none."""
     if shape.tag == "box":
@@ -823,6 +814,16 @@ def _cvat_box(shape) -> tuple[float, float, float, float]:
 
 
 # %% ../nbs/01b_formats.ipynb #read-cvat-2
+def _finish_tool(found: Foreign, index: PhotographIndex) -> None:
+    """Classes by name, and photographs that no annotation names."""
+    names = sorted({box[0] for item in found.items for box in item.boxes})
+    found.classes = {name: k for k, name in enumerate(names)}
+    used = {item.path for item in found.items}
+    for path in index.paths:
+        if path not in used:
+            found.leave("unlabelled", path)
+
+
 def read_cvat(root: str | Path) -> Foreign:
     """A set in CVAT's own format ("for images"): one XML with all photographs."""
     found = Foreign(Path(root), "CVAT")
@@ -840,7 +841,6 @@ def read_cvat(root: str | Path) -> Foreign:
     return found
 
 
-# %% ../nbs/01b_formats.ipynb #add-cvat
 def _add_cvat(found: Foreign, path: Path, image, index: PhotographIndex) -> None:
     """Add one photograph of CVAT's XML."""
     photograph = index.find(image.get("name"), path.parent)
@@ -887,14 +887,3 @@ def read_labelme(root: str | Path) -> Foreign:
             found.items.append(Item(photograph, size, boxes, split_of(photograph, found.root)))
     _finish_tool(found, index)
     return found
-
-
-# %% ../nbs/01b_formats.ipynb #finish-tool
-def _finish_tool(found: Foreign, index: PhotographIndex) -> None:
-    """Classes by name, and photographs that no annotation names."""
-    names = sorted({box[0] for item in found.items for box in item.boxes})
-    found.classes = {name: k for k, name in enumerate(names)}
-    used = {item.path for item in found.items}
-    for path in index.paths:
-        if path not in used:
-            found.leave("unlabelled", path)

@@ -89,7 +89,6 @@ def mask_values(path: Path) -> np.ndarray:
     return (red << 16) + (green << 8) + blue
 
 
-# %% ../nbs/01f_importing.ipynb #is-smooth
 def is_smooth(masks: Iterable[Path]) -> bool:
     """Whether masks are smoothed black and white: many values, up to white."""
     many, brightest = False, 0
@@ -293,7 +292,6 @@ def read_masks(
     return found
 
 
-# %% ../nbs/01f_importing.ipynb #number-classes
 def number_classes(found: Foreign) -> None:
     """Number the classes of the boxes by name, from 0."""
     names = sorted({box[0] for item in found.items for box in item.boxes})
@@ -337,7 +335,6 @@ def _json_format(paths: Sequence[Path]) -> str:
     return ""
 
 
-# %% ../nbs/01f_importing.ipynb #has-class-names
 def _has_class_names(root: Path) -> bool:
     try:
         return bool(yolo_classes(root))
@@ -467,7 +464,6 @@ def _distinct_names(found: Foreign) -> None:
             item.name = found.named(item.path).replace("/", "__")
 
 
-# %% ../nbs/01f_importing.ipynb #write-items-2
 def write_items(found: Foreign, out: Path, splits: Iterable[str] = SPLITS) -> None:
     """Write the splits of a set to a folder."""
     for split in splits:
@@ -476,7 +472,6 @@ def write_items(found: Foreign, out: Path, splits: Iterable[str] = SPLITS) -> No
         write_split(out, split, photographs, [item.boxes for item in items], found.classes)
 
 
-# %% ../nbs/01f_importing.ipynb #write-one-piece
 def write_one_piece(found: Foreign, out: Path) -> None:
     """`images/` and `annotations.json`, for `split` to deal."""
     (out / "images").mkdir()
@@ -490,6 +485,18 @@ def write_one_piece(found: Foreign, out: Path) -> None:
     sizes = [item.size for item in found.items]
     coco = coco_of(names, sizes, [item.boxes for item in found.items], found.classes)
     write_json(out / "annotations.json", coco)
+
+
+def _write_whole(found: Foreign, out: Path, one_piece: bool) -> None:
+    """Write a set beside its place and move it there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
+        made = Path(beside) / "set"
+        made.mkdir()
+        write_one_piece(found, made) if one_piece else write_items(found, made)
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
 
 
 # %% ../nbs/01f_importing.ipynb #read-foreign
@@ -548,16 +555,3 @@ def import_dataset(
     _distinct_names(found)
     _write_whole(found, out, one_piece)
     return out
-
-
-# %% ../nbs/01f_importing.ipynb #write-whole
-def _write_whole(found: Foreign, out: Path, one_piece: bool) -> None:
-    """Write a set beside its place and move it there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
-        made = Path(beside) / "set"
-        made.mkdir()
-        write_one_piece(found, made) if one_piece else write_items(found, made)
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
