@@ -37,7 +37,8 @@ def _thresholds(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Last index of each run of equal scores (falling), and the threshold right below it."""
     if not len(scores):
         return np.zeros(0, dtype=int), np.zeros(0)
-    ends = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
+    falls = scores[1:] < scores[:-1]
+    ends = np.flatnonzero(np.append(falls, True))
     following = np.append(scores[ends[1:]], scores[ends[-1:]])
     return ends, (scores[ends] + following) / 2
 
@@ -52,14 +53,17 @@ def f1_curve(
     precision, recall, F1; empty where there is no detection, nan where there is no object.
     """
     used = np.ones(len(matches.objects), dtype=bool) if images is None else images
-    counted = ~matches.ignored[_level(iou)] & used[matches.image]
+    level = _level(iou)
+    counted = ~matches.ignored[level] & used[matches.image]
     ends, thresholds = _thresholds(matches.scores[counted])
-    objects = int(matches.objects[used].sum()) or np.nan
-    tp = matches.matched[_level(iou)][counted].cumsum()[ends]
-    curve = pd.DataFrame({"threshold": thresholds, "TP": tp, "FP": ends + 1 - tp})
-    curve["precision"] = tp / (ends + 1)
+    kept = ends + 1
+    objects = matches.objects[used].sum() or np.nan
+    right = matches.matched[level][counted]
+    tp = right.cumsum()[ends]
+    curve = pd.DataFrame({"threshold": thresholds, "TP": tp, "FP": kept - tp})
+    curve["precision"] = tp / kept
     curve["recall"] = tp / objects
-    curve["F1"] = 2 * tp / (ends + 1 + objects)
+    curve["F1"] = 2 * tp / (kept + objects)
     return curve
 
 
@@ -87,7 +91,8 @@ def working_points(annotations: str | Path | dict, results: list, iou: float = 0
     for matches in match_tables(annotations, results):
         best = _best_point(matches, iou)
         row = {"class": matches.name, "objects": int(matches.objects.sum())}
-        rows.append(row | {name: best.get(name, np.nan) for name in POINT})
+        row |= {name: best.get(name, np.nan) for name in POINT}
+        rows.append(row)
     points = pd.DataFrame(rows)
     unsure = points["threshold"].isna()
     points["note"] = np.where(unsure, "nothing to choose by: median of the other classes", "")
@@ -103,7 +108,8 @@ def store_thresholds(directory: str | Path, annotations: dict, results: list) ->
     """
     points = working_points(annotations, results).set_index("class")
     chosen = points["note"] == ""
-    stored = {"thresholds": points["threshold"].to_dict(), "chosen": chosen.to_dict()}
+    stored = {"thresholds": points["threshold"].to_dict()}
+    stored["chosen"] = chosen.to_dict()
     write_json(Path(directory) / "thresholds.json", stored)
     return stored
 
@@ -116,6 +122,19 @@ def kept_results(annotations: dict, results: list, points: pd.DataFrame) -> list
     return [r for r in results if r["score"] >= threshold[r["category_id"]]]
 
 
+# %% ../nbs/03c_decisions.ipynb #with-rates
+def _with_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns FN, precision, recall and F1 from objects, TP and FP."""
+    tp, objects = table["TP"], table["objects"]
+    kept = tp + table["FP"]
+    return table.assign(
+        FN=objects - tp,
+        precision=tp / kept,
+        recall=tp / objects,
+        F1=2 * tp / (kept + objects),
+    )
+
+
 # %% ../nbs/03c_decisions.ipynb #at-working-points-2
 def at_working_points(
     annotations: dict, results: list, points: pd.DataFrame, iou: float = 0.5
@@ -125,19 +144,19 @@ def at_working_points(
     Columns class, threshold, objects, TP, FP, FN, precision, recall, F1.
     """
     threshold = points.set_index("class")["threshold"]
+    kept = kept_results(annotations, results, points)
+    level = _level(iou)
     rows = []
-    for m in match_tables(annotations, kept_results(annotations, results, points)):
-        right = m.matched[_level(iou)][~m.ignored[_level(iou)]]
+    for m in match_tables(annotations, kept):
+        right = m.matched[level][~m.ignored[level]]
         row = {"class": m.name, "threshold": threshold[m.name], "objects": m.objects.sum()}
-        rows.append(row | {"TP": right.sum(), "FP": (~right).sum()})
+        row["TP"] = right.sum()
+        row["FP"] = len(right) - right.sum()
+        rows.append(row)
     table = pd.DataFrame(rows)
     total = table[["objects", "TP", "FP"]].sum()
     table.loc[len(table)] = {"class": "all", "threshold": np.nan, **total}
-    table["FN"] = table["objects"] - table["TP"]
-    table["precision"] = table["TP"] / (table["TP"] + table["FP"])
-    table["recall"] = table["TP"] / table["objects"]
-    table["F1"] = 2 * table["TP"] / (table["TP"] + table["FP"] + table["objects"])
-    return table
+    return _with_rates(table)
 
 
 # %% ../nbs/03c_decisions.ipynb #leftovers
@@ -149,12 +168,23 @@ def _leftovers(evaluator: COCOeval, level: int) -> list[tuple[list, list, list]]
         matched = zip(e["gtIds"], e["gtMatches"][level], e["gtIgnore"], strict=True)
         for i, match, ignored in matched:
             if not ignored:
-                (taken if match else free).append(evaluator.cocoGt.anns[i])
+                kept = taken if match else free
+                kept.append(evaluator.cocoGt.anns[i])
         matched = zip(e["dtIds"], e["dtMatches"][level], e["dtIgnore"][level], strict=True)
         for i, match, ignored in matched:
             if not match and not ignored:
                 over.append(evaluator.cocoDt.anns[i])
     return list(images.values())
+
+
+# %% ../nbs/03c_decisions.ipynb #overlap-of
+def _overlap(results: list, objects: list) -> np.ndarray:
+    """IoU (n, m) of the boxes of results with those of objects."""
+    if not results or not objects:
+        return np.zeros((len(results), len(objects)))
+    found = [r["bbox"] for r in results]
+    there = [a["bbox"] for a in objects]
+    return np.array(mask.iou(found, there, [0] * len(there)))
 
 
 # %% ../nbs/03c_decisions.ipynb #pair-up
@@ -163,18 +193,18 @@ def _pair_up(over: list, free: list, iou: float) -> list[tuple[int | None, int |
 
     None stands for what finds no partner.
     """
-    overlap = np.zeros((len(over), len(free)))
-    if over and free:
-        boxes = ([d["bbox"] for d in over], [a["bbox"] for a in free])
-        overlap = np.array(mask.iou(*boxes, [0] * len(free)))
-    pairs, annotated = [], {a: obj["category_id"] for a, obj in enumerate(free)}
+    overlap = _overlap(over, free)
+    annotated = {a: obj["category_id"] for a, obj in enumerate(free)}
     predicted = {d: result["category_id"] for d, result in enumerate(over)}
+    pairs = []
     while overlap.size and overlap.max() >= iou:
         d, a = np.unravel_index(overlap.argmax(), overlap.shape)
         pairs.append((annotated.pop(a), predicted.pop(d)))
-        overlap[d], overlap[:, a] = -1, -1
-    lost = [(category, None) for category in annotated.values()]
-    return pairs + lost + [(None, category) for category in predicted.values()]
+        overlap[d] = -1
+        overlap[:, a] = -1
+    pairs += [(category, None) for category in annotated.values()]
+    pairs += [(None, category) for category in predicted.values()]
+    return pairs
 
 
 # %% ../nbs/03c_decisions.ipynb #leftovers-2
@@ -182,16 +212,17 @@ def confusion(
     annotations: dict, results: list, points: pd.DataFrame, iou: float = 0.5
 ) -> pd.DataFrame:
     """Counts of objects by annotated class (rows) and predicted class, each `background` last."""
-    evaluator = judged(annotations, results=kept_results(annotations, results, points)).evaluator
+    kept = kept_results(annotations, results, points)
+    evaluator = judged(annotations, results=kept).evaluator
     pairs = []
     for taken, free, over in _leftovers(evaluator, _level(iou)):
-        pairs += [(a["category_id"], a["category_id"]) for a in taken]
+        found = [a["category_id"] for a in taken]
+        pairs += zip(found, found, strict=True)
         pairs += _pair_up(over, free, iou)
     names = {i: evaluator.cocoGt.cats[i]["name"] for i in evaluator.params.catIds}
     names[None] = "background"
-    table = pd.DataFrame(
-        0, index=pd.Index(names.values(), name="annotated"), columns=names.values()
-    )
+    rows = pd.Index(names.values(), name="annotated")
+    table = pd.DataFrame(0, index=rows, columns=names.values())
     for annotated, predicted in pairs:
         table.loc[names[annotated], names[predicted]] += 1
     return table
@@ -204,7 +235,8 @@ def plot_confusion(matrix: pd.DataFrame, language: str = "en") -> plt.Figure:
     names = [gettext(class_title(name, language), language) for name in matrix.columns]
     counts = matrix.astype(str)
     counts.iloc[-1, -1] = ""  # background on background: nothing to count
-    fig, ax = plt.subplots(figsize=(0.62 * len(names) + 1.9, 0.5 * len(names) + 1.1))
+    size = (0.62 * len(names) + 1.9, 0.5 * len(names) + 1.1)
+    fig, ax = plt.subplots(figsize=size)
     scale = {"cmap": "Greys", "vmin": 0, "vmax": 1, "cbar": False}
     grid = {"linewidths": 0.5, "linecolor": "0.7", "square": True}
     sns.heatmap(shares, annot=counts, fmt="", annot_kws={"fontsize": 7}, ax=ax, **scale, **grid)
@@ -228,7 +260,8 @@ def image_verdicts(annotations: dict, results: list, normal: str = "NORMAL") -> 
     score = {i["id"]: 0.0 for i in annotations["images"]}
     for r in results:
         if r["category_id"] not in good:
-            score[r["image_id"]] = max(score[r["image_id"]], float(r["score"]))
+            i = r["image_id"]
+            score[i] = max(score[i], float(r["score"]))
     verdicts = pd.DataFrame({"image_id": score.keys(), "score": score.values()})
     verdicts.insert(1, "defective", verdicts["image_id"].isin(defective))
     return verdicts
@@ -237,7 +270,8 @@ def image_verdicts(annotations: dict, results: list, normal: str = "NORMAL") -> 
 # %% ../nbs/03c_decisions.ipynb #image-verdicts-2
 def _scores(verdicts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the defective images, and of the good ones."""
-    score, defective = verdicts["score"].to_numpy(), verdicts["defective"].to_numpy()
+    score = verdicts["score"].to_numpy()
+    defective = verdicts["defective"].to_numpy()
     return score[defective], score[~defective]
 
 
@@ -258,10 +292,13 @@ def _auroc_interval(verdicts: pd.DataFrame, draws: int, seed: int) -> tuple[floa
     if not len(defective) or not len(good):
         return np.nan, np.nan
     higher = np.heaviside(defective[:, None] - good, 0.5)
-    rng, drawn = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    drawn = []
     for _ in range(draws):
-        rows, columns = rng.choice(len(defective), len(defective)), rng.choice(len(good), len(good))
-        drawn.append(higher[np.ix_(rows, columns)].mean())
+        rows = rng.choice(len(defective), len(defective))
+        columns = rng.choice(len(good), len(good))
+        pairs = higher[np.ix_(rows, columns)]
+        drawn.append(pairs.mean())
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
@@ -310,9 +347,12 @@ def verdict_metrics(
 def plot_verdicts(verdicts: pd.DataFrame, recall: float = 0.95, language: str = "en") -> plt.Figure:
     """Defective parts found against good parts stopped by threshold, with a mark at `recall`."""
     defective, good = _scores(verdicts)
-    thresholds = np.append(np.inf, np.unique(verdicts["score"])[::-1])[:, None]
-    found = (defective >= thresholds).sum(axis=1) / (len(defective) or np.nan)
-    alarms = (good >= thresholds).sum(axis=1) / (len(good) or np.nan)
+    falling = np.unique(verdicts["score"])[::-1]
+    thresholds = np.append(np.inf, falling)[:, None]
+    found = (defective >= thresholds).sum(axis=1)
+    found = found / (len(defective) or np.nan)
+    alarms = (good >= thresholds).sum(axis=1)
+    alarms = alarms / (len(good) or np.nan)
     area = auroc(verdicts["defective"].to_numpy(), verdicts["score"].to_numpy())
     fig, ax = plt.subplots(figsize=(3.4, 3.0))
     ax.step(alarms, found, where="post", color="black", label=f"AUROC {area:.3f}")
@@ -341,14 +381,17 @@ def calibration(
 
     Columns low, high, n, mean score, share right (nan for an empty bin).
     """
+    level = _level(iou)
     parts = []
     for m in match_tables(annotations, results):
-        kept = ~m.ignored[_level(iou)] & (m.scores >= floor)
-        right = m.matched[_level(iou)][kept].astype(float)
-        parts.append(pd.DataFrame({"mean score": m.scores[kept], "share right": right}))
+        kept = ~m.ignored[level] & (m.scores >= floor)
+        right = m.matched[level][kept].astype(float)
+        part = pd.DataFrame({"mean score": m.scores[kept], "share right": right})
+        parts.append(part)
     detections = pd.concat(parts)
     edges = np.linspace(0, 1, bins + 1)
-    place = np.clip(np.digitize(detections["mean score"], edges) - 1, 0, bins - 1)
+    place = np.digitize(detections["mean score"], edges) - 1
+    place = np.clip(place, 0, bins - 1)
     means = detections.groupby(place).mean().reindex(range(bins))
     table = pd.DataFrame({"low": edges[:-1], "high": edges[1:]})
     table["n"] = np.bincount(place, minlength=bins)
@@ -359,7 +402,8 @@ def calibration(
 def calibration_error(table: pd.DataFrame) -> float:
     """Expected calibration error of a `calibration` table; nan without a detection."""
     off = (table["share right"] - table["mean score"]).abs()
-    return float((table["n"] * off).sum() / (table["n"].sum() or np.nan))
+    detections = table["n"].sum()
+    return float((table["n"] * off).sum() / (detections or np.nan))
 
 
 # %% ../nbs/03c_decisions.ipynb #plot-reliability
@@ -372,7 +416,8 @@ def plot_reliability(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     ax.plot([0, 1], [0, 1], ":", color="0.6", label=gettext("calibrated", language))
     some = table[table["n"] > 0]
     shares = some["share right"].to_numpy()
-    ends = [wilson(round(share * n), n) for share, n in zip(shares, some["n"], strict=True)]
+    pairs = zip(shares, some["n"], strict=True)
+    ends = [wilson(round(share * n), n) for share, n in pairs]
     spread = np.abs(np.array(ends).reshape(-1, 2).T - shares)
     style = {"fmt": "o-", "color": "black", "markersize": 4, "linewidth": 1.2, "capsize": 2}
     name = f"ECE {calibration_error(table):.3f}"

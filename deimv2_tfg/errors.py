@@ -46,11 +46,13 @@ def _kind(own: np.ndarray, other: np.ndarray, taken: np.ndarray) -> tuple[str, i
         return "localisation", int(own.argmax())
     if other.max() >= ENOUGH:
         return "classification", int(other.argmax())
-    if (own * taken).max() >= ENOUGH:
-        return "duplicate", int((own * taken).argmax())
-    if max(own.max(), other.max()) <= NEAR:
+    again = own * taken
+    if again.max() >= ENOUGH:
+        return "duplicate", int(again.argmax())
+    any_class = np.maximum(own, other)
+    if any_class.max() <= NEAR:
         return "background", -1
-    return "both", int(np.maximum(own, other).argmax())
+    return "both", int(any_class.argmax())
 
 
 # %% ../nbs/07a_errors.ipynb #objects-of
@@ -58,42 +60,48 @@ def _objects(evaluator: COCOeval) -> pd.DataFrame:
     """Objects (crowd regions are none) by annotation id: image_id, category_id, bbox, found."""
     found = set()
     for e in evaluator.evalImgs:
-        matched = np.asarray(e["gtMatches"][0]).astype(bool) & ~np.asarray(e["gtIgnore"], bool)
-        found |= set(np.asarray(e["gtIds"], dtype=int)[matched].tolist())
-    objects = {i: a for i, a in evaluator.cocoGt.anns.items() if not a["iscrowd"]}
+        counts = ~np.asarray(e["gtIgnore"], bool)
+        matched = np.asarray(e["gtMatches"][0]).astype(bool)
+        ids = np.asarray(e["gtIds"], dtype=int)
+        found |= set(ids[matched & counts].tolist())
+    annotated = evaluator.cocoGt.anns
+    objects = {i: a for i, a in annotated.items() if not a["iscrowd"]}
     columns = ["image_id", "category_id", "bbox"]
     table = pd.DataFrame(list(objects.values()), index=list(objects), columns=columns)
     table["found"] = [i in found for i in objects]
     return table
 
 
+# %% ../nbs/07a_errors.ipynb #overlaps-of
+def _overlaps(boxes: list, others: list) -> np.ndarray:
+    """IoU (n, m) of COCO boxes (`xywh`) with others."""
+    if not boxes or not others:
+        return np.zeros((len(boxes), len(others)))
+    return mask.iou(boxes, others, [0] * len(others))
+
+
 # %% ../nbs/07a_errors.ipynb #errors-in
-def _errors_in(e: dict, boxes: list, near: list) -> list[dict]:
+def _errors_in(e: dict, boxes: list, near: pd.DataFrame) -> list[dict]:
     """The detections of one class in one image, with their kinds.
 
-    e: the evaluator's matches; boxes: `xywh` of its detections; near: (row, category_id, bbox,
-    found, id) of the image's objects.
+    e: the evaluator's matches; boxes: `xywh` of its detections; near: the image's objects. `object`
+    is an annotation id, -1 without one.
     """
-    own = np.array([category == e["category_id"] for _, category, *_ in near], dtype=bool)
-    taken = np.array([found for *_, found, _ in near], dtype=bool)
-    rows = {i: row for row, *_, i in near}
-    overlaps = np.zeros((len(boxes), len(near)))
-    if boxes and near:
-        overlaps = mask.iou(boxes, [box for _, _, box, *_ in near], [0] * len(near))
+    own = near["category_id"].to_numpy() == e["category_id"]
+    taken = near["found"].to_numpy(bool)
+    overlaps = _overlaps(boxes, near["bbox"].tolist())
     errors = []
     for k, box in enumerate(boxes):
-        match, place = int(e["dtMatches"][0][k]), -1
         if e["dtIgnore"][0][k]:
             continue
-        if match:
-            kind, about = "right", rows[match]
-        else:
+        match = int(e["dtMatches"][0][k])
+        kind, about = "right", match
+        if not match:
             kind, place = _kind(overlaps[k] * own, overlaps[k] * ~own, taken)
-            about = near[place][0] if place >= 0 else -1
+            about = near.index[place] if place >= 0 else -1
         error = {key: e[key] for key in ("image_id", "category_id")}
-        errors.append(
-            error | {"score": e["dtScores"][k], "bbox": box, "kind": kind, "object": about}
-        )
+        error |= {"score": e["dtScores"][k], "bbox": box, "kind": kind}
+        errors.append(error | {"object": about})
     return errors
 
 
@@ -109,15 +117,15 @@ def detection_errors(annotations: dict, results: list) -> tuple[pd.DataFrame, pd
     """
     evaluator = judged(annotations, results=results).evaluator
     objects = _objects(evaluator)
-    near: dict[int, list] = {}
-    for row, (i, a) in enumerate(objects.iterrows()):
-        object_ = (row, a["category_id"], a["bbox"], a["found"], i)
-        near.setdefault(a["image_id"], []).append(object_)
+    near = dict(list(objects.groupby("image_id")))
+    none = objects.iloc[:0]
     errors = []
     for e in evaluator.evalImgs:
         boxes = [evaluator.cocoDt.anns[i]["bbox"] for i in e["dtIds"]]
-        errors += _errors_in(e, boxes, near.get(e["image_id"], []))
+        errors += _errors_in(e, boxes, near.get(e["image_id"], none))
     errors = pd.DataFrame(errors, columns=DETECTION)
+    rows = {i: row for row, i in enumerate(objects.index)}
+    errors["object"] = [rows.get(i, -1) for i in errors["object"]]
     objects = objects.reset_index(drop=True)
     excused = errors["object"][errors["kind"].isin(CORRECTABLE)]
     objects["missed"] = ~objects["found"].astype(bool) & ~objects.index.isin(excused)
@@ -128,18 +136,22 @@ def detection_errors(annotations: dict, results: list) -> tuple[pd.DataFrame, pd
 def _ap50(detections: pd.DataFrame, objects: int) -> float:
     """AP50 of one class from the kinds of its detections."""
     ranked = detections.sort_values("score", ascending=False, kind="stable")
-    right = (ranked["kind"] == "right").to_numpy()[None]
-    where, asked = np.zeros(len(ranked), dtype=int), np.array([objects])
-    scores, ignored = ranked["score"].to_numpy(), np.zeros_like(right)
-    matches = ClassMatches("", scores, where, right, ignored, asked)
-    return float(weighted_ap(matches, np.ones((1, 1)))[0, 0])
+    right = ranked["kind"].eq("right").to_numpy()[None]
+    one_image = np.zeros(len(ranked), dtype=int)
+    scores = ranked["score"].to_numpy()
+    asked = np.array([objects])
+    matches = ClassMatches("", scores, one_image, right, np.zeros_like(right), asked)
+    once = np.ones((1, 1))
+    return float(weighted_ap(matches, once)[0, 0])
 
 
+# %% ../nbs/07a_errors.ipynb #ap50-by-class
 def _ap50_by_class(errors: pd.DataFrame, objects: pd.DataFrame, categories: list) -> np.ndarray:
     values = []
     for c in categories:
-        asked = int((objects["category_id"] == c["id"]).sum())
-        values.append(_ap50(errors[errors["category_id"] == c["id"]], asked))
+        asked = objects["category_id"].eq(c["id"]).sum()
+        own = errors[errors["category_id"] == c["id"]]
+        values.append(_ap50(own, int(asked)))
     return np.array(values)
 
 
@@ -154,12 +166,14 @@ def _corrected(
     if kind not in CORRECTABLE:
         return others, objects
     unfound = errors["object"].map(objects["found"]).eq(False)
-    near = errors[errors["kind"].isin(CORRECTABLE) & unfound]
+    correctable = errors["kind"].isin(CORRECTABLE)
+    near = errors[correctable & unfound]
     ranked = near.sort_values("score", ascending=False, kind="stable")
     best = ranked.drop_duplicates("object")
     best = best[best["kind"] == kind]
     category = best["object"].map(objects["category_id"])
-    return pd.concat([others, best.assign(kind="right", category_id=category)]), objects
+    right = best.assign(kind="right", category_id=category)
+    return pd.concat([others, right]), objects
 
 
 # %% ../nbs/07a_errors.ipynb #ap-101-3
@@ -190,11 +204,12 @@ def plot_budget(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """An `error_budget`: a group of bars per class; kinds differ in shade and hatching."""
     fig, ax = plt.subplots(figsize=(6.2, 3.2))
     width = 0.8 / len(ERROR_KINDS)
+    shades = np.linspace(0.15, 0.95, len(ERROR_KINDS))
     start = np.arange(len(table)) - 0.4 + width / 2
     for k, (kind, words) in enumerate(ERROR_KINDS.items()):
-        shade = str(0.15 + 0.8 * k / (len(ERROR_KINDS) - 1))
-        style = {"color": shade, "hatch": HATCHES[k], "edgecolor": "black", "linewidth": 0.4}
-        ax.bar(start + k * width, table[kind], width, label=gettext(words, language), **style)
+        style = {"color": str(shades[k]), "hatch": HATCHES[k]}
+        style |= {"edgecolor": "black", "linewidth": 0.4, "label": gettext(words, language)}
+        ax.bar(start + k * width, table[kind], width, **style)
     names = short_titles(table["class"].tolist()[:-1], language)
     names.append(gettext("mean of the classes", language).replace(" ", "\n", 1))
     counts = [f"{name}\n({n})" for name, n in zip(names, table["objects"], strict=True)]
@@ -241,10 +256,12 @@ def found_by(objects: pd.DataFrame, column: str, edges: list) -> pd.DataFrame:
     whole = pd.api.types.is_integer_dtype(objects[column])
     rows = []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        inside = objects["found"][(objects[column] >= low) & (objects[column] < high)]
-        ends = wilson(inside.sum(), len(inside))
+        here = objects[column].between(low, high, inclusive="left")
+        inside = objects["found"][here]
         row = {"by": column, "bin": _bin_name(low, high, whole), "n": len(inside)}
-        rows.append(row | {"found": inside.mean(), "low": ends[0], "high": ends[1]})
+        row["found"] = inside.mean()
+        row["low"], row["high"] = wilson(inside.sum(), len(inside))
+        rows.append(row)
     table = pd.DataFrame(rows)
     return table[table["n"] > 0].reset_index(drop=True)
 
@@ -282,12 +299,14 @@ def worst_photographs(annotations: dict, results: list, points: pd.DataFrame) ->
     """
     kept = kept_results(annotations, results, points)
     errors, objects = detection_errors(annotations, kept)
-    right, score = errors["kind"] == "right", errors["score"].astype(float)
+    right = errors["kind"] == "right"
+    score = errors["score"].astype(float)
     signed = score.where(~right, -score)
-    lost = objects[~objects["found"].astype(bool)]
-    parts = {"objects": objects, "right": errors[right], "wrong": errors[~right], "lost": lost}
-    table = pd.DataFrame(annotations["images"])[["id", "file_name"]]
-    table = table.rename(columns={"id": "image_id"})
+    found = objects["found"].astype(bool)
+    parts = {"objects": objects, "right": errors[right], "wrong": errors[~right]}
+    parts["lost"] = objects[~found]
+    images = pd.DataFrame(annotations["images"])
+    table = images[["id", "file_name"]].rename(columns={"id": "image_id"})
     for name, rows in parts.items():
         counts = rows["image_id"].value_counts()
         table[name] = table["image_id"].map(counts).fillna(0).astype(int)
@@ -319,10 +338,11 @@ def likely_label_errors(
     names = {c["id"]: c["name"] for c in annotations["categories"]}
     files = {i["id"]: i["file_name"] for i in annotations["images"]}
     errors["predicted"] = errors["category_id"].map(names)
+    kind = errors["kind"]
     found = errors["object"].map(objects["found"]).eq(True)
-    covered = found & (errors["kind"] == "localisation")
-    plain = (errors["kind"] == "background") & (errors["predicted"] == normal)
-    suspects = errors[errors["kind"].isin(SUSPICIONS) & ~covered & ~plain]
+    covered = found & kind.eq("localisation")
+    plain = kind.eq("background") & errors["predicted"].eq(normal)
+    suspects = errors[kind.isin(SUSPICIONS) & ~covered & ~plain]
     suspects = suspects.sort_values("score", ascending=False, kind="stable").head(n)
     table = pd.DataFrame({"file_name": suspects["image_id"].map(files)})
     table["suspicion"] = suspects["kind"].map(SUSPICIONS)

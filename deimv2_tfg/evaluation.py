@@ -186,7 +186,8 @@ def class_matches(evaluator: COCOeval, k: int) -> ClassMatches:
     objects = np.zeros(images, dtype=int)
     objects[places] = [np.count_nonzero(np.asarray(e["gtIgnore"]) == 0) for e in found]
     scores = np.concatenate([np.zeros(0), *(e["dtScores"] for e in found)])
-    image = np.repeat(np.array(places, dtype=int), [len(e["dtScores"]) for e in found])
+    counts = [len(e["dtScores"]) for e in found]
+    image = np.repeat(np.array(places, dtype=int), counts)
     order = np.argsort(-scores, kind="stable")  # as the evaluator sorts
     matched = _joined(found, "dtMatches", thresholds)[:, order]
     ignored = _joined(found, "dtIgnore", thresholds)[:, order]
@@ -303,7 +304,8 @@ def class_metrics(
     rows = []
     for k, table in enumerate(found.tables):
         counts = {"objects": table.objects.sum(), "images": np.count_nonzero(table.objects)}
-        metrics = _metrics_of(precision[:, :, k : k + 1], recall[:, k : k + 1])
+        own = slice(k, k + 1)
+        metrics = _metrics_of(precision[:, :, own], recall[:, own])
         rows.append({"class": table.name, **counts, **metrics})
     objects = sum(row["objects"] for row in rows)
     mean = {"class": "mean", "objects": objects, "images": len(found.evaluator.params.imgIds)}
@@ -320,15 +322,18 @@ def precision_recall(
     without objects has nan throughout.
     """
     found = judged(annotations, results=results, classes=classes)
-    recalls = found.evaluator.params.recThrs
-    level = int(np.isclose(found.evaluator.params.iouThrs, iou).argmax())
-    arrays = {k: found.evaluator.eval[k][level, ..., 0, -1] for k in ("precision", "scores")}
-    last = found.evaluator.eval["recall"][level, :, 0, -1]
+    params = found.evaluator.params
+    recalls = params.recThrs
+    level = int(np.isclose(params.iouThrs, iou).argmax())
+    arrays = found.evaluator.eval
+    precisions = arrays["precision"][level, ..., 0, -1]
+    scores = arrays["scores"][level, ..., 0, -1]
+    last = arrays["recall"][level, :, 0, -1]
     parts = []
     for k, name in enumerate(found.classes):
-        precision = arrays["precision"][:, k]
-        part = pd.DataFrame({"class": name, "recall": recalls, "precision": precision})
-        part["score"] = np.where(recalls <= last[k], arrays["scores"][:, k], np.nan)
+        part = pd.DataFrame({"class": name, "recall": recalls, "precision": precisions[:, k]})
+        reached = recalls <= last[k]
+        part["score"] = np.where(reached, scores[:, k], np.nan)
         parts.append(part.replace({"precision": {-1: np.nan}}))
     return pd.concat(parts, ignore_index=True)
 
@@ -403,7 +408,8 @@ def predict(
     loader = DataLoader(_Evaluated(dataset, image_size), batch_size=batch_size, collate_fn=collate)
     results = []
     for pixel_values, targets in tqdm(loader, f"predict {dataset.split}", disable=not progress):
-        sizes = torch.stack([torch.as_tensor(t["size"]) for t in targets]).to(device)
+        sizes = [torch.as_tensor(t["size"]) for t in targets]
+        sizes = torch.stack(sizes).to(device)
         found = detections(model, pixel_values.to(device), sizes)
         image_ids = [t["image_id"] for t in targets]
         results += to_coco_results(found, image_ids, dataset.category_ids)
@@ -446,7 +452,8 @@ def open_detector(directory: str | Path) -> torch.nn.Module:
     Raises ValueError for a kind that no chapter has registered.
     """
     config = read_json(Path(directory) / "config.json")
-    kind = config.get("kind") or OLDER.get(config.get("loader"), config.get("loader"))
+    loader = config.get("loader")
+    kind = config.get("kind") or OLDER.get(loader, loader)
     if kind is None:
         return load_detector(directory)
     if kind not in LOADERS:
@@ -513,13 +520,15 @@ def jittered_results(annotations: dict, jitter: float, seed: int = 0) -> list[di
     """
     rng = np.random.default_rng(seed)
     objects = annotations["annotations"]
-    boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
+    boxes = [a["bbox"] for a in objects]
+    boxes = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
     corners = box_convert(boxes, "xywh", "xyxy")
     noise = torch.from_numpy(rng.normal(size=corners.shape))
     corners += noise * jitter * boxes[:, 2:].repeat(1, 2)
     low = torch.minimum(corners[:, :2], corners[:, 2:])
     high = torch.maximum(corners[:, :2], corners[:, 2:])
-    moved = box_convert(torch.cat([low, high], dim=1), "xyxy", "xywh").numpy().round(2).tolist()
+    moved = box_convert(torch.cat([low, high], dim=1), "xyxy", "xywh")
+    moved = moved.numpy().round(2).tolist()
     results = []
     for a, box, score in zip(objects, moved, rng.uniform(size=len(moved)), strict=True):
         about = {key: a[key] for key in ("image_id", "category_id")}

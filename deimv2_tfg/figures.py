@@ -212,7 +212,8 @@ def _scaled(image: Image.Image, side: int | None) -> tuple[Image.Image, float]:
     scale = side / max(image.size) if side else 1.0
     if scale == 1:
         return image.copy(), scale
-    return image.resize([max(1, round(scale * s)) for s in image.size]), scale
+    size = [max(1, round(scale * s)) for s in image.size]
+    return image.resize(size), scale
 
 
 def _draw_label(pen: ImageDraw.ImageDraw, place, text: str, color: tuple, font) -> None:
@@ -248,7 +249,8 @@ def draw_boxes(
     """
     picture, scale = _scaled(image, side)
     boxes = scale * np.asarray(boxes, dtype=float).reshape(-1, 4)
-    boxes[:, 2:] = np.maximum(boxes[:, :2], boxes[:, 2:])
+    top_left, bottom_right = boxes[:, :2], boxes[:, 2:]
+    boxes[:, 2:] = np.maximum(top_left, bottom_right)
     texts = _box_texts(labels, names, scores)
     height = max(10, round(max(picture.size) / 28))
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), height)
@@ -258,7 +260,8 @@ def draw_boxes(
         outline = box.tolist()
         pen.rectangle(outline, outline="white", width=max(3, height // 5 + 1))
         pen.rectangle(outline, outline=color, width=max(2, height // 5))
-    sizes = [(font.getlength(t) + 0.4 * height, 1.3 * height) for t in texts]
+    widths = [font.getlength(t) + 0.4 * height for t in texts]
+    sizes = [(width, 1.3 * height) for width in widths]
     places = place_labels(boxes, sizes, picture.size)
     for place, text, color in zip(places, texts, colors, strict=True):
         _draw_label(pen, place, text, color, font)
@@ -340,7 +343,8 @@ def _written(column: str, values: pd.Series, language: str) -> pd.Series:
 def _with_interval(table, column: str, bounds: tuple[str, str], language: str) -> pd.Series:
     """A column as "0.495 [0.459; 0.544]"; a missing estimate has no interval."""
     write = _writer(column, table[column], language)
-    value, low, high = (table[c].map(write) for c in (column, *bounds))
+    written = table[[column, *bounds]].map(write)
+    value, low, high = (written[name] for name in written)
     known = table[[column, *bounds]].notna().all(axis=1)
     return (value + " [" + low + "; " + high + "]").where(known, value)
 
@@ -489,7 +493,8 @@ def _run_row(run: str | Path) -> dict:
     """What is told of a run in `runs.csv`; what is not known is None."""
     run = Run(run)
     config = {key: run.config.get(key) for key in SUMMARY}
-    told = [f"{key}={value}" for key, value in config.items() if value not in (None, "")]
+    given = {key: value for key, value in config.items() if value not in (None, "")}
+    told = [f"{key}={value}" for key, value in given.items()]
     row = {"run": run.name, "configuration": " ".join(told), "seed": run.config.get("seed")}
     row["data"] = run.environment.get("data_hash")
     row["commit"] = str(run.environment.get("commit") or "")[:9]
@@ -594,7 +599,8 @@ def _page_cells(chapter: str) -> set[str] | None:
     path = PACKAGE.parent / "nbs" / f"{chapter}.ipynb"
     if not path.is_file():
         return None
-    code = [c["source"] for c in read_json(path)["cells"] if c["cell_type"] == "code"]
+    cells = read_json(path)["cells"]
+    code = [c["source"] for c in cells if c["cell_type"] == "code"]
     sources = ["".join(lines) for lines in code]
     return {source_hash(_without_magics(source)) for source in sources}
 
@@ -679,7 +685,9 @@ def _index_line(folder: Path, record: dict) -> str:
     name = record["name"]
     there = [s for s in suffixes if (folder / f"{name}.{s}").is_file()]
     files = [f"[{s}]({name}.{s})" for s in there]
-    return f"- **{name.rpartition('/')[2]}** {record['caption']} {' '.join(files)}"
+    title = name.rpartition("/")[2]
+    links = " ".join(files)
+    return f"- **{title}** {record['caption']} {links}"
 
 
 # %% ../nbs/00d_figures.ipynb #write-index

@@ -416,7 +416,8 @@ class ContrastiveHead(Head):
 
     def score(self, embeddings):
         """exp(scale) cos + bias, (B, Q, C); the scale is at most e^4."""
-        return self.scale.clamp(max=4).exp() * self.cosine(embeddings) + self.bias
+        scale = self.scale.clamp(max=4).exp()
+        return scale * self.cosine(embeddings) + self.bias
 
 
 # %% ../nbs/04c_fusion.ipynb #cosine-head
@@ -475,7 +476,8 @@ class ResidualHead(ConcatHead):
 
     def score(self, embeddings):
         """What is added (B, Q, C) to the detector's logits."""
-        return super().score(embeddings) + embeddings @ (self.text @ self.match.weight).T
+        matched = self.text @ self.match.weight
+        return super().score(embeddings) + embeddings @ matched.T
 
 
 # %% ../nbs/04c_fusion.ipynb #token-places
@@ -517,7 +519,8 @@ class CrossAttentionHead(Head):
     def score(self, embeddings):
         """What is added (B, Q, C) to the detector's logits."""
         values = self.value(embeddings) @ self.token_value(self.tokens).T
-        return (self.attention(embeddings) * values[..., self.place.clamp(min=0)]).sum(-1)
+        of_class = values[..., self.place.clamp(min=0)]
+        return (self.attention(embeddings) * of_class).sum(-1)
 
 
 # %% ../nbs/04c_fusion.ipynb #build-head

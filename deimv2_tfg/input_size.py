@@ -161,7 +161,8 @@ def recommend(
 
     own_side: median side of the photographs (root of the area, pixels); memory_gb: what there is.
     """
-    fits = [s for s in shares.index if costs["peak, 16 bit (GB)"][s] <= memory_gb]
+    peak = costs["peak, 16 bit (GB)"]
+    fits = [s for s in shares.index if peak[s] <= memory_gb]
     if not fits:
         return int(shares.index[0]), f"no size fits {memory_gb:g} GB at this batch: lower the batch"
     good = [s for s in fits if all(shares[name][s] <= most for name, most in LIMITS.items())]
@@ -196,7 +197,8 @@ def plot_shares(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     table: `size_shares` and `cost_table` joined, with the column "input size".
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.3, 2.5))
-    percent = table.assign(**{name: 100 * table[name] for name in SHARES})
+    shares = {name: 100 * table[name] for name in SHARES}
+    percent = table.assign(**shares)
     _lines(left, percent, SHARES, language)
     left.set_ylabel(gettext("boxes (%)", language))
     _lines(right, table, MEMORY, language)

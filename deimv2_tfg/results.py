@@ -63,9 +63,10 @@ def loss_families(metrics: pd.DataFrame) -> pd.DataFrame:
     """
     terms = [c for c in metrics.columns if c.startswith("train/loss_")]
     noisy = [c for c in terms if "_dn_" in c]
+    plain = [c for c in terms if c not in noisy]
     families = metrics[["epoch"]].assign(total=metrics["train/loss"])
     for name in LOSSES:
-        own = [c for c in terms if c.startswith(f"train/{name}") and c not in noisy]
+        own = [c for c in plain if c.startswith(f"train/{name}")]
         families[name] = metrics[own].sum(axis="columns", min_count=1)
     families["denoising"] = metrics[noisy].sum(axis="columns", min_count=1)
     return families
@@ -87,9 +88,10 @@ def _draw_lines(ax: plt.Axes, frame: pd.DataFrame, names: dict[str, str]) -> Non
 def _draw_losses(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
     families = loss_families(train)
     words = {"total": "total", **LOSSES, "denoising": "denoising queries"}
-    _draw_lines(ax, families, {k: gettext(word, language) for k, word in words.items()})
-    values = families.drop(columns="epoch")
-    lowest, highest = values[values > 0].min().min(), values.max().max()
+    names = {k: gettext(word, language) for k, word in words.items()}
+    _draw_lines(ax, families, names)
+    values = families[list(words)].stack()
+    lowest, highest = values[values > 0].min(), values.max()
     room = 25  # above the lines, for the legend
     ax.set(yscale="log", ylim=(0.7 * lowest, room * highest))
     ax.set_ylabel(gettext("weighted loss", language))
@@ -130,6 +132,7 @@ def _with_ends(name: str, value: float, low: float, high: float) -> dict:
     return {name: value, f"{name} low": low, f"{name} high": high}
 
 
+# %% ../nbs/07_results.ipynb #ap-columns
 def _ap_columns(
     sampled: list[Sampled], name: str = "", leave_out: tuple = (), seed: int = 0
 ) -> dict:
@@ -145,8 +148,9 @@ def _ap_columns(
 # %% ../nbs/07_results.ipynb #interval-2
 def _table_row(name: str, tables: list, sampled: list, leave_out: tuple = ()) -> dict:
     """The row of one class, or of the mean over several."""
-    objects = sum(int(t.objects.sum()) for t in tables)
-    shown = np.any([t.objects > 0 for t in tables], axis=0)
+    counts = np.stack([t.objects for t in tables])
+    objects = int(counts.sum())
+    shown = counts.any(axis=0)
     single = len(tables) == 1 and tables[0].name == name
     columns = _ap_columns(sampled, name if single else "", leave_out)
     images = int(shown.sum()) if single else len(shown)
@@ -192,15 +196,16 @@ def plot_per_class(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """AP and AP50 of a `per_class_table` with intervals: one row per class, objects in brackets."""
     fig, ax = plt.subplots(figsize=(6.2, 0.42 * len(table) + 0.8))
     for shift, name, marker, color in ((-0.14, "AP50", "s", "C0"), (0.14, "AP", "o", "black")):
-        ends = table[[f"{name} low", f"{name} high"]].sub(table[name], axis="index")
+        ends = table[[f"{name} low", f"{name} high"]]
+        ends = ends.sub(table[name], axis="index")
         y = np.arange(len(table)) + shift
         style = {"fmt": marker, "color": color, "markersize": 4, "capsize": 2, "linewidth": 1}
         ax.errorbar(table[name], y, xerr=ends.abs().T.to_numpy(), label=name, **style)
     titles = [_row_title(name, language) for name in table["class"]]
     counts = [f"{t} ({n})" for t, n in zip(titles, table["objects"], strict=True)]
     ax.set_yticks(range(len(table)), counts)
-    means = int(table["class"].str.startswith("mean").sum())
-    ax.axhline(len(table) - means - 0.5, color="0.7", linewidth=0.8)
+    means = table["class"].str.startswith("mean")
+    ax.axhline((~means).sum() - 0.5, color="0.7", linewidth=0.8)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.03)
     ax.set_xlabel(gettext("AP, with 95 % interval over images", language))
@@ -214,8 +219,8 @@ def _draw_curve(ax: plt.Axes, part: pd.DataFrame, style: dict, score: float) -> 
     """One class's curve, with a mark at its last point of at least `score`."""
     ax.plot(part["recall"], part["precision"], **style)
     point = part[part["score"] >= score].tail(1)
-    mark = {"marker": "o", "markersize": 5, "markeredgecolor": "black", "color": style["color"]}
-    ax.plot(point["recall"], point["precision"], **mark)
+    mark = {"marker": "o", "markersize": 5, "markeredgecolor": "black"}
+    ax.plot(point["recall"], point["precision"], color=style["color"], **mark)
 
 
 # %% ../nbs/07_results.ipynb #plot-precision-recall-2
@@ -225,8 +230,10 @@ def plot_precision_recall(
     """Curves of `precision_recall` at one IoU, their mean, and each one's point at a score."""
     fig, ax = plt.subplots(figsize=(6.2, 3.4))
     for k, (name, part) in enumerate(curve.groupby("class", sort=False)):
-        title = f"{class_title(name, language)}  {part['precision'].mean():.2f}"
-        _draw_curve(ax, part, class_style(k) | {"linewidth": 1.3, "label": title}, score)
+        area = part["precision"].mean()
+        title = f"{class_title(name, language)}  {area:.2f}"
+        style = class_style(k) | {"linewidth": 1.3, "label": title}
+        _draw_curve(ax, part, style, score)
     mean = curve.groupby("recall")["precision"].mean()
     title = f"{gettext('mean of the classes', language)}  {mean.mean():.2f}"
     ax.plot(mean.index, mean, color="black", linewidth=2, label=title)
@@ -242,10 +249,12 @@ def plot_precision_recall(
 # %% ../nbs/07_results.ipynb #sheet-images
 def _images_by_class(annotations: dict) -> list[list[int]]:
     """Ids of the images of each class, in id order; last those without an object."""
-    shown = {c: set() for c in sorted(c["id"] for c in annotations["categories"])}
+    categories = sorted(c["id"] for c in annotations["categories"])
+    shown = {category: set() for category in categories}
     for a in annotations["annotations"]:
         shown[a["category_id"]].add(a["image_id"])
-    empty = {i["id"] for i in annotations["images"]} - set().union(*shown.values())
+    every = {i["id"] for i in annotations["images"]}
+    empty = every.difference(*shown.values())
     return [sorted(ids) for ids in (*shown.values(), empty) if ids]
 
 
@@ -304,20 +313,24 @@ def prediction_sheet(
     Predictions are those with a score of at least `threshold`, or of the thresholds by class
     (`points`, see `working_points`).
     """
-    coco, found = Run(run).annotations(split, data_dir), Run(run).predictions(split)
-    classes = [c["name"] for c in coco["categories"]]
-    points = pd.DataFrame({"class": classes, "threshold": threshold}) if points is None else points
-    found = sorted(kept_results(coco, found, points), key=lambda r: r["score"])
+    run = Run(run)
+    coco = run.annotations(split, data_dir)
     categories = sorted(coco["categories"], key=lambda c: c["id"])
+    classes = [c["name"] for c in categories]
+    if points is None:
+        points = pd.DataFrame({"class": classes, "threshold": threshold})
+    found = kept_results(coco, run.predictions(split), points)
+    found = sorted(found, key=lambda r: r["score"])
     labels = {c["id"]: k for k, c in enumerate(categories)}
-    names = short_titles([c["name"] for c in categories], language)
-    folder = Path(data_dir or Run(run).data_dir) / split / "images"
+    names = short_titles(classes, language)
+    folder = Path(data_dir or run.data_dir) / split / "images"
     files = {i["id"]: folder / i["file_name"] for i in coco["images"]}
     for image_id, pair in zip(images, _sheet_axes(len(images)), strict=False):
         columns = (("annotated", coco["annotations"]), ("predicted", found))
         for ax, (title, boxes) in zip(pair, columns, strict=True):
             own = [b for b in boxes if b["image_id"] == image_id]
-            ax.imshow(_drawn(Image.open(files[image_id]), own, labels, names))
+            photograph = Image.open(files[image_id])
+            ax.imshow(_drawn(photograph, own, labels, names))
             ax.set_title(gettext(title, language), pad=2)
     return plt.gcf()
 
@@ -360,8 +373,14 @@ def _model_name(config: dict) -> str:
 # %% ../nbs/07_results.ipynb #differing
 def _differing(configs: list[dict]) -> list[str]:
     """Fields that all of these have and differ in (one that some lack is younger than they)."""
-    shared = [f for f in configs[0] if all(f in c for c in configs) and f not in NOT_COMPARED]
-    return [f for f in shared if len({json.dumps(c[f]) for c in configs}) > 1]
+    differing = []
+    for field in configs[0]:
+        if field in NOT_COMPARED or not all(field in c for c in configs):
+            continue
+        values = {json.dumps(c[field]) for c in configs}
+        if len(values) > 1:
+            differing.append(field)
+    return differing
 
 
 # %% ../nbs/07_results.ipynb #group-seeds-3
@@ -370,10 +389,19 @@ def model_names(configs: list[dict]) -> list[str]:
     plain = [_model_name(c) for c in configs]
     names = list(plain)
     for k, config in enumerate(configs):
-        same = [c for c, name in zip(configs, plain, strict=True) if name == plain[k]]
+        pairs = zip(configs, plain, strict=True)
+        same = [c for c, name in pairs if name == plain[k]]
         if len(same) > 1:
-            names[k] += "".join(f", {f} {config[f]}" for f in _differing(same))
+            told = [f", {field} {config[field]}" for field in _differing(same)]
+            names[k] += "".join(told)
     return names
+
+
+# %% ../nbs/07_results.ipynb #paths-of
+def _paths(given) -> list[Path]:
+    """A run, a list of runs, or None, as a list."""
+    runs = [given] if isinstance(given, (str, Path)) else given or []
+    return [Path(run) for run in runs]
 
 
 # %% ../nbs/07_results.ipynb #named-groups
@@ -383,8 +411,7 @@ def named_groups(runs: list | dict) -> dict[str, list[Path]]:
     Values of a mapping: a run, a list of runs, or None.
     """
     if isinstance(runs, dict):
-        lists = {n: [r] if isinstance(r, (str, Path)) else r or [] for n, r in runs.items()}
-        return {name: [Path(r) for r in group] for name, group in lists.items()}
+        return {name: _paths(given) for name, given in runs.items()}
     groups = group_seeds(runs)
     configs = [Run(group[0]).config for group in groups]
     called = iter(model_names([config for config in configs if config]))
@@ -400,7 +427,8 @@ def judge_group(
     runs: list[Path], split: str, data_dir: str | Path | None
 ) -> tuple[list[Judged], str]:
     """The runs of one model that have predictions, judged, and a note on those that have none."""
-    there = [r for r in runs if Run(r).has_predictions(split) and Run(r).config]
+    known = [r for r in runs if Run(r).config]
+    there = [r for r in known if Run(r).has_predictions(split)]
     missing = len(runs) - len(there)
     note = f"{missing} of {len(runs)} not evaluated on {split}" if missing else ""
     if not any(r.is_dir() for r in runs):
@@ -417,6 +445,7 @@ class _Model:
     sampled: list[Sampled]
 
 
+# %% ../nbs/07_results.ipynb #sample-models
 def _sample_models(groups: list[list[Judged]], draws: int, seed: int) -> list[_Model]:
     """The models on the same draws. Raises ValueError where they were not asked for the same."""
     every = [j for group in groups for j in group]
@@ -436,8 +465,8 @@ def _sample_models(groups: list[list[Judged]], draws: int, seed: int) -> list[_M
 def _own_columns(model: _Model, seed: int, without: tuple) -> dict:
     """What a model's row says of itself: counts, AP and AP50, and AP without some classes."""
     tables = model.judged[0].tables
-    columns = {"images": len(tables[0].objects)}
-    columns["objects"] = sum(int(t.objects.sum()) for t in tables)
+    counts = np.stack([t.objects for t in tables])
+    columns = {"images": counts.shape[1], "objects": int(counts.sum())}
     columns |= _ap_columns(model.sampled, seed=seed)
     values = estimate(model.sampled, seed=seed).values
     columns["AP sd"] = values.std(ddof=1) if len(values) > 1 else np.nan
@@ -451,7 +480,9 @@ def _own_columns(model: _Model, seed: int, without: tuple) -> dict:
 def _image_swap(model: _Model, first: _Model, draws: int, seed: int) -> float:
     """p over images, of the pairs with the same seed; where there are none, in their order."""
     pairs = seed_pairs(model.judged, first.judged)
-    pairs = pairs or [(k, k) for k in range(min(len(model.judged), len(first.judged)))]
+    if not pairs:
+        shortest = min(len(model.judged), len(first.judged))
+        pairs = [(k, k) for k in range(shortest)]
     tables = [(model.judged[a].tables, first.judged[b].tables) for a, b in pairs]
     return image_swap_p(tables, draws, seed)
 
@@ -461,7 +492,8 @@ def _against(model: _Model, first: _Model, draws: int, seed: int, without: tuple
     """What tells a model's AP from the first one's: differences with intervals, and tests."""
     effect = paired_effect(model.sampled, first.sampled, seed=seed)
     columns = _with_ends("difference", effect.difference, effect.low, effect.high)
-    columns |= {"pairs": effect.pairs, "p seeds": effect.p, "smallest difference": effect.smallest}
+    columns |= {"pairs": effect.pairs, "p seeds": effect.p}
+    columns["smallest difference"] = effect.smallest
     columns["p images"] = _image_swap(model, first, draws, seed)
     if without:
         left = paired_effect(model.sampled, first.sampled, seed=seed, leave_out=without)
@@ -514,7 +546,8 @@ def compare(
     without = tuple(c for c in classes if c in leave_out)
     rows = []
     for (name, paths), (group, note), model in zip(named.items(), groups, models, strict=True):
-        row = {"run": paths[0].name if paths else None, "model": name, "seeds": len(group)}
+        first_run = paths[0].name if paths else None
+        row = {"run": first_run, "model": name, "seeds": len(group)}
         if group:
             row |= _own_columns(model, seed, without)
         if group and rows and models[0].judged:

@@ -107,7 +107,8 @@ def _old_predictions(run: str | Path, dataset, threshold: float) -> dict[str, li
     if kept:
         raw = last_weights(run, ema=False)
         found["raw weights"] = predict(raw, dataset, size)
-        mistaken = [r for r in predict(Softmaxed(raw), dataset, size) if r["score"] >= threshold]
+        softened = predict(Softmaxed(raw), dataset, size)
+    mistaken = [r for r in softened if r["score"] >= threshold]
     above = [r for r in found["this protocol"] if r["score"] >= threshold]
     return found | {f"only scores of {threshold} and more": above, "all three": mistaken}
 
@@ -193,7 +194,8 @@ def best_fusion(runs: list[Run]) -> list[Run]:
 
     Only runs with the true text and no class held out are asked.
     """
-    asked = [r for r in runs if r.config.get("text") == "true" and not r.config.get("held_out")]
+    with_text = [r for r in runs if r.config.get("text") == "true"]
+    asked = [r for r in with_text if not r.config.get("held_out")]
     groups = [[Run(r) for r in group] for group in group_seeds(asked)]
     most = max(map(len, groups), default=0)
     fullest = [g for g in groups if len(g) == most]
@@ -227,7 +229,8 @@ def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.Da
     budgets = {}
     for run in runs:
         budgets.setdefault(images_seen(run) or 0, []).append(run)
-    tables = [_at_budget(budgets[seen], split, draws) for seen in sorted(budgets, reverse=True)]
+    largest_first = sorted(budgets, reverse=True)
+    tables = [_at_budget(budgets[seen], split, draws) for seen in largest_first]
     started = {r.name.rpartition("-")[0] for r in runs}
     missing = [name for kind, name in KINDS_OF_RUN.items() if kind not in started]
     tables.append(compare(dict.fromkeys(missing)))
