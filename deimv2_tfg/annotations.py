@@ -132,10 +132,11 @@ def _clipped(box: list, size: tuple) -> list:
 
 
 # %% ../nbs/00h_annotations.ipynb #mended-box-2
-def mended_box(annotation: dict, size: tuple | None, trusted: bool = True):
+def mended_box(annotation: dict, size: tuple | None, trusted: bool = True, clip: bool = True):
     """The one right form of an annotation's box; None where it has none, `LEAVE` where unsure.
 
-    `size`: width and height of the image; `trusted`: boxes were drawn on that size.
+    `size`: width and height of the image; `trusted`: boxes were drawn on that size; `clip`: what
+    sticks out is cut off.
     """
     box = annotation.get("bbox")
     edge = size or (math.inf, math.inf)
@@ -153,13 +154,18 @@ def mended_box(annotation: dict, size: tuple | None, trusted: bool = True):
         facts = mask_facts(annotation["segmentation"], size)
         usable = facts and box_problem(facts[0], *size) in (None, "box-over-edge", "box-tiny")
         return facts[0] if usable else LEAVE
+    if problem[0] == "box-over-edge" and not clip:
+        return box
     box = _clipped(box, size)
     return box if min(box[2:]) > 0 else None
 
 
 # %% ../nbs/00h_annotations.ipynb #are-corners
-def _as_corners(sheet: Sheet) -> tuple[int, int, int] | None:
-    """(boxes that stick out, boxes, index of the first) where all may be two corners, else None."""
+def _as_corners(sheet: Sheet) -> tuple[str, int, int, int]:
+    """Are a split's boxes two corners: "sure", "doubt" or "", and how many stick out of how many.
+
+    The last is the index of the first that sticks out.
+    """
     rows = []
     for i, a in enumerate(sheet.coco["annotations"]):
         entry = sheet.images.get(id_key(a.get("image_id"))) if isinstance(a, dict) else None
@@ -168,13 +174,14 @@ def _as_corners(sheet: Sheet) -> tuple[int, int, int] | None:
         if problem is None or problem[0] == "box-over-edge":  # others are evidence for nothing
             rows.append((i, *box, *entry.size))
     if not rows:
-        return None
+        return "", 0, 0, 0
     index, x, y, w, h, width, height = np.array(rows, float).T
     over = (x + w > width + 1) | (y + h > height + 1)
     corners = (x < w) & (w <= width + 1) & (y < h) & (h <= height + 1)
-    if not corners.all() or not over.any():
-        return None
-    return int(over.sum()), len(rows), int(index[over.argmax()])
+    answer = "doubt" if over.any() and corners.mean() > 0.5 else ""
+    if corners.all() and over.sum() >= max(2, len(rows) / 4):
+        answer = "sure"
+    return answer, int(over.sum()), len(rows), int(index[over.argmax()])
 
 
 # %% ../nbs/00h_annotations.ipynb #read-categories
@@ -471,8 +478,9 @@ def _check_annotation(at: Place, a, ids: _Ids, corners: str):
         at.set("box-corners", "bbox", as_corners)
     edge = entry.size or (math.inf, math.inf)
     problem = box_problem(a.get("bbox"), *edge)
-    trusted = entry.trusted and (not corners or bool(as_corners))
-    box = mended_box(a, entry.size, trusted) if problem else a["bbox"]
+    trusted = entry.trusted and (corners != "sure" or bool(as_corners))
+    clip = corners != "doubt"
+    box = mended_box(a, entry.size, trusted, clip) if problem else a["bbox"]
     if problem:
         at.say(problem[0], "bbox", problem[1])
     if box is None:
@@ -491,10 +499,7 @@ def _check_annotation(at: Place, a, ids: _Ids, corners: str):
 def _sound_annotations(sheet: Sheet) -> list[tuple]:
     """(index, annotation, box, image entry, is it a crowd) of every sound annotation."""
     annotations = sheet.coco["annotations"]
-    corners = ""
-    if reading := _as_corners(sheet):
-        over, among, first = reading
-        corners = "sure" if over >= max(2, among / 4) else "doubt"
+    corners, over, among, first = _as_corners(sheet)
     if corners == "sure":
         message = f"{over} of {among} boxes stick out, and all fit if read as two corners"
         Place(sheet, "annotations", first).say("box-corners", "bbox", message)

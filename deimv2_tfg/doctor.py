@@ -155,14 +155,24 @@ def _entries_by_file(sheets: list[Sheet]) -> dict[tuple, list]:
 
 
 # %% ../nbs/00i_doctor.ipynb #check-photographs-3
-def _check_photographs(report: Report, sheets: list[Sheet], opened: bool):
+def _seen(files: dict[tuple, list], opened: bool, known: dict) -> dict[tuple, Photograph]:
+    """What a look at each file finds (`known` are not looked at again), or its head alone."""
+    paths = {key: its[0][1].path for key, its in files.items()}
+    if not opened:
+        return {key: header_of(path) for key, path in paths.items()}
+    new = [key for key in paths if key not in known]
+    looks = known | dict(zip(new, look_at_all(paths[key] for key in new), strict=True))
+    return {key: looks[key] for key in paths}
+
+
+# %% ../nbs/00i_doctor.ipynb #check-photographs-4
+def _check_photographs(report: Report, sheets: list[Sheet], opened: bool, known: dict):
     """What is wrong with each listed photograph; `opened`: decode it and keep what was seen."""
     files = _entries_by_file(sheets)
-    paths = [its[0][1].path for its in files.values()]
-    seen = look_at_all(paths) if opened else [header_of(path) for path in paths]
+    seen = _seen(files, opened, known)
     if opened:
-        report.photographs = dict(zip(files, seen, strict=True))
-    for photograph, (split, name) in zip(seen, files, strict=True):
+        report.photographs = seen
+    for (split, name), photograph in seen.items():
         place = f"{split}/images/{name}"
         its = files[split, name]
         if photograph.problem:
@@ -277,14 +287,14 @@ def check_dataset(root, splits=SPLITS, photographs: bool = True) -> Report:
     `photographs=False` reads only the heads of the files: the report then has no `.photographs` and
     no `.pairs`, and a photograph that is cut short is not found.
     """
-    report, sheets = _check_files(root, splits, photographs)
+    report, sheets = _check_files(root, splits, photographs, {})
     if photographs and sheets:
         _check_copies(report, sheets)
     return report
 
 
 # %% ../nbs/00i_doctor.ipynb #check-files
-def _check_files(root, splits, opened: bool) -> tuple[Report, list[Sheet]]:
+def _check_files(root, splits, opened: bool, known: dict) -> tuple[Report, list[Sheet]]:
     """All but the search for copies: the report so far, and the splits that could be read."""
     report = Report(Path(root))
     if not report.root.is_dir():
@@ -302,7 +312,7 @@ def _check_files(root, splits, opened: bool) -> tuple[Report, list[Sheet]]:
         for name in dict.fromkeys(str(entry.image["file_name"]) for entry in sheet.entries):
             homes[name].append(sheet.split)
     _check_names(report, homes)
-    _check_photographs(report, sheets, opened)
+    _check_photographs(report, sheets, opened, known)
     return report, sheets
 
 
@@ -339,44 +349,44 @@ CHANGES = ["split", "kind", "field", "before", "after"]  # after: None where tak
 
 
 # %% ../nbs/00i_doctor.ipynb #taken-out
-def _taken_out(coco: dict, mends: list[Mend], held: set) -> dict[str, dict[int, str]]:
-    """{part: {index: kind}} of entries that go.
-
-    Nothing of a part of which most would go; its (split, part) is then in `held`.
-    """
+def _taken_out(coco: dict, mends: list[Mend]) -> dict[str, dict[int, str]]:
+    """{part: {index: kind}} of entries that go; nothing of a part of which most would go."""
     gone = {part: {} for part in PARTS}
     for mend in mends:
         if not mend.key:
             gone[mend.part].setdefault(mend.index, mend.kind)
-    for part, its in gone.items():
-        if len(its) > len(coco[part]) / 2:
-            held.add((mends[0].split, part))
-    return {p: {} if (mends[0].split, p) in held else its for p, its in gone.items()}
+    for part in ("images", "categories"):
+        if len(gone[part]) > len(coco[part]) / 2:
+            gone[part] = {}
+    with_images = _with_their_images(coco, gone["images"])
+    alone = {i: kind for i, kind in gone["annotations"].items() if i not in with_images}
+    if len(alone) > (len(coco["annotations"]) - len(with_images)) / 2:
+        alone = {}
+    return gone | {"annotations": dict(sorted((with_images | alone).items()))}
 
 
 # %% ../nbs/00i_doctor.ipynb #with-their-images
-def _with_their_images(coco: dict, gone: dict[str, dict[int, str]]):
-    """Annotations of images that go, and of no image that stays, go as well."""
-    kinds = {}
-    for index, kind in gone["images"].items():
-        image = coco["images"][index]
-        if isinstance(image, dict):
-            kinds[id_key(image.get("id"))] = kind
+def _with_their_images(coco: dict, gone: dict[int, str]) -> dict[int, str]:
+    """{index: kind} of the annotations of images that go, and of no image that stays."""
+    kinds, stay = {}, set()
     for index, image in enumerate(coco["images"]):
-        if index not in gone["images"] and isinstance(image, dict):
-            kinds.pop(id_key(image.get("id")), None)
+        if not isinstance(image, dict):
+            continue
+        if index in gone:
+            kinds[id_key(image.get("id"))] = gone[index]
+        else:
+            stay.add(id_key(image.get("id")))
+    found = {}
     for index, a in enumerate(coco["annotations"]):
-        kind = kinds.get(id_key(a.get("image_id"))) if isinstance(a, dict) else None
-        if kind:
-            gone["annotations"].setdefault(index, kind)
+        key = id_key(a.get("image_id")) if isinstance(a, dict) else None
+        if key in kinds and key not in stay:
+            found[index] = kinds[key]
+    return found
 
 
 # %% ../nbs/00i_doctor.ipynb #mended-2
-def mended(coco: dict, mends: list[Mend], held: set) -> tuple[dict, list[tuple]]:
-    """A split's COCO dict with the right answers of the check, and the rows of `CHANGES`.
-
-    `held`: (split, part) of which nothing is taken out; what is found now is added.
-    """
+def mended(coco: dict, mends: list[Mend]) -> tuple[dict, list[tuple]]:
+    """A split's COCO dict with the right answers of the check, and the rows of `CHANGES`."""
     coco = coco | {part: list(coco[part] or []) for part in PARTS}
     changes = []
     for m in mends:
@@ -385,8 +395,7 @@ def mended(coco: dict, mends: list[Mend], held: set) -> tuple[dict, list[tuple]]
             place = f"{m.part}[{m.index}].{m.key}"
             changes.append((m.split, m.kind, place, dumps(entry.get(m.key)), dumps(m.value)))
             coco[m.part][m.index] = entry | {m.key: m.value}
-    gone = _taken_out(coco, mends, held)
-    _with_their_images(coco, gone)
+    gone = _taken_out(coco, mends)
     for part, its in gone.items():
         for i, kind in its.items():
             entry = dumps(coco[part][i])
@@ -425,15 +434,16 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
             annotation_file(out, split).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(annotation_file(root, split), annotation_file(out, split))
         link_images(root / split / "images", out / split / "images")
-    changes, held = [], set()
-    mends = report.mends
+    changes = []
+    mends, known = report.mends, report.photographs
     for _ in range(ROUNDS):
-        made = _apply(out, mends, held)
+        made = _apply(out, mends)
         if not made:
             break
         changes += made
-        named_anew = any(field.endswith("file_name") for _, _, field, _, _ in made)
-        mends = _check_files(out, SPLITS, opened=named_anew)[0].mends
+        again, _ = _check_files(out, SPLITS, bool(known), known)
+        mends = again.mends
+        known = known | again.photographs
     changes = pd.DataFrame(changes, columns=CHANGES)
     write_report(report, out)
     changes.to_csv(out / "changes.csv", index=False)
@@ -441,14 +451,14 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
 
 
 # %% ../nbs/00i_doctor.ipynb #apply
-def _apply(out: Path, mends: list[Mend], held: set) -> list[tuple]:
+def _apply(out: Path, mends: list[Mend]) -> list[tuple]:
     """Correct the json files of a copy; returns the changes."""
     changes = []
     for split in SPLITS:
         its = [m for m in mends if m.split == split]
         if not its:
             continue
-        coco, made = mended(read_json_file(annotation_file(out, split)), its, held)
+        coco, made = mended(read_json_file(annotation_file(out, split)), its)
         if made:
             atomic_write(annotation_file(out, split), dumps(coco, ensure_ascii=False) + "\n")
         changes += made
