@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                    'deimv2_tfg.doctor._entries_by_file': ('doctor.html#_entries_by_file', 'deimv2_tfg/doctor.py'),
                                    'deimv2_tfg.doctor._geometry_problems': ('doctor.html#_geometry_problems', 'deimv2_tfg/doctor.py'),
                                    'deimv2_tfg.doctor._line': ('doctor.html#_line', 'deimv2_tfg/doctor.py'),
+                                   'deimv2_tfg.doctor._seen': ('doctor.html#_seen', 'deimv2_tfg/doctor.py'),
                                    'deimv2_tfg.doctor._spanning': ('doctor.html#_spanning', 'deimv2_tfg/doctor.py'),
                                    'deimv2_tfg.doctor._taken_out': ('doctor.html#_taken_out', 'deimv2_tfg/doctor.py'),
                                    'deimv2_tfg.doctor._with_their_images': ('doctor.html#_with_their_images', 'deimv2_tfg/doctor.py'),
