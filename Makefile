@@ -18,7 +18,7 @@ STEPS   := env PATH="$(BIN):$$PATH" $(BIN)/snakemake --configfile studies/$(PROF
   --cores $(CORES) --resources gpu=1 --keep-going --rerun-incomplete --nolock
 OPENED   = open_study('$(PROFILE)' if '$(PROFILE)' != 'gpu' else 'thesis', '$(DATA)' or None, '$(STUDY)' or None)
 
-.PHONY: thesis plan test lint format env pages export clean check-figures
+.PHONY: thesis memoria plan test lint format env pages export clean check-figures
 
 # One such command at a time: flock, not snakemake's own lock, which outlives a process that is killed.
 thesis: env
@@ -28,6 +28,12 @@ thesis: env
 
 plan: env
 	@$(STEPS) --dry-run --quiet host reason
+
+# Chapters 4 to 6 of the thesis, from a study's files: make memoria [STUDY=industrial6_compact] [LANGUAGE=es|en]
+LANGUAGE ?= es
+memoria: env
+	@$(BIN)/python -c "from deimv2_tfg.memoria import make_memoria; \
+	  print(make_memoria('thesis_figures/$(or $(STUDY),industrial6_compact)', '$(LANGUAGE)'))"
 
 # The notebooks are stored with the outputs of the demo: after `make thesis`, this copies them into nbs/.
 pages: env

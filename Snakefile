@@ -19,6 +19,7 @@ CHAPTERS = sorted(path.stem for path in (HERE / "nbs").glob("*.ipynb"))
 READS = {
     "errors": ["baselines"],
     "index": CHAPTERS,
+    "memoria": ["baselines", "errors", "pretraining", "thesis"],
     "results": ["multimodal", "baselines"],
     "thesis": ["results", "errors"],
 }

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'DETECTOR_PLACES', 'DETECTOR_ARROWS', 'QUALITY', 'COST', 'DRAWN', 'TEXT_WIDTH', 'CAPTIONS',
-    'SAID', 'TITLES', 'TEXTS', 'plot_detector', 'head_layers', 'plot_head', 'stored',
-    'comparison', 'plot_against_cost', 'picture', 'source_of', 'figure_entries', 'table_entry',
-    'number_entry', 'settings_of', 'diagrams', 'own_record', 'own_tables', 'own_figures',
-    'study_entries', 'make_memoria',
+    'DETECTOR_PLACES', 'DETECTOR_ARROWS', 'MEANS', 'QUALITY', 'COST', 'DRAWN', 'PARTS',
+    'WORDLESS', 'SHEETS', 'TEXT_WIDTH', 'CAPTIONS', 'SAID', 'TITLES', 'TEXTS', 'plot_detector',
+    'head_layers', 'plot_head', 'stored', 'comparison', 'plot_against_cost', 'sheet', 'picture',
+    'source_of', 'figure_entries', 'table_entry', 'number_entry', 'settings_of', 'diagrams',
+    'own_record', 'own_tables', 'own_figures', 'study_entries', 'make_memoria',
 ]  # fmt: skip
 
 # %% ../nbs/09a_memoria.ipynb #exports
@@ -36,18 +36,18 @@ from deimv2_tfg.figures import (
 from .core import PACKAGE, atomic_write, project_root, write_json
 from .detector import VARIANTS, DetectorConfig
 from .fusion import ClassText, Head, build_head
-from .results import LOSSES
+from .results import LOSSES, prediction_sheet
 from .thesis import PLOTS
 
 
 # %% ../nbs/09a_memoria.ipynb #draw-blocks
 def _draw_block(ax: plt.Axes, x: float, y: float, text: str, fill: str) -> None:
     box = {"boxstyle": "round,pad=0.4", "facecolor": fill, "edgecolor": "black", "linewidth": 0.8}
-    ax.text(x, y, text, ha="center", va="center", fontsize=7, bbox=box)
+    ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
 
 
 def _draw_arrow(ax: plt.Axes, start: tuple, end: tuple) -> None:
-    style = {"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 30, "shrinkB": 30}
+    style = {"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 26, "shrinkB": 30}
     ax.annotate("", end, start, arrowprops=style, zorder=0)
 
 
@@ -56,13 +56,14 @@ def _diagram(places: dict[str, tuple], texts: dict[str, str], arrows: list[tuple
     """Boxes at their places (x, y), with texts and with arrows from name to name."""
     wide = max(x for x, _ in places.values())
     high = max(y for _, y in places.values())
-    fig, ax = plt.subplots(figsize=(7.4, 0.9 + 1.1 * high))
+    fig, ax = plt.subplots(figsize=(7.4, 0.5 + 0.9 * high), layout="none")
+    fig.subplots_adjust(0, 0, 1, 1)
     for name, (x, y) in places.items():
         trained = name not in ("photograph", "result", "text")
         _draw_block(ax, x, y, texts[name], "#dce9f5" if trained else "white")
     for start, end in arrows:
         _draw_arrow(ax, places[start], places[end])
-    ax.set(xlim=(-0.6, wide + 0.6), ylim=(-0.5, high + 0.5))
+    ax.set(xlim=(-0.6, wide + 0.6), ylim=(-0.3, high + 0.5))
     ax.axis("off")
     return fig
 
@@ -159,15 +160,19 @@ def _network(name: str) -> str:
 
 
 # %% ../nbs/09a_memoria.ipynb #by-run
+MEANS = ("mean", "all")  # rows of a table by class that are no class
+
+
 def _class_means(folder: Path) -> tuple[list[str], dict]:
     """The runs that class_metrics is of, and its means over the classes."""
     table = stored(folder, "07c_thesis/class_metrics", "class")
     records = [r for r in read_provenance(folder) if r["name"] == "07c_thesis/class_metrics"]
     if table.empty or not records:
         return [], {}
-    means = table[["AP75", "AP_small", "AR100"]].mean().to_dict()
-    if "NORMAL" in table.index:
-        means["AP without NORMAL"] = table.drop("NORMAL")["AP"].mean()
+    classes = table.drop(list(MEANS), errors="ignore")
+    means = classes[["AP75", "AP_small", "AR100"]].mean().to_dict()
+    if "NORMAL" in classes.index:
+        means["AP without NORMAL"] = classes.drop("NORMAL")["AP"].mean()
     return list(records[0]["runs"]), means
 
 
@@ -220,7 +225,7 @@ def _plot_columns(table: pd.DataFrame, columns: dict, language: str, scale: str)
     for (column, words), dashes in zip(columns.items(), ("-", "--", "-.", ":") * 3, strict=False):
         ax.plot(table["epoch"], table[column], dashes, label=gettext(words, language), lw=1.2)
     ax.set(xlabel=gettext("epoch", language), yscale=scale)
-    ax.legend(ncols=2, loc="center left", bbox_to_anchor=(0, 1.12))
+    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02))
     return finish(fig, language)
 
 
@@ -235,6 +240,40 @@ def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
 
 
 DRAWN = PLOTS | {"training_curves": _plot_losses, "stability": _plot_norm}
+PARTS = {"training_curves": "Weighted loss by family over the epochs."}  # drawn anew: not all of it
+WORDLESS = ("samples",)  # stored pictures without English words
+
+# %% ../nbs/09a_memoria.ipynb #sheet
+SHEETS = ("predictions", "photographs_best", "photographs_worst")  # of photographs of a run
+
+
+def sheet(record: dict, table: pd.DataFrame, folder: Path, language: str) -> plt.Figure | None:
+    """Photographs with boxes in a language; None where the run or its photographs are not here."""
+    runs = [project_root() / "runs" / Path(folder).name / name for name in record["runs"]]
+    if not runs or not runs[0].is_dir() or "image_id" not in table:
+        return None
+    points = stored(folder, "07c_thesis/working_points", "class")["threshold"].reset_index()
+    chosen = points.dropna() if record["name"].startswith("07a") and len(points) else None
+    images = list(table["image_id"].unique())
+    try:
+        return prediction_sheet(runs[0], images, points=chosen, language=language)
+    except OSError:
+        return None
+
+
+# %% ../nbs/09a_memoria.ipynb #drawn-in
+def _drawn_in(record: dict, folder: Path, language: str) -> plt.Figure | None:
+    """A figure drawn anew from its csv; None where there is no csv, or no plot of it."""
+    name = Path(record["name"]).name
+    data = Path(folder) / f"{record['name']}.csv"
+    if not data.is_file():
+        return None
+    table = pd.read_csv(data)
+    if name in SHEETS and language != "en":
+        return sheet(record, table, folder, language)
+    if name in PARTS and language == "en":
+        return None  # the stored one has it all
+    return DRAWN[name](table, language) if name in DRAWN else None
 
 
 # %% ../nbs/09a_memoria.ipynb #picture
@@ -243,10 +282,8 @@ def picture(record: dict, folder: Path, build: Path, language: str) -> Path | No
     name = record["name"]
     out = build / f"{name}.pdf"
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = Path(folder) / f"{name}.csv"
-    plot = DRAWN.get(Path(name).name)
-    if plot and data.is_file():
-        return _save(plot(pd.read_csv(data), language), out)
+    if figure := _drawn_in(record, folder, language):
+        return _save(figure, out)
     for suffix in (".pdf", ".png"):
         kept = (Path(folder) / name).with_suffix(suffix)
         if kept.is_file():
@@ -282,6 +319,19 @@ def source_of(record: dict, language: str) -> str:
     return "; ".join(told)
 
 
+# %% ../nbs/09a_memoria.ipynb #caption
+def _caption(record: dict, path: Path, language: str) -> str:
+    """A figure's caption; it says where a picture is a part, or has English words in it."""
+    name = path.stem
+    anew = name in DRAWN or path.with_suffix(".png").is_file()
+    if language == "en" or name in WORDLESS:
+        return caption_in(record["caption"], language)
+    if anew:
+        return caption_in(PARTS.get(name, record["caption"]), language)
+    note = gettext("labels in the picture as stored, in English", language)
+    return f"{caption_in(record['caption'], language)} [{note}]"
+
+
 # %% ../nbs/09a_memoria.ipynb #figure-entries
 def figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
     """{name: path (below build), aspect, caption, source} of the study's figures."""
@@ -291,7 +341,7 @@ def figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
         if path:
             entry = {"path": str(path.relative_to(build))}
             entry["aspect"] = _aspect(path, folder, record["name"])
-            entry["caption"] = caption_in(record["caption"], language)
+            entry["caption"] = _caption(record, path, language)
             entry["source"] = source_of(record, language)
             entries[record["name"]] = entry
     return entries
@@ -345,7 +395,8 @@ def diagrams(folder: Path, language: str) -> dict[str, plt.Figure]:
     told = settings_of(folder, "detector")
     model = told.get("model", "small")
     classes = stored(folder, "01_data/classes", "class")
-    config = DetectorConfig.named(model if model in VARIANTS else "small", len(classes) or 6)
+    count = len(classes.drop(list(MEANS), errors="ignore")) or 6
+    config = DetectorConfig.named(model if model in VARIANTS else "small", count)
     size = int(told.get("image_size", 192))
     text = ClassText(torch.eye(config.num_classes, TEXT_WIDTH))
     kind = settings_of(folder, "fusion").get("head", "contrastive")
@@ -366,9 +417,10 @@ CAPTIONS = {
 
 
 def own_record(folder: Path, name: str) -> dict:
-    """Caption and source of what is made here: those of chapter 7c's table of results."""
+    """Caption of what is made here, and the runs and commit of the table that it comes from."""
     records = {r["name"]: r for r in read_provenance(folder)}
-    made = records.get("07c_thesis/results", {})
+    drawn = name in ("memoria/detector", "memoria/head")
+    made = records.get("04_training_stability/phase1" if drawn else "07c_thesis/results", {})
     return {"name": name, "caption": CAPTIONS[name], "runs": {}} | {
         key: made[key] for key in ("runs", "commit") if key in made
     }
