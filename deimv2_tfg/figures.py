@@ -269,7 +269,14 @@ def draw_boxes(
 
 
 # %% ../nbs/00d_figures.ipynb #points
-EFFECTS = ("effect", "difference", "to phase 1", "smallest", "AP_difference", "recipe_AP")
+EFFECTS = (
+    "effect",
+    "difference",
+    "to phase 1",
+    "smallest difference",
+    "AP_difference",
+    "recipe_AP",
+)
 LEFT_OUT = ("run", "commit", "device")  # provenance.jsonl and runs.csv have them
 
 
@@ -307,7 +314,7 @@ def _points(value: float, language: str) -> str:
 
 
 def _p_value(value: float, language: str) -> str:
-    least = "<" if value < 0.0005 else ""
+    least = "<" if value < 0.001 else ""
     return least + format_number(max(value, 0.001) if least else value, 3, language)
 
 
