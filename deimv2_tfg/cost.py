@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'STATUS', 'WAYS', 'PARTS', 'input_sizes', 'count_flops', 'seconds_of', 'latency', 'peak_of',
-    'peak_memory', 'device_name', 'model_cost', 'way_latency', 'latency_table', 'StepParts',
-    'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
+    'STATUS', 'WAYS', 'PARTS', 'sizes_of_batch', 'count_flops', 'seconds_of', 'latency',
+    'peak_of', 'peak_memory', 'device_name', 'model_cost', 'way_latency', 'latency_table',
+    'StepParts', 'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
 ]  # fmt: skip
 
 # %% ../nbs/03d_cost.ipynb #cost-imports
@@ -30,7 +30,7 @@ from .evaluation import detections
 
 
 # %% ../nbs/03d_cost.ipynb #count-flops
-def input_sizes(pixel_values: torch.Tensor) -> torch.Tensor:
+def sizes_of_batch(pixel_values: torch.Tensor) -> torch.Tensor:
     """Heights and widths (B, 2) of a batch (B, 3, H, W), as if the photographs had that size."""
     sizes = [pixel_values.shape[-2:]] * len(pixel_values)
     return torch.tensor(sizes, device=pixel_values.device)
@@ -41,7 +41,7 @@ def input_sizes(pixel_values: torch.Tensor) -> torch.Tensor:
 def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
     """Floating-point operations of one forward pass to the detections; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter:
-        detections(model, pixel_values, input_sizes(pixel_values))
+        detections(model, pixel_values, sizes_of_batch(pixel_values))
     return counter.get_total_flops()
 
 
@@ -63,7 +63,7 @@ def latency(
     model: torch.nn.Module, pixel_values: torch.Tensor, repeats: int = 20, warmup: int = 3
 ) -> np.ndarray:
     """Seconds of each of `repeats` passes over a batch, to the finished detections; (repeats,)."""
-    sizes = input_sizes(pixel_values)
+    sizes = sizes_of_batch(pixel_values)
 
     def one_pass():
         detections(model, pixel_values, sizes)
@@ -117,7 +117,7 @@ def peak_of(call: Callable, device: torch.device) -> float:
 @torch.no_grad()
 def peak_memory(model: torch.nn.Module, pixel_values: torch.Tensor) -> float:
     """MB that one pass takes at its highest, beyond weights and input."""
-    sizes = input_sizes(pixel_values)
+    sizes = sizes_of_batch(pixel_values)
 
     def one_pass():
         detections(model, pixel_values, sizes)

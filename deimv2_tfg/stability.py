@@ -112,17 +112,17 @@ def run_trial(trial: optuna.Trial, base: TrainConfig, grid: dict[str, list]) -> 
     return Run(run).result.get("best_val_AP", 0.0)
 
 
-# %% ../nbs/04a_divergence.ipynb #run-grid
-def _storage(journal: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(journal)))
-
-
 # %% ../nbs/04a_divergence.ipynb #failed-cells
 def failed_cells(trials: optuna.Study) -> list[dict]:
     """Levels of the cells that failed and were not completed since."""
     done = [t.params for t in trials.trials if t.state.name == "COMPLETE"]
     failed = [t.params for t in trials.trials if t.state.name == "FAIL"]
     return [levels for k, levels in enumerate(failed) if levels not in done + failed[:k]]
+
+
+# %% ../nbs/04a_divergence.ipynb #run-grid
+def _storage(journal: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(journal)))
 
 
 # %% ../nbs/04a_divergence.ipynb #run-grid-2
