@@ -97,7 +97,8 @@ def _errors_in(e: dict, boxes: list, near: pd.DataFrame) -> list[dict]:
         match = int(e["dtMatches"][0][k])
         kind, about = "right", match
         if not match:
-            kind, place = _kind(overlaps[k] * own, overlaps[k] * ~own, taken)
+            near_own, near_other = overlaps[k] * own, overlaps[k] * ~own
+            kind, place = _kind(near_own, near_other, taken)
             about = near.index[place] if place >= 0 else -1
         error = {key: e[key] for key in ("image_id", "category_id")}
         error |= {"score": e["dtScores"][k], "bbox": box, "kind": kind}
@@ -128,7 +129,8 @@ def detection_errors(annotations: dict, results: list) -> tuple[pd.DataFrame, pd
     errors["object"] = [rows.get(i, -1) for i in errors["object"]]
     objects = objects.reset_index(drop=True)
     excused = errors["object"][errors["kind"].isin(CORRECTABLE)]
-    objects["missed"] = ~objects["found"].astype(bool) & ~objects.index.isin(excused)
+    lost = ~objects["found"].astype(bool)
+    objects["missed"] = lost & ~objects.index.isin(excused)
     return errors, objects
 
 
@@ -309,7 +311,8 @@ def worst_photographs(annotations: dict, results: list, points: pd.DataFrame) ->
     table = images[["id", "file_name"]].rename(columns={"id": "image_id"})
     for name, rows in parts.items():
         counts = rows["image_id"].value_counts()
-        table[name] = table["image_id"].map(counts).fillna(0).astype(int)
+        numbers = table["image_id"].map(counts)
+        table[name] = numbers.fillna(0).astype(int)
     balance = signed.groupby(errors["image_id"]).sum()
     table["balance"] = table["image_id"].map(balance).fillna(0.0)
     table["bad"] = table["wrong"] + table["lost"]

@@ -184,7 +184,8 @@ def class_matches(evaluator: COCOeval, k: int) -> ClassMatches:
     places = [i for i, e in enumerate(of_class) if e is not None]
     found = [of_class[i] for i in places]
     objects = np.zeros(images, dtype=int)
-    objects[places] = [np.count_nonzero(np.asarray(e["gtIgnore"]) == 0) for e in found]
+    asked = [np.asarray(e["gtIgnore"]) == 0 for e in found]
+    objects[places] = [np.count_nonzero(flags) for flags in asked]
     scores = np.concatenate([np.zeros(0), *(e["dtScores"] for e in found)])
     counts = [len(e["dtScores"]) for e in found]
     image = np.repeat(np.array(places, dtype=int), counts)

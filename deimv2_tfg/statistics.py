@@ -144,9 +144,10 @@ class Sampled:
 def sample_ap(tables: list[ClassMatches], weights: np.ndarray, seed: int | None = None) -> Sampled:
     """AP of a training's match tables on every draw of `weights` (I, B)."""
     once = np.ones((len(weights), 1))
-    observed = np.stack([weighted_ap(t, once)[:, 0] for t in tables])
-    draws = np.stack([weighted_ap(t, weights) for t in tables])
-    return Sampled(tuple(t.name for t in tables), observed, draws, seed)
+    observed = [weighted_ap(t, once)[:, 0] for t in tables]
+    draws = [weighted_ap(t, weights) for t in tables]
+    classes = tuple(t.name for t in tables)
+    return Sampled(classes, np.stack(observed), np.stack(draws), seed)
 
 
 # %% ../nbs/00c_statistics.ipynb #st-interval
@@ -170,10 +171,14 @@ def interval(
         return math.nan, math.nan
     if kind == "bias-corrected":
         centre = value - LEAN * (draws.mean() - value)
-        half = norm.ppf((1 + level) / 2) * SPREAD * draws.std()
+        errors = norm.ppf((1 + level) / 2)
+        half = errors * SPREAD * draws.std()
         return float(centre - half), float(centre + half)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return (2 * value - high, 2 * value - low) if kind == "basic" else (low, high)
+    outside = (1 - level) / 2
+    low, high = np.quantile(draws, [outside, 1 - outside]).tolist()
+    if kind == "percentile":
+        return low, high
+    return 2 * value - high, 2 * value - low
 
 
 # %% ../nbs/00c_statistics.ipynb #st-simulated
@@ -189,7 +194,9 @@ def _simulated_class(k: int, shown: np.ndarray, rng: np.random.Generator) -> Cla
     where = np.repeat(every, objects)
     hits = where[rng.uniform(size=len(where)) < FOUND[k]]
     false = np.repeat(every, rng.poisson(0.3 if k else 0.05, len(shown)))
-    scores = np.concatenate([rng.beta(2, 1, len(hits)), rng.beta(1, 1.5, len(false))])
+    high = rng.beta(2, 1, len(hits))
+    low = rng.beta(1, 1.5, len(false))
+    scores = np.concatenate([high, low])
     order = np.argsort(-scores)
     matched = (order < len(hits))[None]
     image = np.concatenate([hits, false])[order]
@@ -237,7 +244,8 @@ def _over_seeds(draws: np.ndarray, seed: int) -> np.ndarray:
     """Draws (n, B) of n seeds -> (B,): each the mean of n seeds drawn with replacement."""
     n, size = draws.shape
     rng = np.random.default_rng([seed, n])
-    shares = rng.multinomial(n, np.full(n, 1 / n), size=size).T / n
+    even = np.full(n, 1 / n)
+    shares = rng.multinomial(n, even, size=size).T / n
     return (shares * draws).sum(axis=0)
 
 
@@ -309,7 +317,8 @@ def sign_flip_power(shift: float, pairs: int, repeats: int = 2000, level: float 
     Samples are `pairs` normal differences; 1 in `repeats` is the resolution.
     """
     rng = np.random.default_rng(0)
-    samples = rng.normal(shift / math.sqrt(pairs), 1, size=(repeats, pairs))
+    mean = shift / math.sqrt(pairs)
+    samples = rng.normal(mean, 1, size=(repeats, pairs))
     if pairs <= 12:
         ways = np.arange(2**pairs)[:, None] >> np.arange(pairs)
         signs = 1 - 2 * (ways & 1)
@@ -317,7 +326,8 @@ def sign_flip_power(shift: float, pairs: int, repeats: int = 2000, level: float 
         signs = rng.choice([-1, 1], size=(2**12, pairs))
     sums = np.abs(samples @ signs.T)
     observed = np.abs(samples.sum(axis=1, keepdims=True))
-    return float(((sums >= observed - 1e-12).mean(axis=1) < level).mean())
+    p = (sums >= observed - 1e-12).mean(axis=1)
+    return float((p < level).mean())
 
 
 # %% ../nbs/00c_statistics.ipynb #st-smallest
@@ -372,8 +382,8 @@ class Effect:
 def _drawn_difference(mine: np.ndarray, theirs: np.ndarray, pairs: list, seed: int) -> np.ndarray:
     """Draws (B,) of the difference of two models, paired by seed where all seeds are."""
     if len(pairs) == len(mine) == len(theirs):
-        apart = np.stack([mine[a] - theirs[b] for a, b in pairs])
-        return _over_seeds(apart, seed)
+        apart = [mine[a] - theirs[b] for a, b in pairs]
+        return _over_seeds(np.stack(apart), seed)
     return _over_seeds(mine, seed) - _over_seeds(theirs, seed + 1)
 
 
@@ -410,14 +420,14 @@ def paired_effect(
 def _both(a: ClassMatches, b: ClassMatches) -> ClassMatches:
     """The tables of two models as one over 2 x I images: those of `a`, then those of `b`."""
     scores = np.concatenate([a.scores, b.scores])
-    image = np.concatenate([a.image, b.image + len(a.objects)])
+    behind = b.image + len(a.objects)
+    image = np.concatenate([a.image, behind])
     matched = np.concatenate([a.matched, b.matched], axis=1)
     ignored = np.concatenate([a.ignored, b.ignored], axis=1)
     objects = np.concatenate([a.objects, b.objects])
     order = np.argsort(-scores, kind="stable")
-    return ClassMatches(
-        a.name, scores[order], image[order], matched[:, order], ignored[:, order], objects
-    )
+    flags = matched[:, order], ignored[:, order]
+    return ClassMatches(a.name, scores[order], image[order], *flags, objects)
 
 
 # %% ../nbs/00c_statistics.ipynb #st-swapped
@@ -440,7 +450,8 @@ def image_swap_p(pairs: list[tuple[list, list]], draws: int = 2000, seed: int = 
     swap[:, 0] = 0
     one = np.vstack([1 - swap, swap])
     difference = sum(_swapped_difference(first, second, one) for first, second in pairs)
-    return float((np.abs(difference) >= abs(difference[0]) - 1e-12).mean())
+    away = np.abs(difference)
+    return float((away >= away[0] - 1e-12).mean())
 
 
 # %% ../nbs/00c_statistics.ipynb #st-wilson
