@@ -504,7 +504,7 @@ def make_memoria(
     """
     folder, texts = Path(folder), Path(texts)
     out = Path(out or project_root() / "runs" / folder.name / f"memoria_{language}.pdf")
-    gettext("", language)
+    gettext(SAID[0], language)  # of a language that there is
     with tempfile.TemporaryDirectory() as temporary:
         build = Path(temporary)
         shutil.copytree(texts, build, dirs_exist_ok=True)
