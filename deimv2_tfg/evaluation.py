@@ -58,6 +58,7 @@ def _read(annotations: str | Path | dict) -> dict:
     return annotations if isinstance(annotations, dict) else read_json(Path(annotations))
 
 
+# %% ../nbs/03b_evaluation.ipynb #index-truth
 def index_truth(annotations: str | Path | dict) -> COCO:
     """pycocotools' index over a copy of COCO annotations; the caller's dict is not changed.
 
@@ -140,6 +141,7 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else math.nan
 
 
+# %% ../nbs/03b_evaluation.ipynb #metrics-of
 def _metrics_of(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """COCO's means of precision (T, R, K, A) at 100 detections and recall (T, K, A, M)."""
     overall = precision[..., 0]
@@ -226,6 +228,7 @@ def _content(*parts) -> str:
     return hash_bytes(pickle.dumps(parts))
 
 
+# %% ../nbs/03b_evaluation.ipynb #judge
 def _judge(annotations: dict, results: list, classes: list | None) -> Judged:
     """Run the evaluator; of its matches by image only those of all sizes are kept."""
     evaluator = run_cocoeval(annotations, results, classes)
@@ -236,6 +239,7 @@ def _judge(annotations: dict, results: list, classes: list | None) -> Judged:
     return Judged(evaluator, summarise(evaluator), tables)
 
 
+# %% ../nbs/03b_evaluation.ipynb #judge-once
 def _judge_once(annotations: dict, results: list, classes: list | None = None) -> Judged:
     """`_judge`, remembered by the content of what it is given."""
     key = _content(annotations, results, classes)

@@ -161,6 +161,7 @@ def _query_code() -> str:
     return "".join(code_hash(*entry) for entry in entries)
 
 
+# %% ../nbs/04c_fusion.ipynb #augmentation
 AUGMENTATION = {
     "vertical": "vertical_flips",
     "photometric": "photometric",
@@ -204,6 +205,7 @@ def _write_queries(path: Path, key: str, queries: Queries) -> None:
     atomic_write(path, save(tensors, {"format": "pt", "key": key}))
 
 
+# %% ../nbs/04c_fusion.ipynb #read-queries
 def _read_queries(path: Path, key: str) -> Queries:
     """The queries in a file. Raises `ValueError` where they were filed under another key."""
     with safe_open(path, "pt") as f:

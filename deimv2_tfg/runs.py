@@ -447,6 +447,7 @@ class CheckpointError(RuntimeError):
     """Checkpoints are there, and none of them is whole."""
 
 
+# %% ../nbs/00b_runs.ipynb #to-bytes
 def to_bytes(state) -> bytes:
     """What `torch.save` writes."""
     import torch
@@ -526,6 +527,7 @@ class TrainingStopped(RuntimeError):
     """Training ended before its time; what it had is saved. The message says where, what to do."""
 
 
+# %% ../nbs/00b_runs.ipynb #refuse-stopped
 def refuse_stopped(run):
     """Raise `TrainingStopped` for a run that has given up."""
     run = Run(run)
