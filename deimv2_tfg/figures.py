@@ -284,7 +284,6 @@ def _is_effect(column: str) -> bool:
     return column.startswith(EFFECTS) or column.endswith(" moved")
 
 
-# %% ../nbs/00d_figures.ipynb #intervals
 def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
     """{x: (its low, its high)} of columns "x", "x low", "x high"; or of "low" and "high"."""
     estimates = [c.removesuffix(" low") for c in columns if c.endswith(" low")]
@@ -310,18 +309,15 @@ def _digits(column: str, values: pd.Series) -> int:
     return 3 if values.abs().max() < 10 else 1
 
 
-# %% ../nbs/00d_figures.ipynb #points-2
 def _points(value: float, language: str) -> str:
     return format_number(100 * value, 2, language, signed=True)
 
 
-# %% ../nbs/00d_figures.ipynb #p-value
 def _p_value(value: float, language: str) -> str:
     least = "<" if value < 0.001 else ""
     return least + format_number(max(value, 0.001) if least else value, 3, language)
 
 
-# %% ../nbs/00d_figures.ipynb #writer
 def _writer(column: str, values: pd.Series, language: str) -> Callable[[float], str]:
     """How the numbers of a column are written: in points, as a p value, or with its decimals."""
     if _is_effect(column):
@@ -466,7 +462,6 @@ def _data_hash(root: Path) -> str | None:
     return data_hash(root) if root.is_dir() else None
 
 
-# %% ../nbs/00d_figures.ipynb #replace-line
 WHEN = ("time", "commit", "dirty")
 
 
@@ -481,7 +476,6 @@ def _replace_line(path: Path, name: str, record: dict) -> None:
         atomic_write(path, "\n".join(lines) + "\n")
 
 
-# %% ../nbs/00d_figures.ipynb #read-provenance
 def read_provenance(folder: str | Path) -> list[dict]:
     """The records of a study's directory in thesis_figures, by name; [] where there are none."""
     return read_lines(Path(folder) / "provenance.jsonl")
@@ -554,7 +548,7 @@ def _note(frame, page: Study, name: str, kind: str, caption: str, runs, by, colu
     note_runs(page.figures, runs)
 
 
-# %% ../nbs/00d_figures.ipynb #to-csv
+# %% ../nbs/00d_figures.ipynb #save-figure
 def _to_csv(table: pd.DataFrame, path: Path) -> None:
     """Whole and unrounded; an index that says something is the first column."""
     counted = isinstance(table.index, pd.RangeIndex)
@@ -562,14 +556,12 @@ def _to_csv(table: pd.DataFrame, path: Path) -> None:
     table.to_csv(path.with_suffix(".csv"), index=not counted, index_label=label)
 
 
-# %% ../nbs/00d_figures.ipynb #place
 def _place(page: Study, name: str) -> Path:
     path = page.figures / page.chapter / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-# %% ../nbs/00d_figures.ipynb #save-figure
 def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=None) -> Path:
     """Save a figure as PDF and a small PNG, and its data as CSV. Returns the PNG's path.
 
@@ -620,7 +612,6 @@ def _page_cells(chapter: str) -> set[str] | None:
     return {source_hash(_without_magics(source)) for source in sources}
 
 
-# %% ../nbs/00d_figures.ipynb #code-change
 def _code_change(definition: str, before: str, chapter: str) -> tuple[str, str] | None:
     """(state, reason) where a definition (or the saving cell) is not what it was."""
     if definition == "cell":
