@@ -218,7 +218,9 @@ def _check_category_name(at: Place, name: str, seen: dict):
 def read_categories(sheet: Sheet):
     """Fill `sheet.categories` with those that annotations can refer to."""
     listed = [c for c in sheet.coco["categories"] if isinstance(c, dict)]
-    last = max((whole_number(c.get("id")) or 0 for c in listed), default=0)
+    drawn = [a for a in sheet.coco["annotations"] if isinstance(a, dict)]
+    named = [c.get("id") for c in listed] + [a.get("category_id") for a in drawn]
+    last = max((whole_number(v) or 0 for v in named), default=0)
     names = {}
     if not sheet.coco["categories"]:
         sheet.say("no-categories", "categories", "no category is listed")

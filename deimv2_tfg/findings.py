@@ -348,7 +348,7 @@ error_kind("image-size-invalid", "give width and height in whole pixels")
 
 # %% ../nbs/00g_findings.ipynb #check-id
 def _check_id(at: Place, image: dict, taken: set) -> int:
-    """The whole number that identifies an image; `taken` holds those of all images."""
+    """The whole number that identifies an image; `taken`: those of images and annotations."""
     raw = image.get("id")
     whole = whole_number(raw)
     if whole is None:
@@ -449,7 +449,8 @@ def check_images(sheet: Sheet):
     """Fill `sheet.images` with the entries that annotations can refer to."""
     paths = _check_file_names(sheet)
     listed = [image for image in sheet.coco["images"] if isinstance(image, dict)]
-    taken = {whole for image in listed if (whole := whole_number(image.get("id"))) is not None}
+    named = [image.get("id") for image in listed] + list(sheet.boxes)
+    taken = {whole for v in named if (whole := whole_number(v)) is not None}
     of_file = {}
     for at, image in sheet.places("images"):
         absent = [key for key in NEEDED if not isinstance(image, dict) or image.get(key) is None]
@@ -461,14 +462,15 @@ def check_images(sheet: Sheet):
         path = paths.get(at.index)
         header = header_of(path) if path else None
         number = _check_id(at, image, taken)
-        key = number if image.get("id") is None else id_key(image["id"])
+        key = id_key(image.get("id"))
         size = _check_size(at, image, header, sheet.boxes[key])
         trusted = header is None or (header.size == size and header.orientation == 1)
         entry = Entry(at.index, image, number, path, size, trusted)
         sheet.entries.append(entry)
-        if key in sheet.images:
+        if key in sheet.images and image.get("id") is not None:
             at.say("image-id-twice", "id", f"{image['id']!r} is used twice")
         first = of_file.setdefault(path or str(image["file_name"]), entry)
         if first is not entry:
             _check_twice(sheet, at, entry, first)
-        sheet.images.setdefault(key, entry)
+        if image.get("id") is not None:
+            sheet.images.setdefault(key, entry)
