@@ -330,6 +330,8 @@ def _writer(column: str, values: pd.Series, language: str) -> Callable[[float], 
 
 # %% ../nbs/00d_figures.ipynb #written
 def _word(value, column: str, language: str) -> str:
+    if isinstance(value, (list, tuple, np.ndarray)):  # a box, say
+        return ", ".join(format_number(number, 0, language) for number in value)
     if pd.isna(value) or value == "":
         return MISSING
     word = class_title if column == "class" else caption_in

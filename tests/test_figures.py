@@ -227,3 +227,8 @@ def test_every_word_of_a_plot_is_in_the_catalogue():
     paths = sorted((ROOT / "deimv2_tfg").glob("*.py"))
     missing = {f"{p.stem}: {word}" for p in paths for word in literal_words(p) if word not in known}
     assert not missing
+
+
+def test_a_box_in_a_table_prints_as_numbers():
+    table = pd.DataFrame({"class": ["NORMAL"], "box": [[1.0, 2.0, 30.0, 40.0]]})
+    assert figures.for_print(table).iloc[0, 1] == "1, 2, 30, 40"
