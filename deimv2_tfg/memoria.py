@@ -36,7 +36,7 @@ from deimv2_tfg.figures import (
 from .core import PACKAGE, atomic_write, project_root, write_json
 from .detector import VARIANTS, DetectorConfig
 from .fusion import ClassText, Head, build_head
-from .results import LOSSES, prediction_sheet
+from .results import LOSSES, plot_training, prediction_sheet
 from .thesis import PLOTS
 
 
@@ -230,6 +230,8 @@ def _plot_columns(table: pd.DataFrame, columns: dict, language: str, scale: str)
 
 
 def _plot_losses(table: pd.DataFrame, language: str) -> plt.Figure:
+    if "split" in table:  # all of a run's metrics
+        return plot_training(table, language)
     names = {"total": "total", **LOSSES, "denoising": "denoising queries"}
     return _plot_columns(table, names, language, "log")
 
