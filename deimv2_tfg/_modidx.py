@@ -141,6 +141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                 'deimv2_tfg.cli.fuse_command': ('cli.html#fuse_command', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.import_command': ('cli.html#import_command', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.interrupt_is_terminate': ('cli.html#interrupt_is_terminate', 'deimv2_tfg/cli.py'),
+                                'deimv2_tfg.cli.lighter': ('cli.html#lighter', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.main': ('cli.html#main', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.narrow_exports': ('cli.html#narrow_exports', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.nearest': ('cli.html#nearest', 'deimv2_tfg/cli.py'),

@@ -11,10 +11,11 @@ __all__ = [
     'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
     'convert_command', 'run_row', 'runs_command', 'compare_command', 'bench_command',
     'bench_table', 'exit_code', 'overview', 'called', 'told', 'main', 'sources_fingerprint',
-    'store_pages', 'narrow_exports',
+    'lighter', 'store_pages', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -675,6 +676,19 @@ def sources_fingerprint(notebook: dict) -> str:
     return hash_bytes(*("".join(cell["source"]).encode() for cell in notebook["cells"]))
 
 
+def lighter(output: dict, most: int = 150_000) -> dict:
+    """A cell's output whose large PNG pictures (base64 characters over `most`) became JPEG."""
+    from PIL import Image
+
+    data = output.get("data", {})
+    if len(data.get("image/png", "")) > most:
+        drawn = io.BytesIO()
+        picture = Image.open(io.BytesIO(base64.b64decode(data.pop("image/png"))))
+        picture.convert("RGB").save(drawn, "JPEG", quality=80)
+        data["image/jpeg"] = base64.b64encode(drawn.getvalue()).decode()
+    return output
+
+
 def store_pages(executed: str | Path):
     """Copy the outputs of executed pages into `nbs/`. Raises `ValueError` for other sources."""
     for path in sorted(Path(executed).glob("*.ipynb")):
@@ -690,7 +704,7 @@ def store_pages(executed: str | Path):
             raise ValueError(f"{path}: executed from other sources than nbs/; run `make thesis`")
         for cell in page["cells"]:
             outputs = cell.get("outputs", [])
-            cell["outputs"] = [o for o in outputs if o.get("name") != "stderr"]
+            cell["outputs"] = [lighter(o) for o in outputs if o.get("name") != "stderr"]
         study = Path(executed).resolve().parent.name
         page["metadata"]["stored_outputs"] = {"study": study, "sources": fingerprint}
         write_json(stored, page)
