@@ -157,6 +157,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                 'deimv2_tfg.cli.store_pages': ('cli.html#store_pages', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.synth_command': ('cli.html#synth_command', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.told': ('cli.html#told', 'deimv2_tfg/cli.py'),
+                                'deimv2_tfg.cli.told_outputs': ('cli.html#told_outputs', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.train_command': ('cli.html#train_command', 'deimv2_tfg/cli.py'),
                                 'deimv2_tfg.cli.usable_device': ('cli.html#usable_device', 'deimv2_tfg/cli.py')},
             'deimv2_tfg.copies': { 'deimv2_tfg.copies._alike': ('copies.html#_alike', 'deimv2_tfg/copies.py'),

@@ -11,7 +11,7 @@ __all__ = [
     'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
     'convert_command', 'run_row', 'runs_command', 'compare_command', 'bench_command',
     'bench_table', 'exit_code', 'overview', 'called', 'told', 'main', 'sources_fingerprint',
-    'lighter', 'store_pages', 'narrow_exports',
+    'lighter', 'told_outputs', 'store_pages', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
@@ -689,22 +689,26 @@ def lighter(output: dict, most: int = 150_000) -> dict:
     return output
 
 
+def told_outputs(cell: dict) -> list[dict]:
+    """A cell's outputs as they are stored: without warnings and the places of widgets."""
+    outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    widget = "application/vnd.jupyter.widget-view+json"
+    return [lighter(o) for o in outputs if widget not in o.get("data", {})]
+
+
 def store_pages(executed: str | Path):
     """Copy the outputs of executed pages into `nbs/`. Raises `ValueError` for other sources."""
     for path in sorted(Path(executed).glob("*.ipynb")):
-        page = read_json(path)
-        page["cells"] = [
-            cell
-            for cell in page["cells"]
-            if "injected-parameters" not in cell["metadata"].get("tags", [])
-        ]
+        ran = {cell["id"]: cell for cell in read_json(path)["cells"]}
         stored = project_root() / "nbs" / path.name
-        fingerprint = sources_fingerprint(page)
-        if fingerprint != sources_fingerprint(read_json(stored)):
+        page = read_json(stored)
+        cells = [ran.get(cell["id"], {"source": ""}) for cell in page["cells"]]
+        fingerprint = sources_fingerprint({"cells": cells})
+        if fingerprint != sources_fingerprint(page):
             raise ValueError(f"{path}: executed from other sources than nbs/; run `make thesis`")
         for cell in page["cells"]:
-            outputs = cell.get("outputs", [])
-            cell["outputs"] = [lighter(o) for o in outputs if o.get("name") != "stderr"]
+            if cell["cell_type"] == "code":
+                cell["outputs"] = told_outputs(ran[cell["id"]])
         study = Path(executed).resolve().parent.name
         page["metadata"]["stored_outputs"] = {"study": study, "sources": fingerprint}
         write_json(stored, page)
