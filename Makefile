@@ -38,6 +38,7 @@ memoria: env
 # The notebooks are stored with the outputs of the demo: after `make thesis`, this copies them into nbs/.
 pages: env
 	$(BIN)/python -c "from deimv2_tfg.cli import store_pages; store_pages('runs/demo/pages')"
+	$(BIN)/python -c "from deimv2_tfg.figures import write_index; write_index('thesis_figures/package')"
 	$(BIN)/nbdev_clean
 
 # Every page runs once, in tests/test_chapters.py, by the workflow and from another folder; nbdev_test

@@ -26,6 +26,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import textwrap
 import tokenize
 from collections.abc import Callable, Sequence
@@ -690,10 +691,12 @@ def lighter(output: dict, most: int = 150_000) -> dict:
 
 
 def told_outputs(cell: dict) -> list[dict]:
-    """A cell's outputs as they are stored: without warnings and the places of widgets."""
+    """A cell's outputs as they are stored: without warnings, widgets and this machine's folders."""
     outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
     widget = "application/vnd.jupyter.widget-view+json"
-    return [lighter(o) for o in outputs if widget not in o.get("data", {})]
+    kept = [lighter(o) for o in outputs if widget not in o.get("data", {})]
+    told = json.dumps(kept).replace(f"{project_root()}/", "")
+    return json.loads(re.sub(rf"{tempfile.gettempdir()}/tmp\w+/", "", told))
 
 
 def store_pages(executed: str | Path):
