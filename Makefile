@@ -45,7 +45,7 @@ pages: env
 # adds only its own way to start a page, so one page shows it. One thread per process.
 test: lint
 	cd nbs && OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path 00_core.ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Lines as ruff writes them: notebooks, package, tests (rules in ruff.toml).
 lint: env
