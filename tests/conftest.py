@@ -16,6 +16,35 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
+def pytest_configure(config):
+    line = 'finding(row, ...): reports that the test answers, as "data.md:F1" or "training.md:A3"'
+    config.addinivalue_line("markers", line)
+
+
+def pytest_runtest_setup(item):
+    """The rows travel with the test's report, from worker processes too."""
+    for marker in item.iter_markers("finding"):
+        item.user_properties += [("finding", row) for row in marker.args]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Counts the rows whose every test that ran has passed."""
+    outcomes = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            rows = [row for key, row in report.user_properties if key == "finding"]
+            for row in rows:
+                outcomes.setdefault(row, set()).add(outcome)
+    covered = {row for row, found in outcomes.items() if found == {"passed"}}
+    counts = [
+        sum(row.startswith(f"{page}:") for row in covered) for page in ("data.md", "training.md")
+    ]
+    if outcomes:
+        terminalreporter.write_line(
+            f"findings covered: {counts[0]} rows of data.md, {counts[1]} of training.md"
+        )
+
+
 @pytest.fixture(scope="session")
 def root():
     return ROOT
