@@ -27,6 +27,7 @@ setup(
             "*.safetensors",
             "recipes/*.yml",
             "*.mplstyle",
+            "*.j2",
             "locale/*/LC_MESSAGES/*.po",
         ]
     },

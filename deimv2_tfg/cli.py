@@ -9,9 +9,9 @@ __all__ = [
     'spelled_out', 'command', 'all_runs', 'run_named', 'usable_device', 'interrupt_is_terminate',
     'train_command', 'fuse_command', 'evaluate_command', 'predict_command', 'export_command',
     'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
-    'convert_command', 'run_row', 'runs_command', 'compare_command', 'bench_command',
-    'bench_table', 'exit_code', 'overview', 'called', 'told', 'main', 'sources_fingerprint',
-    'lighter', 'told_outputs', 'store_pages', 'narrow_exports',
+    'convert_command', 'run_row', 'runs_command', 'compare_command', 'report_command',
+    'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told', 'main',
+    'sources_fingerprint', 'lighter', 'told_outputs', 'store_pages', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
@@ -556,6 +556,29 @@ def compare_command(runs: list[str], split: Split = "test", data_dir: str | None
 
     table = compare([run_named(run) for run in runs], split, data_dir=data_dir)
     return table.to_string(na_rep="-", float_format="%.3f")
+
+
+# %% ../nbs/08_cli.ipynb #report-command
+@command
+def report_command(
+    run_or_study: str,
+    out: str | None = None,
+    split: Split = "test",
+    language: Literal["en", "es"] = "en",
+):
+    """Write the report of a run or a study as one HTML file; prints its path.
+
+    Args:
+        run_or_study: a run, `latest`, or a study: its name or a folder of runs
+        out: the file (default: report.html in the run or in runs/STUDY)
+        split: of a run: the predictions that are judged
+        language: of captions and figures
+    """
+    from deimv2_tfg.report import report_run, report_study, study_folder
+
+    if folder := study_folder(run_or_study):
+        return report_study(folder, out, language)
+    return report_run(run_named(run_or_study), out, split, language)
 
 
 # %% ../nbs/08_cli.ipynb #bench

@@ -8,8 +8,8 @@ __all__ = [
     'WIDE', 'NOT_MAKERS', 'PACKAGE_STUDY', 'WHEN', 'SUMMARY', 'STATES', 'SECTIONS', 'class_style',
     'catalogue', 'gettext', 'class_title', 'short_titles', 'format_number', 'caption_in',
     'finish', 'place_labels', 'draw_boxes', 'for_print', 'to_latex', 'made_by', 'run_digest',
-    'read_provenance', 'note_runs', 'save_figure', 'save_table', 'of_package', 'check_figures',
-    'section_of', 'write_index', 'report_figures',
+    'read_provenance', 'source_of', 'note_runs', 'save_figure', 'save_table', 'of_package',
+    'check_figures', 'section_of', 'write_index', 'report_figures',
 ]  # fmt: skip
 
 # %% ../nbs/00d_figures.ipynb #imports
@@ -483,6 +483,19 @@ def read_provenance(folder: str | Path) -> list[dict]:
     return read_lines(Path(folder) / "provenance.jsonl")
 
 
+# %% ../nbs/00d_figures.ipynb #source-of
+def source_of(record: dict, language: str = "en") -> str:
+    """Run and commit of a figure or table, short: "run detector-f0209bd01b; commit 715bef3"."""
+    runs = list(record.get("runs") or {})
+    told = []
+    if runs:
+        more = f" {gettext('and', language)} {len(runs) - 1}" if len(runs) > 1 else ""
+        rest = f" {gettext('more', language)}" if more else ""
+        told.append(f"{gettext('run', language)} {runs[0]}{more}{rest}")
+    told.append(f"commit {str(record.get('commit') or MISSING)[:7]}")
+    return "; ".join(told)
+
+
 # %% ../nbs/00d_figures.ipynb #run-rows
 SUMMARY = (
     "model",
@@ -678,7 +691,7 @@ SECTIONS = {
     "5.4 Training with text": "05_multimodal",
     "6.1 Metrics": "03c_decisions 07_results",
     "6.2 Success and failure": "07a_errors 07b_use 07d_browse",
-    "6.3 Comparison of all networks": "07c_thesis",
+    "6.3 Comparison of all networks": "07c_thesis 07e_report",
 }
 
 

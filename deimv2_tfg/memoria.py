@@ -7,8 +7,8 @@ __all__ = [
     'DETECTOR_PLACES', 'DETECTOR_ARROWS', 'MEANS', 'QUALITY', 'COST', 'DRAWN', 'PARTS',
     'WORDLESS', 'SHEETS', 'TEXT_WIDTH', 'CAPTIONS', 'SAID', 'TITLES', 'TEXTS', 'plot_detector',
     'head_layers', 'plot_head', 'stored', 'comparison', 'plot_against_cost', 'sheet', 'picture',
-    'source_of', 'figure_entries', 'table_entry', 'number_entry', 'settings_of', 'diagrams',
-    'own_record', 'own_tables', 'own_figures', 'study_entries', 'make_memoria',
+    'figure_entries', 'table_entry', 'number_entry', 'settings_of', 'diagrams', 'own_record',
+    'own_tables', 'own_figures', 'study_entries', 'make_memoria',
 ]  # fmt: skip
 
 # %% ../nbs/09a_memoria.ipynb #exports
@@ -31,6 +31,7 @@ from deimv2_tfg.figures import (
     for_print,
     gettext,
     read_provenance,
+    source_of,
 )
 
 from .core import PACKAGE, atomic_write, project_root, write_json
@@ -307,18 +308,6 @@ def _aspect(path: Path, folder: Path, name: str) -> float:
     beside = path.with_suffix(".png")
     with Image.open(beside if beside.is_file() else Path(folder) / f"{name}.png") as image:
         return image.height / image.width
-
-
-def source_of(record: dict, language: str) -> str:
-    """Run and commit of a figure or table, short: "run detector-f0209bd01b; commit 715bef3"."""
-    runs = list(record.get("runs") or {})
-    told = []
-    if runs:
-        more = f" {gettext('and', language)} {len(runs) - 1}" if len(runs) > 1 else ""
-        rest = f" {gettext('more', language)}" if more else ""
-        told.append(f"{gettext('run', language)} {runs[0]}{more}{rest}")
-    told.append(f"commit {str(record.get('commit') or MISSING)[:7]}")
-    return "; ".join(told)
 
 
 # %% ../nbs/09a_memoria.ipynb #caption

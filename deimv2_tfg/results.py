@@ -53,23 +53,29 @@ LOSSES = {
     "loss_giou": "box (GIoU)",
     "loss_fgl": "edges (FGL)",
     "loss_ddf": "edges (DDF)",
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_objectness": "region, class",
+    "loss_rpn_box_reg": "region, box",
 }
 
 
 def loss_families(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Weighted terms of each of the five losses summed over all heads, and all denoising terms.
+    """Weighted terms of each loss summed over all heads, and all denoising terms.
 
-    One row per epoch of `Run.metrics`; columns epoch, total, the names of LOSSES, denoising.
+    One row per epoch of `Run.metrics`; columns epoch, total, denoising and the names of LOSSES,
+    those that the network has.
     """
     terms = [c for c in metrics.columns if c.startswith("train/loss_")]
     noisy = [c for c in terms if "_dn_" in c]
     plain = [c for c in terms if c not in noisy]
-    families = metrics[["epoch"]].assign(total=metrics["train/loss"])
+    total = metrics["train/loss"] if "train/loss" in metrics else metrics[terms].sum(axis=1)
+    families = metrics[["epoch"]].assign(total=total)
     for name in LOSSES:
         own = [c for c in plain if c.startswith(f"train/{name}")]
         families[name] = metrics[own].sum(axis="columns", min_count=1)
     families["denoising"] = metrics[noisy].sum(axis="columns", min_count=1)
-    return families
+    return families.dropna(axis="columns", how="all")
 
 
 # %% ../nbs/07_results.ipynb #plot-losses
@@ -88,14 +94,11 @@ def _draw_lines(ax: plt.Axes, frame: pd.DataFrame, names: dict[str, str]) -> Non
 def _draw_losses(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
     families = loss_families(train)
     words = {"total": "total", **LOSSES, "denoising": "denoising queries"}
-    names = {k: gettext(word, language) for k, word in words.items()}
+    names = {k: gettext(word, language) for k, word in words.items() if k in families}
     _draw_lines(ax, families, names)
-    values = families[list(words)].stack()
-    lowest, highest = values[values > 0].min(), values.max()
-    room = 25  # above the lines, for the legend
-    ax.set(yscale="log", ylim=(0.7 * lowest, room * highest))
+    ax.set(yscale="log")
     ax.set_ylabel(gettext("weighted loss", language))
-    ax.legend(ncols=2, loc="upper right")
+    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(-0.1, 1))
 
 
 # %% ../nbs/07_results.ipynb #draw-rate
@@ -109,7 +112,7 @@ def _draw_rate(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
 def plot_training(metrics: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Loss by family, learning rate, and AP on val over the epochs of `Run(run).metrics()`."""
     train, val = (metrics[metrics["split"] == split] for split in ("train", "val"))
-    fig, (losses, rate, ap) = plt.subplots(1, 3, figsize=(7.4, 2.6), width_ratios=(1.4, 0.8, 1))
+    fig, (losses, rate, ap) = plt.subplots(1, 3, figsize=(7.4, 3), width_ratios=(1.4, 0.8, 1))
     _draw_losses(losses, train.dropna(axis="columns", how="all"), language)
     _draw_rate(rate, train, language)
     names = {"val/AP50": "AP50", "val/AP": "AP"}

@@ -6,7 +6,7 @@
 __all__ = [
     'PLACES', 'KINDS_OF_RUN', 'PLOTS', 'Softmaxed', 'last_weights', 'old_protocol',
     'top_score_precision', 'verdict_table', 'study_runs', 'images_seen', 'best_fusion',
-    'results_table', 'render',
+    'runs_table', 'results_table', 'render',
 ]  # fmt: skip
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
@@ -219,21 +219,26 @@ def _at_budget(runs: list[Run], split: str, draws: int) -> pd.DataFrame:
 
 
 # %% ../nbs/07c_thesis.ipynb #results-table
-def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.DataFrame:
-    """`compare` among the study's runs of each budget, the most images first.
+def runs_table(runs: list[Run], split: str = "test", draws: int = 2000) -> pd.DataFrame:
+    """`compare` among runs of each budget of images, the most images first.
 
-    Differences are to the DEIMv2 of the same budget; chapter 5 has the heads that are not here.
-    Kinds of network that the study has not run are rows without numbers.
+    Differences are to the DEIMv2 of the same budget; of the fusion heads only the best is in it.
     """
-    runs = study_runs(study)
     budgets = {}
     for run in runs:
         budgets.setdefault(images_seen(run) or 0, []).append(run)
     largest_first = sorted(budgets, reverse=True)
     tables = [_at_budget(budgets[seen], split, draws) for seen in largest_first]
+    return pd.concat(tables, ignore_index=True) if tables else compare({})
+
+
+# %% ../nbs/07c_thesis.ipynb #results-table-2
+def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.DataFrame:
+    """`runs_table` of a study; kinds of network that it has not run are rows without numbers."""
+    runs = study_runs(study)
     started = {r.name.rpartition("-")[0] for r in runs}
     missing = [name for kind, name in KINDS_OF_RUN.items() if kind not in started]
-    tables.append(compare(dict.fromkeys(missing)))
+    tables = [runs_table(runs, split, draws), compare(dict.fromkeys(missing))]
     table = pd.concat([t for t in tables if len(t)], ignore_index=True)
     first = [c for c in ("run", "model", "images seen") if c in table]
     return table[first + [c for c in table.columns if c not in first]]
