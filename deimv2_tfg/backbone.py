@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'vit_config', 'correct_vit', 'vit_features', 'plain_gradient', 'Backbone', 'build_backbone',
+    'vit_config', 'keep_frequencies', 'correct_vit', 'vit_features', 'plain_gradient', 'Backbone',
+    'build_backbone',
 ]  # fmt: skip
 
 # %% ../nbs/02_backbone.ipynb #9a4157c4
@@ -36,6 +37,14 @@ def vit_config(width=256, depth=12, heads=4, features=(3, 7, 11)) -> DINOv3ViTCo
 
 
 # %% ../nbs/02_backbone.ipynb #correct-vit
+def keep_frequencies(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
+    """Let the rotary frequencies be a part of the ViT's state."""
+    frequencies = vit.rope_embeddings.inv_freq.detach().clone()
+    del vit.rope_embeddings.inv_freq
+    vit.rope_embeddings.register_buffer("inv_freq", frequencies)
+    return vit
+
+
 def correct_vit(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
     """Take out of transformers' ViT, in place, what DEIMv2's does not have.
 
@@ -49,10 +58,7 @@ def correct_vit(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
         delattr(vit.embeddings, name)
         empty = torch.zeros(1, count, vit.config.hidden_size)
         vit.embeddings.register_buffer(name, empty, persistent=False)
-    frequencies = vit.rope_embeddings.inv_freq.detach().clone()
-    del vit.rope_embeddings.inv_freq
-    vit.rope_embeddings.register_buffer("inv_freq", frequencies)
-    return vit
+    return keep_frequencies(vit)
 
 
 # %% ../nbs/02_backbone.ipynb #vit-features
@@ -61,11 +67,12 @@ def vit_features(vit: DINOv3ViTBackbone, pixel_values: torch.Tensor) -> list[tor
     size = [side // vit.config.patch_size for side in pixel_values.shape[-2:]]
     tokens = vit.embeddings(pixel_values)
     positions = vit.rope_embeddings(pixel_values)
+    first = 1 + vit.config.num_register_tokens
     maps = []
     for i, block in enumerate(vit.model.layer[: max(vit.config.out_indices)], start=1):
         tokens = block(tokens, position_embeddings=positions)
         if i in vit.config.out_indices:
-            patches = tokens[:, 1:].transpose(1, 2)
+            patches = vit.norm(tokens)[:, first:].transpose(1, 2)
             maps.append(patches.unflatten(2, size))
     return maps
 
@@ -82,9 +89,11 @@ def plain_gradient(x: torch.Tensor) -> torch.Tensor:
 class Backbone(Deimv2DINOv3ConvEncoder):
     """ViT and spatial tuning adapter; parameters have transformers' names."""
 
+    correct = staticmethod(correct_vit)
+
     def __init__(self, config: Deimv2Config):
         super().__init__(config)
-        correct_vit(self.backbone)
+        self.correct(self.backbone)
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Three maps (B, C, H/s, W/s), s = 8, 16, 32, of images (B, 3, H, W).

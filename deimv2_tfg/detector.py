@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'DetectorConfig', 'TfgDeimv2Config',
+    'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'NETWORKS', 'DetectorConfig', 'TfgDeimv2Config',
     'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
     'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
     'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
@@ -24,7 +24,13 @@ import safetensors.torch
 import torch
 from torch import nn
 from torchvision.ops import box_convert
-from transformers import AutoConfig, AutoModelForObjectDetection, Deimv2ForObjectDetection
+from transformers import (
+    AutoConfig,
+    AutoModelForObjectDetection,
+    Deimv2ForObjectDetection,
+    DINOv3ViTBackbone,
+    HGNetV2Backbone,
+)
 from transformers.initialization import no_init_weights
 from transformers.models.deimv2.configuration_deimv2 import Deimv2Config
 from transformers.models.deimv2.modeling_deimv2 import Deimv2EncoderLayer, inverse_sigmoid
@@ -41,7 +47,9 @@ from deimv2_tfg.weights import (
 
 from .backbone import Backbone, vit_config
 from .core import atomic_write, read_json, write_json
-from .lite import LiteBackbone, draw_lite, load_imagenet
+from .dinov3 import DINOv3Backbone, dinov3_config, draw_dinov3
+from .hgnet import HGNET_STAGES, HGNetBackbone, draw_hgnet, hgnet_config
+from .lite import LiteBackbone, LiteFeatures, draw_lite, load_imagenet
 from .precision import autocast_weights
 
 # %% ../nbs/03_detector.ipynb #variants
@@ -78,6 +86,22 @@ VARIANTS = {"m": {}, "thesis_m": WIDE | THIN, "small": SMALL, "tiny": TINY}
 VARIANTS["s"] = {"vit_width": 192, "vit_heads": 3, "width": 192} | THIN
 VARIANTS["lite"] = SMALL | {"backbone": "lite0", "frozen": 2}
 
+# %% ../nbs/03_detector.ipynb #family-variants
+_CONV = {"encoder_depth": 0.5, "encoder_expansion": 0.34, "decoder_layers": 3}
+_N = {"backbone": "hgnet_b0", "encoder": "dfine", "width": 128, "points": (6, 6)}
+_LITE = _CONV | {"encoder": "lite", "gateway": False, "shared_box_head": True, "points": (4, 2)}
+_ATTO = {"backbone": "hgnet_atto", "width": 64, "num_queries": 100, "decoder_ffn": 160}
+_FEMTO = {"backbone": "hgnet_femto", "width": 96, "num_queries": 150, "decoder_ffn": 256}
+_PICO = {"backbone": "hgnet_pico", "width": 112, "num_queries": 200, "decoder_ffn": 320}
+_DINOV3 = {"vit_width": 384, "vit_heads": 6, "features": (5, 8, 11)}
+_L = {"backbone": "dinov3", "sta_width": 32, "width": 224, "encoder_ffn": 896}
+_L |= {"encoder_expansion": 1.0, "decoder_ffn": 1792}
+_X = {"backbone": "dinov3_gated", "sta_width": 64, "encoder_ffn": 1024, "encoder_depth": 1.37}
+_X |= {"encoder_expansion": 1.25, "decoder_ffn": 2048, "decoder_layers": 6}
+VARIANTS |= {"atto": _LITE | _ATTO, "femto": _LITE | _FEMTO, "pico": _LITE | _PICO}
+VARIANTS |= {"n": _CONV | _N, "l": _DINOV3 | _L, "x": _DINOV3 | _X}
+NETWORKS = ("vit", "dinov3", "dinov3_gated", "lite0", *HGNET_STAGES)
+
 
 # %% ../nbs/03_detector.ipynb #detectorconfig
 @dataclass(frozen=True)
@@ -103,14 +127,17 @@ class DetectorConfig:
     label_noise: float = 0.5
     box_noise: float = 1.0
     class_prior: float = 0.01  # score of every class at first
-    backbone: str = "vit"  # "vit", or "lite0": EfficientNet-Lite0, which the vit_* do not shape
+    encoder: str = "deim"  # blocks of the encoder; "dfine": with 3 x 3 ends, "lite": no attention
+    gateway: bool = True  # a gate after cross-attention; else a sum and a norm
+    shared_box_head: bool = False  # one box head for all layers
+    backbone: str = "vit"  # of chapters 2, 2b, 2d, 2e; the last of its maps has stride 32
     frozen: int = 0  # of lite0: with n, the stem and n stages of 7 are never trained
 
     def __post_init__(self):
-        if self.backbone not in ("vit", "lite0"):
-            raise ValueError(f"backbone={self.backbone!r}: choose vit or lite0")
-        if self.frozen and self.backbone == "vit":
-            raise ValueError(f"frozen={self.frozen}: a ViT has no frozen stages, only lite0 has")
+        if self.backbone not in NETWORKS:
+            raise ValueError(f"backbone={self.backbone!r}: choose one of {', '.join(NETWORKS)}")
+        if self.frozen and self.backbone != "lite0":
+            raise ValueError(f"frozen={self.frozen}: only lite0 has frozen stages")
 
     @classmethod
     def named(cls, name: str, num_classes: int = 6, **overrides) -> "DetectorConfig":
@@ -123,6 +150,12 @@ class DetectorConfig:
     small = partialmethod(named, "small")
     tiny = partialmethod(named, "tiny")
     lite = partialmethod(named, "lite")
+    atto = partialmethod(named, "atto")
+    femto = partialmethod(named, "femto")
+    pico = partialmethod(named, "pico")
+    n = partialmethod(named, "n")
+    l = partialmethod(named, "l")  # noqa: E741
+    x = partialmethod(named, "x")
 
     @classmethod
     def of(cls, stored: dict) -> "DetectorConfig":
@@ -150,22 +183,42 @@ class TfgDeimv2Config(Deimv2Config):
 
 
 # %% ../nbs/03_detector.ipynb #library-config
+def _backbone_config(c):
+    size = c.vit_width, c.vit_depth, c.vit_heads, c.features
+    if c.backbone in HGNET_STAGES:
+        return hgnet_config(c.backbone)
+    if c.backbone.startswith("dinov3"):
+        return dinov3_config(*size, gated=c.backbone == "dinov3_gated")
+    return vit_config(*size)
+
+
+def _attention(c):
+    return "eager" if c.backbone in HGNET_STAGES else "sdpa"  # there is none in HGNetv2
+
+
 def library_config(c: DetectorConfig) -> TfgDeimv2Config:
     """Our configuration in transformers' words."""
+    levels = len(c.points)
     encoder = dict(
         spatial_tuning_adapter_inplanes=c.sta_width,
         freeze_backbone_batch_norms=False,
         encoder_hidden_dim=c.width,
-        encoder_in_channels=[c.width] * 3,
+        encoder_type="lite" if c.encoder == "lite" else "hybrid",
+        encoder_in_channels=[c.width] * levels,
+        encode_proj_layers=[levels - 1],
+        feat_strides=[8, 16, 32][-levels:],
         encoder_ffn_dim=c.encoder_ffn,
         encoder_attention_heads=c.heads,
         depth_mult=c.encoder_depth,
         hidden_expansion=c.encoder_expansion,
-        encoder_has_trailing_conv=False,
+        encoder_has_trailing_conv=c.encoder != "deim",
     )
     decoder = dict(
         d_model=c.width,
-        decoder_in_channels=[c.width] * 3,
+        decoder_in_channels=[c.width] * levels,
+        num_feature_levels=levels,
+        use_gateway=c.gateway,
+        share_bbox_head=c.shared_box_head,
         decoder_ffn_dim=c.decoder_ffn,
         decoder_layers=c.decoder_layers,
         decoder_attention_heads=c.heads,
@@ -181,8 +234,8 @@ def library_config(c: DetectorConfig) -> TfgDeimv2Config:
         num_labels=c.num_classes,
     )
     return TfgDeimv2Config(
-        backbone_config=vit_config(c.vit_width, c.vit_depth, c.vit_heads, c.features),
-        attn_implementation="sdpa",
+        backbone_config=_backbone_config(c),
+        attn_implementation={"": "sdpa", "backbone_config": _attention(c)},
         detector=dataclasses.asdict(c),
         **encoder | decoder | queries,
     )
@@ -252,16 +305,25 @@ def _box_heads(model) -> list:
     return [model.model.enc_bbox_head, decoder.pre_bbox_head, *decoder.bbox_embed, *quality]
 
 
+def _backbone(own, config):
+    if own.backbone == "lite0":
+        return LiteBackbone(own.width, own.frozen)
+    if own.backbone in HGNET_STAGES:
+        return HGNetBackbone(config)
+    return Backbone(config) if own.backbone == "vit" else DINOv3Backbone(config)
+
+
 def _correct(model, config):
     "The corrections that configuration cannot make."
     inner = model.model
     own = DetectorConfig.of(config.detector)
-    lite = own.backbone == "lite0"
-    inner.conv_encoder = LiteBackbone(own.width, own.frozen) if lite else Backbone(config)
+    inner.conv_encoder = _backbone(own, config)
     inner.enc_output = nn.Identity()
-    transformer = inner.encoder.aifi[0]
-    layers = [EncoderLayer(config) for _ in transformer.layers]
-    transformer.layers = nn.ModuleList(layers)
+    if own.encoder == "lite":
+        inner.encoder.input_proj = nn.ModuleList([nn.Identity()])  # the backbone has projected
+    for transformer in getattr(inner.encoder, "aifi", ()):
+        layers = [EncoderLayer(config) for _ in transformer.layers]
+        transformer.layers = nn.ModuleList(layers)
     for head in [*_box_heads(model), inner.decoder.query_pos_head]:
         head.act = nn.SiLU()
 
@@ -321,6 +383,8 @@ def _reset_vit(vit):
         nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
     nn.init.normal_(vit.embeddings.cls_token, std=0.02)
+    if vit.config.num_register_tokens:
+        draw_dinov3(vit)
 
 
 def _xavier(linear, gain=1.0):
@@ -330,7 +394,8 @@ def _xavier(linear, gain=1.0):
 
 def _reset_attention(model):
     decoder = model.model.decoder.layers
-    for layer in (*model.model.encoder.aifi[0].layers, *decoder):
+    transformers = getattr(model.model.encoder, "aifi", ())
+    for layer in (*(t for aifi in transformers for t in aifi.layers), *decoder):
         attention = layer.self_attn
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             _xavier(linear, math.sqrt(0.5))
@@ -339,8 +404,9 @@ def _reset_attention(model):
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
             _xavier(linear)
         model._init_weights(layer.encoder_attn)
-        nn.init.zeros_(layer.gateway.gate.weight)
-        nn.init.zeros_(layer.gateway.gate.bias)
+        if layer.gateway is not None:
+            nn.init.zeros_(layer.gateway.gate.weight)
+            nn.init.zeros_(layer.gateway.gate.bias)
 
 
 # %% ../nbs/03_detector.ipynb #reset-class-heads
@@ -374,10 +440,9 @@ def reset_parameters(model: Detector) -> None:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    if model.detector_config.backbone == "lite0":
-        draw_lite(model.model.conv_encoder.backbone)
-    else:
-        _reset_vit(model.model.conv_encoder.backbone)
+    backbone = model.model.conv_encoder.backbone
+    draws = {LiteFeatures: draw_lite, HGNetV2Backbone: draw_hgnet, DINOv3ViTBackbone: _reset_vit}
+    draws[type(backbone)](backbone)
     _reset_attention(model)
     _reset_heads(model)
 
@@ -696,10 +761,9 @@ def save_detector(model: Detector, directory, classes=None, **meta) -> Path:
     if names:
         config["id2label"] = dict(enumerate(names))
         config["label2id"] = {name: i for i, name in enumerate(names)}
-    state = model.state_dict()
-    for name, value in state.items():
-        state[name] = value.detach().cpu().contiguous()
-    data = safetensors.torch.save(dict(state), {"format": "pt"})
+    rows = {"memory_format": torch.contiguous_format}
+    state = {name: value.cpu().clone(**rows) for name, value in model.state_dict().items()}
+    data = safetensors.torch.save(state, {"format": "pt"})
     atomic_write(directory / "model.safetensors", data)
     write_json(directory / "config.json", config)
     return directory

@@ -148,6 +148,13 @@ blocks.#.mlp.fc1.*  model.layer.#.mlp.up_proj.*
 blocks.#.mlp.fc2.*  model.layer.#.mlp.down_proj.*
 blocks.#.norm1.*    model.layer.#.norm1.*
 blocks.#.norm2.*    model.layer.#.norm2.*
+storage_tokens      embeddings.register_tokens
+mask_token          embeddings.mask_token
+blocks.#.ls#.gamma  model.layer.#.layer_scale#.lambda1
+blocks.#.mlp.w1.*   model.layer.#.mlp.gate_proj.*
+blocks.#.mlp.w2.*   model.layer.#.mlp.up_proj.*
+blocks.#.mlp.w3.*   model.layer.#.mlp.down_proj.*
+norm.*              norm.*
 """
 VIT_RULES = parse_rules(_VIT_TABLE)
 
@@ -188,6 +195,14 @@ sta.conv3.2.*  spatial_tuning_adapter.conv3.norm.*
 sta.conv4.1.*  spatial_tuning_adapter.conv4.conv.*
 sta.conv4.2.*  spatial_tuning_adapter.conv4.norm.*
 """
+_HGNET_TABLE = """
+stem.*.conv.weight   embedder.*.convolution.weight
+stem.*.bn.*          embedder.*.normalization.*
+stem.*.lab.*         embedder.*.lab.*
+stages.*.conv.weight encoder.stages.*.convolution.weight
+stages.*.bn.*        encoder.stages.*.normalization.*
+stages.*.lab.*       encoder.stages.*.lab.*
+"""
 
 # %% ../nbs/02a_weights.ipynb #w-encoder-table
 _ENCODER_TABLE = """
@@ -200,15 +215,19 @@ encoder.#.layers.#.norm2.*              aifi.#.layers.#.final_layer_norm.*
 lateral_convs.*              lateral_convs.*
 downsample_convs.#.0.cv1.*   downsample_convs.#.conv1.*
 downsample_convs.#.0.cv2.*   downsample_convs.#.conv2.*
-fpn_blocks.#.cv1.*           fpn_blocks.#.conv1.*
-fpn_blocks.#.cv4.*           fpn_blocks.#.conv2.*
-fpn_blocks.#.cv2.0.*         fpn_blocks.#.csp_rep1.*
-fpn_blocks.#.cv3.0.*         fpn_blocks.#.csp_rep2.*
-pan_blocks.#.cv1.*           pan_blocks.#.conv1.*
-pan_blocks.#.cv4.*           pan_blocks.#.conv2.*
-pan_blocks.#.cv2.0.*         pan_blocks.#.csp_rep1.*
-pan_blocks.#.cv3.0.*         pan_blocks.#.csp_rep2.*
+down_sample#.1.*             down_conv#.conv.*
+down_sample#.2.*             down_conv#.norm.*
+bi_fusion.cv.*               bi_fusion_conv.*
 """
+_BLOCK_TABLE = """
+cv1.*   conv1.*
+cv4.*   conv2.*
+cv2.0.* csp_rep1.*
+cv2.1.* csp_rep1.conv2.*
+cv3.0.* csp_rep2.*
+cv3.1.* csp_rep2.conv2.*
+"""
+_BLOCKS = ("fpn_blocks.#.", "pan_blocks.#.", "fpn_block.", "pan_block.")
 
 # %% ../nbs/02a_weights.ipynb #w-decoder-table
 _DECODER_TABLE = """
@@ -218,6 +237,7 @@ decoder.layers.#.cross_attn.*         decoder.layers.#.encoder_attn.*
 decoder.layers.#.gateway.gate.*       decoder.layers.#.gateway.gate.*
 decoder.layers.#.gateway.norm.scale   decoder.layers.#.gateway.norm.weight
 decoder.layers.#.norm1.scale          decoder.layers.#.self_attn_layer_norm.weight
+decoder.layers.#.norm2.scale          decoder.layers.#.encoder_attn_layer_norm.weight
 decoder.layers.#.norm3.scale          decoder.layers.#.final_layer_norm.weight
 decoder.layers.#.swish_ffn.w12.*      decoder.layers.#.mlp.{gate,up}_proj.*
 decoder.layers.#.swish_ffn.w3.*       decoder.layers.#.mlp.down_proj.*
@@ -234,10 +254,17 @@ denoising_class_embed.*  denoising_class_embed.*
 """
 
 # %% ../nbs/02a_weights.ipynb #9f283257
+_block_rules = []
+for _place in _BLOCKS:
+    _block_rules += parse_rules(_BLOCK_TABLE, f"encoder.{_place}", f"model.encoder.{_place}")
 DETECTOR_RULES = [
     *parse_rules(_VIT_TABLE, "backbone.dinov3._model.", "model.conv_encoder.backbone."),
+    *parse_rules(_VIT_TABLE, "backbone.dinov3.", "model.conv_encoder.backbone."),
     *parse_rules(_BACKBONE_TABLE, "backbone.", "model.conv_encoder."),
+    *parse_rules(_HGNET_TABLE, "backbone.", "model.conv_encoder.backbone."),
+    *parse_rules("input_proj.* projections.*", "encoder.", "model.conv_encoder."),
     *parse_rules(_ENCODER_TABLE, "encoder.", "model.encoder."),
+    *_block_rules,
     *parse_rules(_DECODER_TABLE, "decoder.", "model."),
 ]
 
@@ -245,6 +272,18 @@ DETECTOR_RULES = [
 # %% ../nbs/02a_weights.ipynb #misfits
 def _shape(tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _unlike(own, renamed) -> list[str]:
+    "Names whose tensor is the same as an earlier one in the network, and not in `renamed`."
+    first = {}
+    found = []
+    for name, tensor in own.items():
+        value = renamed.get(name)
+        same = first.setdefault(tensor.data_ptr(), value)
+        if value is not None and same is not None and not torch.equal(same, value):
+            found.append(name)
+    return found
 
 
 def _misfits(own, renamed, origin, unknown) -> dict[str, list[str]]:
@@ -261,6 +300,7 @@ def _misfits(own, renamed, origin, unknown) -> dict[str, list[str]]:
             problems["wrong shape"].append(f"{original} -> {name}: {difference}")
         if not value.isfinite().all():
             problems["not finite"].append(original)
+    problems["shared by several layers, but not the same"] = _unlike(own, renamed)
     return {what: names for what, names in problems.items() if names}
 
 
@@ -311,6 +351,16 @@ def _drop_repeats(state: dict) -> tuple[dict, list[str]]:
             raise WeightsError(f"{copy} and {first} should be the same number")
         del kept[copy]
     return kept, [name for name in SIZE_DEPENDENT if name in state]
+
+
+def _drop_masks(state: dict) -> dict:
+    "Without DINOv3's masks, which must leave out the bias of the keys and nothing else."
+    masks = {name: value for name, value in state.items() if name.endswith(".qkv.bias_mask")}
+    for name, mask in masks.items():
+        query, key, value = mask.float().chunk(3)
+        if not ((query == 1).all() and (key == 0).all() and (value == 1).all()):
+            raise WeightsError(f"{name} should be 1 for queries and values and 0 for keys")
+    return {name: value for name, value in state.items() if name not in masks}
 
 
 # %% ../nbs/02a_weights.ipynb #other-classes
@@ -369,6 +419,7 @@ def load_original_weights(model: nn.Module, source, reinit_head: bool = False) -
     Raises `WeightsError`, which lists all that does not fit; the model is then unchanged.
     """
     state, report = read_weights(source)
+    state = _drop_masks(state)
     if "patch_embed.proj.weight" in state:
         return _place_vit(model.model.conv_encoder.backbone, state, report)
     state, ignored = _drop_repeats(state)

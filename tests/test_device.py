@@ -23,6 +23,9 @@ from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.training import DEIMV2, count_boxes, in_parts, training_step
 
 
+FAMILY = ("atto", "femto", "pico", "n", "l", "x")
+
+
 @pytest.fixture
 def card(monkeypatch):
     anchor_logits.cache_clear()
@@ -109,7 +112,7 @@ class Training:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-@pytest.mark.parametrize("name", ["tiny", "small", "lite", "s", "m", "thesis_m"])
+@pytest.mark.parametrize("name", ["tiny", "small", "lite", "s", "m", "thesis_m", *FAMILY])
 def test_a_training_step_of_deimv2_stays_on_the_card(card, name, dtype):
     if dtype is None and name != "tiny":
         pytest.skip("float32 differs in no device")
@@ -124,7 +127,7 @@ def test_a_training_step_with_checkpointing_and_in_parts_stays_on_the_card(card)
     Training(card, checkpointing=True, micro=2).step(batch=4)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "lite", "s", "m", "thesis_m"])
+@pytest.mark.parametrize("name", ["tiny", "small", "lite", "s", "m", "thesis_m", *FAMILY])
 def test_detections_of_deimv2_stay_on_the_card(card, name):
     model = to_card(real(build_detector, getattr(DetectorConfig, name)()).eval())
     sizes = torch.tensor([[480, 640], [480, 640]]).to(DEVICE)

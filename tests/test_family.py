@@ -1,0 +1,125 @@
+"""The rest of DEIMv2's family: the reference's numbers, weights in the original format, export."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_detector import noise, set_distance
+
+from deimv2_tfg.detector import (
+    Detector,
+    DetectorConfig,
+    build_detector,
+    count_parameters,
+    library_config,
+    load_detector,
+    load_original_weights,
+    save_detector,
+)
+from deimv2_tfg.weights import WeightsError
+
+VECTORS = Path(__file__).parent / "vectors" / "family.npz"
+COUNTS = {
+    "atto": 485_009,
+    "femto": 948_129,
+    "pico": 1_497_803,
+    "n": 3_552_765,
+    "s": 9_694_220,
+    "m": 18_243_716,
+    "l": 32_451_388,
+    "x": 51_059_666,
+}
+
+
+def filled(key, shape, fill, mean, std, stored):
+    "A tensor of the reference's network, from the rule that it was drawn by."
+    if fill == "stored":
+        shared = re.sub(r"dec_bbox_head\.\d", "dec_bbox_head.0", key)
+        return np.array(next((stored[k] for k in (key, shared) if k in stored), 0))
+    if fill == "anchors":
+        return np.zeros(shape)
+    drawn = noise(key, shape)
+    return mean + std * (np.abs(drawn) if fill == "abs_normal" else drawn)
+
+
+@pytest.fixture(scope="module", params=["atto", "n", "l"])
+def reference(request):
+    "Name, facts, state in the original names and expected rows of a network of the reference."
+    arrays = np.load(VECTORS)
+    start = f"{request.param}/stored/"
+    stored = {k.removeprefix(start): arrays[k] for k in arrays.files if k.startswith(start)}
+    facts = json.loads(arrays[f"{request.param}/spec"].tobytes())
+    state = {}
+    for key, *rule in facts["params"]:
+        value = filled(key, *rule, stored)
+        state[key] = torch.from_numpy(value if rule[1] == "stored" else value.astype(np.float32))
+    return request.param, facts, state, arrays[f"{request.param}/expected"]
+
+
+def test_the_forward_pass_is_the_references(reference):
+    name, facts, state, expected = reference
+    model = build_detector(getattr(DetectorConfig, name)()).eval()
+    report = load_original_weights(model, state)
+    assert report.loaded == len(model.state_dict())
+    assert set(report.ignored) == {"decoder.anchors", "decoder.valid_mask"}
+    side = facts["image_size"]
+    drawn = np.random.RandomState(facts["image_seed"]).standard_normal((1, 3, side, side))
+    with torch.no_grad():
+        output = model(torch.from_numpy(drawn.astype(np.float32)))
+    rows = torch.cat([output.logits[0], output.pred_boxes[0]], 1).numpy()
+    assert set_distance(rows, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name, count", COUNTS.items())
+def test_parameters_are_counted_as_the_reference_does(name, count):
+    config = getattr(DetectorConfig, name)()
+    with torch.device("meta"):
+        assert count_parameters(Detector(library_config(config))) == count
+    assert config.variant == name
+
+
+def test_a_tensor_too_few_or_a_copy_that_differs_is_refused(reference):
+    name, _, state, _ = reference
+    model = build_detector(getattr(DetectorConfig, name)())
+    gone = next(key for key in state if key.startswith("backbone"))
+    with pytest.raises(WeightsError, match=r"missing \(1\)"):
+        load_original_weights(model, {k: v for k, v in state.items() if k != gone})
+    if name == "atto":
+        other = {"decoder.dec_bbox_head.1.layers.0.bias": torch.zeros(64)}
+        with pytest.raises(WeightsError, match=r"shared by several layers, but not the same \(1\)"):
+            load_original_weights(model, state | other)
+    if name == "l":
+        mask = "backbone.dinov3.blocks.3.attn.qkv.bias_mask"
+        with pytest.raises(WeightsError, match=mask):
+            load_original_weights(model, state | {mask: torch.full((1152,), torch.nan)})
+
+
+@pytest.mark.parametrize("name", ["pico", "n"])
+def test_save_and_load(tmp_path, name):
+    model = build_detector(getattr(DetectorConfig, name)(num_classes=3)).eval()
+    again = load_detector(save_detector(model, tmp_path / "best"))
+    pixel_values = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values).logits, again(pixel_values).logits)
+    assert count_parameters(again) == count_parameters(model)
+
+
+TARGETS = [
+    {"labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 2)},
+    {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
+]
+
+
+@pytest.mark.parametrize("name", ["atto", "n", "l"])
+def test_every_trained_parameter_has_a_gradient(name):
+    torch.manual_seed(0)
+    model = build_detector(getattr(DetectorConfig, name)())
+    output = model(torch.randn(2, 3, 64, 64), TARGETS)
+    terms = [v.sum() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    sum(terms).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    still = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert len(still) == (2 + 1 + 12 if name == "l" else 2)
