@@ -98,7 +98,7 @@ def check_fields(config, allowed: dict):
 
 # %% ../nbs/03f_recipes.ipynb #choices
 # Configurations of the detector chapter (its VARIANTS)
-MODELS = ("s", "m", "thesis_m", "small", "tiny", "lite")
+MODELS = ("s", "m", "thesis_m", "small", "tiny", "lite", "atto", "femto", "pico", "n", "l", "x")
 BASELINES = ("resnet18", "efficientnet_b0", "lite0")  # backbones of chapter 6's Faster R-CNN
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 LR_RULES = {
