@@ -408,24 +408,31 @@ def roll_back(trainer, why: Diverged):
 # %% ../nbs/03g_guard.ipynb #stop-requests
 @contextlib.contextmanager
 def stop_requests():
-    """Yields a function that says whether SIGTERM has come meanwhile.
+    """Yields a function that gives the signal that came meanwhile: SIGTERM, Ctrl-C's SIGINT, or 0.
 
-    Only the main thread of a process can listen; elsewhere it never has.
+    A second Ctrl-C is a `KeyboardInterrupt`. Only the main thread of a process can listen;
+    elsewhere none ever comes.
     """
     came = []
     owner = os.getpid()
 
     def listen(number, frame):
-        if os.getpid() != owner:  # a worker process of the data loader
-            os._exit(128 + number)
+        if os.getpid() != owner:  # a worker process of the data loader, which Ctrl-C reaches too
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if number == signal.SIGINT and came:
+            raise KeyboardInterrupt
         came.append(number)
 
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, listen)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, listen)
     except ValueError:
-        yield lambda: False
-        return
+        pass
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -28,8 +28,9 @@ from .data import CacheError, load_dataset, photograph_cache
 from .library_loss import transformers_arguments, transformers_terms
 from .optim import make_ema, parameter_groups, start_accelerator
 from .recipes import TrainConfig
+from .step import training_step
 from .synthetic import study_data
-from .training import DEIMV2, training_step
+from .training import DEIMV2
 
 # %% ../nbs/04d_levers.ipynb #compile-static
 LEVERS = {

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = [
     'BACKBONE', 'backbone_factor', 'parameter_groups', 'Ema', 'make_ema', 'pick_precision',
-    'start_accelerator', 'recompute',
+    'device_named', 'start_accelerator', 'recompute',
 ]  # fmt: skip
 
 # %% ../nbs/03i_optimizer.ipynb #optim-imports
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -98,11 +98,32 @@ def pick_precision(config: TrainConfig) -> str:
 
 
 # %% ../nbs/03i_optimizer.ipynb #start-accelerator
+def device_named(device: str | None) -> torch.device | None:
+    """The device of that name, None for none. Raises `ValueError` where torch cannot use it."""
+    if not device:
+        return None
+    wanted = torch.device(device)
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
+    if (wanted.index or 0) >= there[wanted.type]:
+        raise ValueError(f"device={device!r}: torch finds no such device here; take cpu")
+    return wanted
+
+
+# %% ../nbs/03i_optimizer.ipynb #start-accelerator-2
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """An accelerator of the configuration's precision, whatever an earlier training used."""
-    AcceleratorState._reset_state()
+    """An accelerator of the configuration's device and precision, whatever was used before.
+
+    Of several processes each has the device that its launcher gave it.
+    """
+    device = device_named(config.device)
+    alone = PartialState().num_processes == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    if device and device.type == "cuda" and alone:
+        torch.cuda.set_device(device)
+    cpu = bool(device) and device.type == "cpu" and alone
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=pick_precision(config), kwargs_handlers=[unused])
+    handlers = {"kwargs_handlers": [unused]}
+    return Accelerator(cpu=cpu, mixed_precision=pick_precision(config), **handlers)
 
 
 # %% ../nbs/03i_optimizer.ipynb #recompute

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'DEIMV2', 'COUNTERS', 'NORM_QUANTILES', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family', 'count_boxes',
-    'shares_of', 'Step', 'training_step', 'Trainer', 'set_rate', 'batches_of', 'in_parts',
-    'snapshot', 'restore', 'fit_micro_batch', 'summarise_steps', 'row_of', 'train_batch',
+    'DEIMV2', 'COUNTERS', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family', 'Trainer', 'set_rate',
+    'batches_of', 'in_parts', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch',
     'train_epoch', 'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields',
     'find_run', 'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train',
     'finished_before', 'phase1_config', 'phase1_run',
@@ -26,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, gather_object
@@ -55,6 +53,7 @@ from deimv2_tfg.guard import (
 )
 from deimv2_tfg.optim import (
     BACKBONE,
+    device_named,
     make_ema,
     parameter_groups,
     pick_precision,
@@ -83,13 +82,15 @@ from deimv2_tfg.runs import (
 
 # %% ../nbs/04_training_stability.ipynb #imports-of-the-package
 from .batches import augmented, epoch_batches, share_of, size_of_step
-from .criterion import Criterion, NonFiniteLossError, average_over_processes
+from .criterion import Criterion
 from .data import load_dataset, photograph_cache, require_dataset
 from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
+from .journal import end_lines, epoch_line, nearby, row_of, say, summarise_steps
 from .recipes import MODELS, TrainConfig, check_recipe, frozen_stages, lr_factor
 from .splits import bind_data
+from .step import count_boxes, training_step
 from .synthetic import study_data
 from .transforms import at_fraction, at_size, input_sizes
 from .weights import LoadReport, init_weights
@@ -138,12 +139,6 @@ def _deimv2_blocks(model):
     return blocks
 
 
-# %% ../nbs/04_training_stability.ipynb #count-boxes
-def count_boxes(targets) -> int:
-    """Objects of a batch."""
-    return sum(len(t["labels"]) for t in targets)
-
-
 # %% ../nbs/04_training_stability.ipynb #deimv2-losses
 def _deimv2_losses(config, num_classes):
     criterion = Criterion(num_classes, change_epoch=round(config.matcher_change * config.epochs))
@@ -175,113 +170,6 @@ DEIMV2 = Family(
     backbone=BACKBONE,
     models=MODELS,
 )
-
-
-# %% ../nbs/04_training_stability.ipynb #shares-of
-def shares_of(parts, size, device="cpu") -> list[float]:
-    """What the loss of each part weighs in that of the batch.
-
-    That is the count `size(targets)` that it was divided by, over the batch's, both averaged over
-    processes and at least 1. parts: a list of (pixel_values, targets).
-    """
-    if len(parts) == 1:
-        return [1.0]
-    counts = [size(targets) for _, targets in parts]
-    *each, whole = average_over_processes([*counts, sum(counts)], device)
-    return [n / whole for n in each]
-
-
-# %% ../nbs/04_training_stability.ipynb #step
-@dataclass(frozen=True)
-class Step:
-    """What a step did. Tensors are detached scalars on the device."""
-
-    losses: dict  # weighted terms by name, of the whole batch; empty where the criterion stopped
-    grad_norm: torch.Tensor  # before clipping; nan where there was no gradient
-    failure: str = ""  # "": an update was made. Else "loss", "gradient" or (in fp16) "overflow"
-    found: tuple = ()  # what the criterion named
-
-
-# %% ../nbs/04_training_stability.ipynb #named-losses
-def _named_losses(model, compute_losses, pixel_values, targets, epoch) -> tuple[dict, tuple]:
-    """The terms of a part, or {} and what the criterion found not finite."""
-    try:
-        return compute_losses(model, pixel_values, targets, epoch), ()
-    except NonFiniteLossError as e:
-        return {}, tuple(e.found)
-
-
-# %% ../nbs/04_training_stability.ipynb #mean-terms
-def _mean_terms(terms: list[dict], shares: list[float]) -> dict:
-    """Each term of the batch from those of its parts; a part may lack a term."""
-    if len(terms) == 1:
-        return terms[0]
-    whole = sum(shares[: len(terms)])
-    means = {}
-    for part, share in zip(terms, shares, strict=False):  # a failed step has fewer terms
-        for name, value in part.items():
-            means[name] = means.get(name, 0) + value * share
-    return {name: value / whole for name, value in means.items()}
-
-
-# %% ../nbs/04_training_stability.ipynb #failure
-def _failure(terms, grad_norm, accelerator) -> str:
-    """Why a step must not be made: "" where its gradient is finite."""
-    if torch.isfinite(grad_norm):
-        return ""
-    bad = any(not torch.isfinite(value) for part in terms for value in part.values())
-    if anywhere(bad, accelerator.device):
-        return "loss"
-    scaler = accelerator.scaler
-    return "overflow" if scaler is not None and scaler.get_scale() > 1 else "gradient"
-
-
-# %% ../nbs/04_training_stability.ipynb #lower-scale
-def _lower_scale(scaler):
-    if scaler is not None:
-        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-
-
-# %% ../nbs/04_training_stability.ipynb #training-step
-def training_step(
-    model, compute_losses, parts, optimizer, ema, accelerator, clip: float, epoch: int, size=len
-) -> Step:
-    """One update of the weights from a batch, or none where something is not finite.
-
-    parts: the batch, a list of (pixel_values (b, 3, H, W) normalised, targets) on the device, with
-    targets a list of {"labels": (n,), "boxes": (n, 4) cxcywh in [0, 1], "image_id": int}.
-    compute_losses(model, pixel_values, targets, epoch) -> {name: scalar}, weighted terms to be
-    summed, divided by `size(targets)`. clip: largest norm of the gradient, 0: any.
-    Raises nothing for values that are not finite: the `Step` says what failed.
-    """
-    buffers = saved_buffers(model)
-    shares = shares_of(parts, size, accelerator.device)
-    optimizer.zero_grad(set_to_none=True)
-    terms = []
-    failure = ""
-    grad_norm = torch.tensor(math.nan)
-    for k, (pixel_values, targets) in enumerate(parts):
-        last = k + 1 == len(parts)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            losses, found = _named_losses(model, compute_losses, pixel_values, targets, epoch)
-            if anywhere(not losses, accelerator.device):
-                failure = "loss"
-                break
-            loss = sum(losses.values())
-            accelerator.backward(loss * shares[k] if len(parts) > 1 else loss)
-        terms.append({name: value.detach() for name, value in losses.items()})
-    if not failure:
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip or math.inf).detach()
-        failure = _failure(terms, grad_norm, accelerator)
-    if failure:
-        optimizer.zero_grad(set_to_none=True)
-        restore_buffers(model, buffers)
-        _lower_scale(accelerator.scaler)
-    else:
-        optimizer.step()
-        ema.update_parameters(accelerator.unwrap_model(model))
-    return Step(_mean_terms(terms, shares), grad_norm, failure, found)
-
 
 # %% ../nbs/04_training_stability.ipynb #trainer
 COUNTERS = {
@@ -355,6 +243,11 @@ class Trainer:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
+
+    def say(self, line: str):
+        """One process speaks for all."""
+        if self.main:
+            say(line)
 
     @property
     def finished(self) -> bool:
@@ -478,38 +371,6 @@ def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
         trainer.model.zero_grad(set_to_none=True)
         restore_buffers(trainer.model, buffers)
         set_random_state(before)
-
-
-# %% ../nbs/04_training_stability.ipynb #summarise-steps
-NORM_QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95, "max": 1.0}
-
-
-def summarise_steps(rows: list[tuple]) -> dict:
-    """Means over an epoch's steps, quantiles of the gradient norm, share of failed steps.
-
-    rows: (names, values (n,) on the device) of each step.
-    """
-    names = [name for names, _ in rows for name in names]
-    values = torch.cat([values for _, values in rows]).tolist()
-    table = pd.DataFrame({"name": names, "value": values})
-    summary = table.groupby("name", sort=False)["value"].mean().to_dict()
-    norms = table[table["name"] == "train/grad_norm"]["value"]
-    if len(norms):
-        for label, q in NORM_QUANTILES.items():
-            summary[f"train/grad_norm/{label}"] = float(norms.quantile(q))
-    return summary
-
-
-# %% ../nbs/04_training_stability.ipynb #row-of
-def row_of(step: Step, device) -> tuple[list[str], torch.Tensor]:
-    """What of a step is recorded: names `train/...` and values (n,)."""
-    if step.failure:
-        return ["train/skipped"], torch.ones(1, device=device)
-    terms = {k if k.startswith("loss") else f"loss_{k}": v for k, v in step.losses.items()}
-    terms["loss"] = sum(step.losses.values())
-    terms["grad_norm"] = step.grad_norm
-    terms["skipped"] = torch.zeros((), device=device)
-    return [f"train/{k}" for k in terms], torch.stack([v.float() for v in terms.values()])
 
 
 # %% ../nbs/04_training_stability.ipynb #train-batch
@@ -638,7 +499,8 @@ def training_code(family: Family = DEIMV2) -> str:
 
 
 # %% ../nbs/04_training_stability.ipynb #hashed-fields
-NOT_HASHED = ("data_dir", "runs_dir", "num_workers", "cache", "cache_gb", "cache_dir")
+NOT_HASHED = ("data_dir", "runs_dir", "name", "device")
+NOT_HASHED += ("num_workers", "cache", "cache_gb", "cache_dir")
 
 
 def hashed_fields(config: TrainConfig) -> dict:
@@ -710,8 +572,15 @@ def open_run(trainer: Trainer):
     if trainer.main:
         mend_best(trainer.run)
         bind_data(trainer.run, trainer.config.data_dir)
-    if not restore(trainer):
+    config = trainer.config
+    where = nearby(trainer.run.path)
+    if restore(trainer):
+        trainer.say(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step}: {where}")
+    else:
         first_state(trainer)
+        how = f"{trainer.accelerator.device}, precision {trainer.accelerator.mixed_precision}"
+        long = f"{config.epochs} epochs of {trainer.steps_per_epoch} steps"
+        trainer.say(f"{config.model}, {config.image_size} px, on {how}: {long}, in {where}")
     if trainer.main:
         incidents = trainer.run.path / "incidents.jsonl"
         keep_lines(incidents, lambda i, line: i < trainer.incidents)
@@ -720,7 +589,7 @@ def open_run(trainer: Trainer):
 
 # %% ../nbs/04_training_stability.ipynb #end-epoch
 def end_epoch(trainer: Trainer, values: dict, started: float):
-    """Log an epoch, evaluate where it is due, save."""
+    """Log an epoch, evaluate where it is due, save, and say it."""
     config = trainer.config
     epoch = trainer.epoch + 1
     if trainer.main:
@@ -729,10 +598,13 @@ def end_epoch(trainer: Trainer, values: dict, started: float):
         metrics = validate(trainer)
         if trainer.main:
             trainer.log("val", trainer.step, epoch, metrics)
+        values = values | metrics | {"best": trainer.since_best == 0}
     trainer.epoch = epoch
     trainer.rows = []
     trainer.seconds += time.perf_counter() - started
     snapshot(trainer)
+    left = trainer.seconds / epoch * (config.epochs - epoch)
+    trainer.say(epoch_line(epoch, config.epochs, values, left, trainer.run.path))
 
 
 # %% ../nbs/04_training_stability.ipynb #end-run
@@ -751,6 +623,7 @@ def end_run(trainer: Trainer):
             "images_seen": seen,
         }
         trainer.run.write("result.json", result)
+        say(end_lines(trainer.run))
     trainer.accelerator.wait_for_everyone()
 
 
@@ -762,9 +635,11 @@ def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
     `TrainingStopped` with what to do where the run cannot go on.
     """
     check_model(config, family)
+    device_named(config.device)
     require_dataset(config.data_dir)
     run = Run(find_run(config, family))
     if run.finished:
+        say(f"already trained, AP {run.result['best_val_AP']:.3f} on val: {nearby(run.path)}")
         return run.path
     refuse_stopped(run)
     writing = only_writer(run) if PartialState().is_main_process else contextlib.nullcontext()
@@ -780,7 +655,9 @@ def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
                 continue
             if values is None:
                 snapshot(trainer)
-                raise SystemExit(128 + signal.SIGTERM)
+                at = f"epoch {trainer.epoch + 1}, step {trainer.step}"
+                trainer.say(f"stopped at {at}; saved, and the same training goes on from there")
+                raise SystemExit(128 + (stop() or signal.SIGTERM))
             end_epoch(trainer, values, started)
         end_run(trainer)
     return run.path

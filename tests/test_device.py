@@ -20,7 +20,8 @@ from deimv2_tfg.multimodal import FusedDetector, thaw
 from deimv2_tfg.optim import make_ema, parameter_groups, recompute
 from deimv2_tfg.pretraining import MaskedViT, random_mask
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.training import DEIMV2, count_boxes, in_parts, training_step
+from deimv2_tfg.step import count_boxes, training_step
+from deimv2_tfg.training import DEIMV2, in_parts
 
 
 FAMILY = ("atto", "femto", "pico", "n", "l", "x")

@@ -21,7 +21,8 @@ from deimv2_tfg.guard import diagnose, random_state, replay
 from deimv2_tfg.optim import make_ema, parameter_groups
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import CheckpointError, Run, TrainingStopped, load_state, save_state
-from deimv2_tfg.training import DEIMV2, find_run, train, training_step
+from deimv2_tfg.step import training_step
+from deimv2_tfg.training import DEIMV2, find_run, train
 
 BAD = (math.nan, math.inf, -math.inf)
 SMALL = {"model": "tiny", "image_size": 64, "epochs": 2, "batch_size": 4, "lr": 1e-3}

@@ -20,9 +20,8 @@ import torch
 from deimv2_tfg import training
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
-from deimv2_tfg.training import (
-    DEIMV2, Trainer, batches_of, in_parts, set_rate, train, training_step, validate
-)
+from deimv2_tfg.step import training_step
+from deimv2_tfg.training import DEIMV2, Trainer, batches_of, in_parts, set_rate, train, validate
 
 data, out = sys.argv[1], Path(sys.argv[2])
 config = TrainConfig(

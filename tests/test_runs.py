@@ -54,7 +54,7 @@ def test_code_hash_follows_what_is_called():
     assert source_hash("def f():\n  'doc'\n  return 1") == quiet
     assert source_hash("def f(): return 2") != quiet
     reached = reachable_code("training", "train", leave_out=("core",)).keys()
-    assert {"training.train_epoch", "training.training_step", "guard.roll_back"} <= reached
+    assert {"training.train_epoch", "step.training_step", "guard.roll_back"} <= reached
     assert {"criterion.Criterion", "transforms.TrainTransform", "recipes.lr_factor"} <= reached
     assert {"detector.build_detector", "batches.EpochView"} <= reached
     assert not any(name.startswith("core.") for name in reached)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import signal
 
 import accelerate
 import pytest
@@ -13,17 +15,17 @@ from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import DatasetError, load_dataset
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
+from deimv2_tfg.guard import stop_requests
+from deimv2_tfg.journal import end_table
 from deimv2_tfg.optim import make_ema, parameter_groups
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.runs import Run, load_state
+from deimv2_tfg.runs import Log, Run, load_state
+from deimv2_tfg.step import count_boxes, shares_of, training_step
 from deimv2_tfg.training import (
     DEIMV2,
-    count_boxes,
     find_run,
     finished_before,
-    shares_of,
     train,
-    training_step,
 )
 
 
@@ -223,3 +225,78 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
     assert (whole - parted).norm() < 1e-4 * whole.norm()
     for name, value in terms.items():
         torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------ what a person reads
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    "What is said on standard error, a line each."
+    monkeypatch.delenv("IN_TEST")
+    return lambda: [
+        line for line in capsys.readouterr().err.splitlines() if "epoch" in line or ":" in line
+    ]
+
+
+def test_an_epoch_is_a_line_and_the_end_a_table(config, told):
+    run = Run(train(config))
+    first, *lines = told()
+    assert "2 epochs of 3 steps" in first and run.name in first
+    epochs = [line for line in lines if re.match(r"epoch \d/2  loss \d+\.\d\d  AP 0\.\d{3}", line)]
+    assert len(epochs) == 2
+    assert "images/s" in epochs[0] and " left  " in epochs[0]
+    assert all(line.endswith(run.name) for line in epochs)
+    last = run.metrics("val").iloc[-1]
+    assert f"AP50 {last['val/AP50']:.3f}" in epochs[1]
+    assert lines[-1].startswith("2 epochs, 24 images") and run.name in lines[-1]
+    assert train(config) == run.path
+    (again,) = told()
+    assert again.startswith(f"already trained, AP {run.result['best_val_AP']:.3f}")
+
+
+def test_the_table_at_the_end_is_of_the_weights_that_were_kept(tmp_path):
+    log = Log(tmp_path, 0)
+    for epoch, ap in ((1, 0.5), (2, 0.25)):
+        scores = {"val/AP": ap, "val/AP50": ap + 0.25, "val/AP/bolt": ap, "val/AP50/bolt": 1.0}
+        log("val", epoch, epoch, scores)
+    table = end_table(tmp_path).set_index("class")
+    assert table.loc["all"].tolist() == [0.5, 0.75] and table.loc["bolt"].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_is_told(config, told, monkeypatch, number):
+    ordinary = training.train_batch
+
+    def interrupted(trainer, *batch):
+        ordinary(trainer, *batch)
+        if trainer.step == 4:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(training, "train_batch", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + number
+    assert "stopped at epoch 2, step 4; saved" in told()[-1]
+    run = Run(train(config))
+    assert f"resuming at epoch 2, step 4: {run.path}" in told()
+    assert run.result["steps"] == 6
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with stop_requests() as stop, pytest.raises(KeyboardInterrupt):
+        assert stop() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert stop() == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_name_and_a_device_change_no_run(config):
+    named = dataclasses.replace(config, name="first try", device="cpu", epochs=1)
+    assert find_run(named) == find_run(dataclasses.replace(config, epochs=1))
+    assert Run(train(named)).config["name"] == "first try"
+    with pytest.raises(ValueError, match="allowed: one of cpu, mps, cuda"):
+        dataclasses.replace(config, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="finds no such device"):
+            train(dataclasses.replace(config, device="cuda:1"))
