@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = [
     'FRACTION', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'MODELS', 'BASELINES', 'PRECISIONS',
-    'LR_RULES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS', 'FUSION_RANGES',
-    'REFERENCE', 'SECOND_RUN', 'RECIPES', 'SHIPPED', 'Within', 'check_fields', 'TrainConfig',
-    'scaled_lr', 'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig', 'IterationRecipe',
-    'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_file', 'recipe_fields',
-    'load_recipe', 'config_of', 'write_recipe',
+    'LR_RULES', 'DEVICES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS',
+    'FUSION_RANGES', 'REFERENCE', 'SECOND_RUN', 'RECIPES', 'SHIPPED', 'Within', 'check_fields',
+    'TrainConfig', 'scaled_lr', 'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig',
+    'IterationRecipe', 'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_file',
+    'recipe_fields', 'load_recipe', 'config_of', 'write_recipe',
 ]  # fmt: skip
 
 # %% ../nbs/03f_recipes.ipynb #recipes-imports
@@ -108,8 +108,11 @@ LR_RULES = {
 }
 
 # %% ../nbs/03f_recipes.ipynb #train-ranges
+DEVICES = ("cpu", "mps", "cuda", *(f"cuda:{i}" for i in range(8)))
+
 TRAIN_RANGES = {
     "model": (*MODELS, *BASELINES),
+    "device": DEVICES,
     "lr_rule": tuple(LR_RULES),
     "precision": PRECISIONS,
     "cache": ("memory", "disk", "off"),
@@ -132,24 +135,23 @@ TRAIN_RANGES = {
 class TrainConfig:
     """Everything that shapes a training. Raises `ValueError` that names every wrong field.
 
-    Where it writes, worker processes and caches shape nothing and are left out of its hash.
+    Where it writes and runs, its name, worker processes and caches shape nothing and are left out
+    of its hash.
     """
 
     data_dir: str  # a data set in the thesis's layout
     runs_dir: str | None = None  # where the run is made; None: runs/<name of the data set>
+    name: str = ""  # what the run may be called by, beside the name of its directory
+    device: str | None = None  # where it is trained; None: a GPU where there is one
     model: str = "small"  # a configuration of DetectorConfig
-    init: str = (
-        "scratch"  # or "imagenet", "coco", "dinov3", a file, a directory, a hub's owner/name
-    )
+    init: str = "scratch"  # "imagenet", "coco", "dinov3", a file, a directory, a hub's owner/name
     frozen: int | None = None  # stages that "lite" never trains; None: 2 from ImageNet, else 0
     image_size: int = 160  # side of the square input, pixels
     epochs: int = 100
     batch_size: int = 16
     lr: float = 5e-4  # at batch 32
     lr_rule: str = "linear"  # how the rate follows the batch: "linear", "sqrt" or "none"
-    backbone_lr: float | None = (
-        None  # factor for the backbone; None: 1 from scratch, 0.3 from ImageNet, else 0.05
-    )
+    backbone_lr: float | None = None  # factor; None: 1 from scratch, 0.3 from ImageNet, else 0.05
     weight_decay: float = 1e-4  # none on norms and biases
     warmup: float = 0.03  # fraction of training
     flat: float = 0.5  # fraction after which the rate falls (cosine); 1: it never does
@@ -158,9 +160,7 @@ class TrainConfig:
     matcher_change: float = 0.8  # fraction after which the matcher uses score and IoU only
     ema: float = 0.03  # memory of the EMA, fraction of training
     clip: float = 0.1  # gradient norm; 0: not clipped
-    precision: str = (
-        "auto"  # "auto" (bf16 on a GPU that has it, else float32), "no", "bf16", "fp16"
-    )
+    precision: str = "auto"  # "auto" (what is fastest here), "no" (float32), "bf16", "fp16"
     eval_every: int = 1  # epochs between evaluations on val
     vertical_flips: bool = True  # off for parts that have an up
     photometric: float = 0.5  # probability of other light and colours

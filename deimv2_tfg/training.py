@@ -60,6 +60,8 @@ from deimv2_tfg.optim import (
     recompute,
     start_accelerator,
 )
+
+# %% ../nbs/04_training_stability.ipynb #imports-of-the-runs
 from deimv2_tfg.runs import (
     Log,
     Run,
