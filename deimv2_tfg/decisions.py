@@ -21,8 +21,8 @@ from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
 from .core import write_json
-from .evaluation import judged, match_tables
 from .figures import class_title, finish, gettext
+from .metrics import judged, match_tables
 from .statistics import ClassMatches, auroc, wilson
 
 

@@ -17,8 +17,8 @@ from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
 from .decisions import kept_results
-from .evaluation import judged
 from .figures import finish, gettext, short_titles
+from .metrics import judged
 from .statistics import ClassMatches, weighted_ap, wilson
 
 # %% ../nbs/07a_errors.ipynb #image-errors

@@ -20,11 +20,13 @@ from deimv2_tfg.evaluation import (
     class_metrics,
     coco_metrics,
     evaluate,
+    jittered_results,
     match_tables,
     precision_recall,
     predict,
     to_coco_results,
 )
+from deimv2_tfg.metrics import results_problems
 from deimv2_tfg.splits import bind_data
 
 THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
@@ -448,6 +450,136 @@ def test_evaluate_refuses_changed_data_unless_told(smoke_data, tmp_path, monkeyp
         main(["evaluate", str(run), str(data), "--split", "val"]) == 1
         and not (run / "data_changes.jsonl").exists()
     )
+    record = (run / "metrics_val.json").read_bytes()
     assert evaluate(run, data, "val", allow_changed=True) == pytest.approx(first, nan_ok=True)
+    assert (run / "metrics_val.json").read_bytes() == record
+    assert len(list(run.glob("metrics_val-data*.json"))) == 1
     assert json.loads((run / "data_changes.jsonl").read_text())["differences"] == 1
     assert main(["evaluate", str(run), str(data), "--split", "val", "--allow_changed"]) == 0
+
+
+# Another tool's results ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def theirs(smoke_data):
+    """Annotations of test and results that are right, as another tool would write them."""
+    coco = json.loads((smoke_data / "test" / "test.json").read_text())
+    return coco, jittered_results(coco, 0.05)
+
+
+def corners(box, width, height):
+    x, y, w, h = box
+    return [x, y, x + w, y + h]
+
+
+def fractions(box, width, height):
+    x, y, w, h = box
+    return [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
+
+
+BOXES = {
+    "these are two corners": corners,
+    "centre, width, height, as fractions": fractions,
+    "these are centre, width, height": lambda b, *_: [b[0] + b[2] / 2, b[1] + b[3] / 2, *b[2:]],
+    "negative side": lambda b, *_: [b[0], b[1], -b[2], b[3]],
+    "lies outside": lambda b, *_: [b[0] + 9000, *b[1:]],
+    "not four numbers": lambda b, *_: b[:3],
+    "not four finite numbers": lambda b, *_: [math.nan, *b[1:]],
+}
+
+
+@pytest.mark.finding("training.md:29")
+@pytest.mark.parametrize("words", BOXES)
+def test_boxes_of_another_tool_are_looked_at(theirs, words):
+    coco, results = theirs
+    sizes = {i["id"]: (i["width"], i["height"]) for i in coco["images"]}
+    changed = [r | {"bbox": BOXES[words](r["bbox"], *sizes[r["image_id"]])} for r in results]
+    assert results_problems(coco, results) == []
+    assert words in "\n".join(results_problems(coco, changed))
+
+
+FIELDS = {
+    "score is no number from 0 to 1": lambda r: r | {"score": 100 * r["score"] + 1},
+    "score is no number": lambda r: r | {"score": str(r["score"])},
+    "fields are missing": lambda r: {k: v for k, v in r.items() if k != "score"},
+    "image_id is no number": lambda r: r | {"image_id": str(r["image_id"])},
+    "image_id is not in the data": lambda r: r | {"image_id": r["image_id"] + 1000},
+    "category_id is not in the data": lambda r: r | {"category_id": r["category_id"] + 1000},
+    "places in the list of classes from 1": lambda r: r | {"category_id": r["category_id"] + 1},
+}
+
+
+@pytest.mark.finding("training.md:29")
+@pytest.mark.parametrize("words", FIELDS)
+def test_ids_and_scores_of_another_tool_are_looked_at(theirs, words):
+    coco, results = theirs
+    assert words in "\n".join(results_problems(coco, [FIELDS[words](r) for r in results]))
+
+
+def test_what_detectors_do_write_is_no_problem(theirs):
+    coco, results = theirs
+    first = results[0]["image_id"]
+    image = next(i for i in coco["images"] if i["id"] == first)
+    odd = [results[0] | {"bbox": box} for box in ([-3, -2, 30, 40], [5, 5, 0, 3], [4, 4, 0.5, 0.2])]
+    wide = results[0] | {"bbox": [1, 1, image["width"] + 20, image["height"] + 9]}
+    assert results_problems(coco, [*results, *odd, wide]) == []
+    assert results_problems(coco, []) == []
+
+
+@pytest.mark.finding("training.md:29")
+def test_a_file_of_results_is_judged_from_the_command_line(theirs, smoke_data, tmp_path, capsys):
+    coco, results = theirs
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(results))
+    assert main(["evaluate", str(file), str(smoke_data)]) == 0
+    assert json.loads(capsys.readouterr().out)["AP"] == coco_metrics(coco, results)["AP"]
+    wrong = [results[0] | {"image_id": "a", "score": 7}, results[1] | {"bbox": [1, 2]}, 5]
+    file.write_text(json.dumps(wrong))
+    assert main(["evaluate", str(file), str(smoke_data)]) != 0
+    said = capsys.readouterr().err
+    words = ("theirs.json", "image_id is no number", "score is no", "box-malformed", "are missing")
+    for word in words:
+        assert word in said
+    file.write_text(json.dumps({"images": []}))
+    with pytest.raises(ValueError, match="a list of results is needed.*images"):
+        evaluate(file, smoke_data)
+
+
+def test_a_class_without_a_result_is_said(theirs, smoke_data, tmp_path):
+    coco, results = theirs
+    file = tmp_path / "theirs.json"
+    gone = coco["annotations"][0]["category_id"]
+    file.write_text(json.dumps([r for r in results if r["category_id"] != gone]))
+    name = next(c["name"] for c in coco["categories"] if c["id"] == gone)
+    with pytest.warns(UserWarning, match=f"no result of {name}"):
+        evaluate(file, smoke_data)
+
+
+# The record ------------------------------------------------------------------------------------
+
+
+@pytest.mark.finding("training.md:21")
+def test_another_size_does_not_touch_the_record(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
+    run = make_run(tmp_path / "runs" / "one", image_size=64)
+    evaluate(run, root)
+    record = {p: p.read_bytes() for p in run.glob("*_test.json")}
+    evaluate(run, root, image_size=32)
+    evaluate(run, root, image_size=(32, 64))
+    assert len(record) == 2 and {p: p.read_bytes() for p in record} == record
+    others = {"metrics_test-32px.json", "metrics_test-32x64px.json"}
+    assert {p.name for p in run.glob("metrics_test-*")} == others
+
+
+@pytest.mark.finding("training.md:33")
+def test_a_run_on_a_read_only_disk_is_judged(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
+    run = make_run(tmp_path / "runs" / "one", image_size=64)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(evaluation.Run, "save_predictions", refuse)
+    with pytest.warns(UserWarning, match="nothing is stored there .Read-only file system"):
+        assert evaluate(run, root)["AP"] >= 0

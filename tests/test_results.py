@@ -13,7 +13,6 @@ from deimv2_tfg.evaluation import (
     jittered_results,
     judged,
     precision_recall,
-    write_results,
 )
 from deimv2_tfg.runs import Run
 from deimv2_tfg.statistics import interval, sign_flip_p, stratified_weights
@@ -67,7 +66,7 @@ def make_run(root, name, jitter=0.1, seed=0, **config):
     run.mkdir(parents=True)
     config = {"data_dir": str(root), "seed": seed, "lr": 1e-4} | config
     (run / "config.json").write_text(json.dumps(config))
-    write_results(run / "predictions_test.json", guesses(root, jitter, seed)[1])
+    Run(run).save_predictions("test", guesses(root, jitter, seed)[1])
     lines = [{"split": "train", "step": 2 * e, "epoch": e, **TERMS} for e in (1, 2)]
     lines.append({"split": "val", "step": 4, "epoch": 2, "val/AP": 0.1})
     text = "".join(json.dumps(line) + "\n" for line in lines)
