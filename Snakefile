@@ -8,6 +8,9 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -118,6 +121,24 @@ def training_options(wildcards):
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
+def warm_up():
+    """Start the process whose forks are papermill and the pages' kernels (see studies/warm.py)."""
+    place = Path(tempfile.mkdtemp(prefix="deimv2-"))
+    program = [sys.executable, str(HERE / "studies/warm.py")]
+    argv = [program[0], "-S", program[1], "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = {"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}
+    spec = place / "kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps(kernel))
+    os.environ |= {"JUPYTER_PATH": str(place), "WARM": str(place / "socket")}
+    subprocess.Popen([*program, "serve", os.environ["WARM"]], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+onstart:
+    if not GPU:  # a GPU's driver does not survive a fork
+        warm_up()
+
+
 wildcard_constraints:
     chapter="[^/]+",
 
@@ -190,6 +211,6 @@ rule chapter:
         runtime=config.get("chapter_minutes", 30),
     shell:
         "start=$(date +%s) && mkdir -p {RUNS}/failed && export TQDM_DISABLE=1 OMP_NUM_THREADS={threads}"
-        " && papermill --no-progress-bar --log-level ERROR -k python3 '{input.notebook}' '{params.begun}' {params.given}"
+        " && python -S '{HERE}/studies/warm.py' papermill --no-progress-bar --log-level ERROR -k python3 '{input.notebook}' '{params.begun}' {params.given}"
         " 2> >(grep -v IPKernelApp >&2) && mv '{params.begun}' '{output}'"
         ' && echo "{wildcards.chapter}: $(($(date +%s) - start)) s"'

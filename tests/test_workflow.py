@@ -40,7 +40,7 @@ def said(home, *words, **options):
 def copy(tmp_path):
     """The workflow with notebooks and package that a test may change."""
     (tmp_path / "clone").mkdir()
-    for name in ("nbs", "deimv2_tfg"):
+    for name in ("nbs", "deimv2_tfg", "studies"):
         shutil.copytree(ROOT / name, tmp_path / "clone" / name)
     return Path(shutil.copy(ROOT / "Snakefile", tmp_path / "clone"))
 
@@ -129,6 +129,34 @@ def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
     said(tmp_path, *words)
     assert (tmp_path / "runs/smoke/pages/00_core.ipynb").exists()
     assert "Nothing to be done" in said(tmp_path, *words)
+
+
+PROGRAM = """
+import os, sys
+print(os.getcwd(), os.environ["WORD"], *sys.argv[1:], "json" in sys.modules)
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_page_s_program_is_the_same_as_a_fork(tmp_path, warm):
+    """Place, environment, output and exit status are the caller's; without a server, too."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "sockets").mkdir()
+    script, address = str(ROOT / "studies/warm.py"), tmp_path / "sockets/warm"
+    if len(str(address)) > 100:
+        pytest.skip("a socket's path is short")
+    server = subprocess.Popen([sys.executable, script, "serve", str(address), "json"])
+    while not address.exists():
+        time.sleep(0.05)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "WORD": "said"}
+    env["WARM"] = str(address) if warm else ""
+    options = {"env": env, "cwd": tmp_path, "text": True, "stdout": subprocess.PIPE}
+    caller = subprocess.Popen([sys.executable, "-S", script, "program", "7"], **options)
+    said_by_it = caller.communicate(timeout=60)[0]
+    server.kill()
+    assert said_by_it == f"{tmp_path} said 7 {warm}\n"
+    assert caller.returncode == 3
 
 
 SLURM = {
