@@ -64,6 +64,7 @@ def answer(link):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=lambda: link.recv(1) or os._exit(1), daemon=True).start()
     sys.argv = place["words"]
+    sys.path[0] = place["folder"]
     code = 0
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

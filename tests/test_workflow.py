@@ -149,8 +149,7 @@ def test_a_page_s_program_is_the_same_as_a_fork(tmp_path, warm):
     server = subprocess.Popen([sys.executable, script, "serve", str(address), "json"])
     while not address.exists():
         time.sleep(0.05)
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "WORD": "said"}
-    env["WARM"] = str(address) if warm else ""
+    env = os.environ | {"WORD": "said", "WARM": str(address) if warm else ""}
     options = {"env": env, "cwd": tmp_path, "text": True, "stdout": subprocess.PIPE}
     caller = subprocess.Popen([sys.executable, "-S", script, "program", "7"], **options)
     said_by_it = caller.communicate(timeout=60)[0]
