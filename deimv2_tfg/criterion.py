@@ -9,7 +9,7 @@ __all__ = [
     'two_bins', 'fgl_loss', 'ddf_loss', 'NonFiniteLossError', 'peaks', 'check_peaks',
     'check_targets', 'check_terms', 'fetch', 'send', 'average_over_processes', 'float_outputs',
     'Heads', 'stack_heads', 'random_outputs', 'denoising_pairs', 'for_every_head', 'Pairs',
-    'name_terms', 'Criterion', 'match', 'head_terms', 'all_terms',
+    'name_terms', 'Criterion', 'match', 'head_terms', 'all_terms', 'build_criterion',
 ]  # fmt: skip
 
 # %% ../nbs/03a_criterion.ipynb #09923556
@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from .detector import bin_offsets
+from .detector import DetectorConfig, bin_offsets
 
 
 # %% ../nbs/03a_criterion.ipynb #ratio
@@ -194,10 +194,13 @@ def mal_loss(logits, boxes, pairs, labels, target_boxes, gamma: float = 1.5) -> 
 def box_losses(boxes, pairs, target_boxes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed L1 (H,) and 1 - GIoU (H,) of H heads, and the detached IoU (H, U).
 
-    `boxes` (H, B, Q, 4) cxcywh, `pairs` (3, U): image, query, target; `target_boxes` (N, 4).
+    `boxes` (H, B, Q, 4) cxcywh, `pairs` (3, U): image, query, target, or (3, H, U): those of each
+    head; `target_boxes` (N, 4).
     """
     image, query, target = pairs
-    answers = boxes[:, image, query]
+    own = image.ndim == 2
+    head = torch.arange(len(boxes), device=boxes.device)[:, None] if own else slice(None)
+    answers = boxes[head, image, query]
     wanted = target_boxes[target]
     iou, giou = box_overlap(answers, wanted)
     distance = (answers - wanted).abs()
@@ -524,7 +527,8 @@ class Pairs:
     """Who answers for what in some heads, and what the sums are divided by."""
 
     own: torch.Tensor  # (4, M) head, image, query, target: each head's own, for the class
-    shared: torch.Tensor  # (3, U) image, query, target: of all heads, for boxes and distributions
+    shared: torch.Tensor  # (3, U) image, query, target, for boxes and distributions: of all heads,
+    # or (3, H, U): those of each head
     targets: float | torch.Tensor  # divisor of the class terms
     count: float | torch.Tensor  # divisor of the box terms
 
@@ -562,6 +566,7 @@ class Criterion:
     iou_power: float = 4.0
     mal_gamma: float = 1.5
     temperature: float = 5.0
+    union: bool = True  # boxes learn from the union of all heads' pairs; else from the head's own
 
     def __call__(self, outputs, targets: list[dict], epoch: int = 0) -> dict[str, torch.Tensor]:
         """Weighted terms by name, scalars in float32.
@@ -588,7 +593,9 @@ class Criterion:
 def match(
     criterion: Criterion, heads: Heads, tensors: dict, truth: Truth, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each head's own pairs (4, M) and their union (3, U), on the host, after one transfer.
+    """Each head's own pairs (4, M) and those for boxes, on the host, after one transfer.
+
+    The latter are their union (3, U), or, without `criterion.union`, (3, H, U): the own ones.
 
     `tensors`: see `float_outputs`. Raises if outputs or targets are broken.
     """
@@ -610,27 +617,32 @@ def match(
     check_targets(found.pop("labels"), found.pop("boxes"), truth, classes)
     check_peaks(found, truth.image_ids)
     own = assign(cost, truth.counts)
-    return own, union_of_matches(own, queries)
+    if criterion.union:
+        return own, union_of_matches(own, queries)
+    return own, own[1:].reshape(3, len(heads.logits), -1)
 
 
 # %% ../nbs/03a_criterion.ipynb #head-terms
 def head_terms(
     criterion: Criterion, heads: Heads, pairs: Pairs, truth: Truth, balance, offsets, reg_scale
 ) -> dict[str, torch.Tensor]:
-    """Weighted terms by name of some heads; for the last three see `ddf_loss` and `fgl_loss`."""
+    """Weighted terms by name of some heads; for the last three see `ddf_loss` and `fgl_loss`.
+
+    The terms on distributions are left out where `criterion.weights` has none for them.
+    """
     layers = len(heads.corners)
     l1, giou, iou = box_losses(heads.boxes, pairs.shared, truth.boxes)
     iou = iou[:layers]
     classes = heads.logits, heads.boxes, pairs.own, truth.labels, truth.boxes
     mal = mal_loss(*classes, criterion.mal_gamma)
-    edges = heads.corners, heads.refs, pairs.shared, truth.boxes
-    fgl = fgl_loss(*edges, iou, offsets, reg_scale)
-    teacher = heads.logits[layers - 1]
-    ddf = ddf_loss(heads.corners, teacher, pairs.shared, iou, balance, criterion.temperature)
     terms = {"loss_mal": mal / pairs.targets, "loss_bbox": l1 / pairs.count}
     terms["loss_giou"] = giou / pairs.count
-    terms["loss_fgl"] = fgl / pairs.count
-    terms["loss_ddf"] = ddf
+    if "loss_fgl" in criterion.weights:
+        edges = heads.corners, heads.refs, pairs.shared, truth.boxes
+        fgl = fgl_loss(*edges, iou, offsets, reg_scale)
+        teacher = heads.logits[layers - 1]
+        ddf = ddf_loss(heads.corners, teacher, pairs.shared, iou, balance, criterion.temperature)
+        terms |= {"loss_fgl": fgl / pairs.count, "loss_ddf": ddf}
     return name_terms(terms, criterion.weights, heads.suffixes)
 
 
@@ -648,7 +660,7 @@ def all_terms(
     groups = int(outputs["dn_num_group"]) if denoising else 0
     positive = outputs["dn_positive_idx"] if denoising else [[]] * len(truth.counts)
     noisy = denoising_pairs(positive, truth.counts, groups)
-    matched = union.shape[1]
+    matched = union.shape[-1]
     counts = average_over_processes([int(truth.counts.sum()), matched], device)
     own, union, noisy = send([own, union, noisy], device)
     up = _constant(outputs["up"], device)
@@ -663,3 +675,13 @@ def all_terms(
         pairs = Pairs(for_every_head(noisy, len(heads.logits)), noisy, total, total)
         losses |= head_terms(criterion, heads, pairs, *rest)
     return losses
+
+
+# %% ../nbs/03a_criterion.ipynb #build-criterion
+def build_criterion(config: DetectorConfig, change_epoch: int = 80) -> Criterion:
+    """The `Criterion` of a detector's configuration; `change_epoch`: of its matcher."""
+    if config.encoder != "lite":
+        return Criterion(config.num_classes, change_epoch)
+    local = ("loss_fgl", "loss_ddf")
+    weights = {name: weight for name, weight in WEIGHTS.items() if name not in local}
+    return Criterion(config.num_classes, change_epoch, weights, union=False)

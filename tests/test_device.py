@@ -23,7 +23,6 @@ from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.step import count_boxes, training_step
 from deimv2_tfg.training import DEIMV2, in_parts
 
-
 FAMILY = ("atto", "femto", "pico", "n", "l", "x")
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_criterion import assert_terms, load_reference, small_case
 from test_detector import noise, set_distance
 
+from deimv2_tfg.criterion import build_criterion
 from deimv2_tfg.detector import (
     Detector,
     DetectorConfig,
@@ -123,3 +125,31 @@ def test_every_trained_parameter_has_a_gradient(name):
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     still = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert len(still) == (2 + 1 + 12 if name == "l" else 2)
+
+
+@pytest.mark.parametrize("name, epoch", [("pico", 0), ("pico", 460), ("n", 0), ("n", 140)])
+def test_every_term_is_the_references(name, epoch):
+    outputs, targets, meta = load_reference(f"criterion_{name}_a")
+    change = {"pico": 450, "n": 136}[name]
+    criterion = build_criterion(getattr(DetectorConfig, name)(), change_epoch=change)
+    losses = criterion(outputs, targets, epoch)
+    assert len(losses) == {"pico": 27, "n": 37}[name]
+    assert_terms(losses, meta["losses"][f"epoch_{epoch}"], tolerance=1e-5)
+
+
+def test_own_matches_and_no_distributions():
+    """Numbers of this code when it agreed with the reference; no local term in any head."""
+    outputs, targets = small_case()
+    criterion = build_criterion(DetectorConfig.atto(num_classes=3), change_epoch=100)
+    frozen = json.loads((VECTORS.parent / "criterion_own.json").read_text())
+    assert len(frozen["epoch_0"]) == 27
+    for epoch in (0, 100):
+        assert_terms(criterion(outputs, targets, epoch), frozen[f"epoch_{epoch}"])
+
+
+def test_without_a_target_boxes_cost_nothing():
+    outputs, targets = small_case()
+    empty = [dict(t, labels=t["labels"][:0], boxes=t["boxes"][:0]) for t in targets]
+    plain = {k: v for k, v in outputs.items() if not k.startswith("dn_")}
+    losses = build_criterion(DetectorConfig.pico(num_classes=3))(plain, empty)
+    assert len(losses) == 15 and losses["loss_bbox_aux_0"] == 0 and losses["loss_mal"] > 0
