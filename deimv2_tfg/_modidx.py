@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                                                                        'deimv2_tfg/criterion.py'),
                                       'deimv2_tfg.criterion.box_losses': ('criterion.html#box_losses', 'deimv2_tfg/criterion.py'),
                                       'deimv2_tfg.criterion.box_overlap': ('criterion.html#box_overlap', 'deimv2_tfg/criterion.py'),
+                                      'deimv2_tfg.criterion.build_criterion': ('criterion.html#build_criterion', 'deimv2_tfg/criterion.py'),
                                       'deimv2_tfg.criterion.check_peaks': ('criterion.html#check_peaks', 'deimv2_tfg/criterion.py'),
                                       'deimv2_tfg.criterion.check_targets': ('criterion.html#check_targets', 'deimv2_tfg/criterion.py'),
                                       'deimv2_tfg.criterion.check_terms': ('criterion.html#check_terms', 'deimv2_tfg/criterion.py'),
