@@ -84,7 +84,7 @@ from deimv2_tfg.runs import (
 
 # %% ../nbs/04_training_stability.ipynb #imports-of-the-package
 from .batches import augmented, epoch_batches, share_of, size_of_step
-from .criterion import Criterion
+from .criterion import build_criterion
 from .data import load_dataset, photograph_cache, require_dataset
 from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
@@ -143,7 +143,8 @@ def _deimv2_blocks(model):
 
 # %% ../nbs/04_training_stability.ipynb #deimv2-losses
 def _deimv2_losses(config, num_classes):
-    criterion = Criterion(num_classes, change_epoch=round(config.matcher_change * config.epochs))
+    change = round(config.matcher_change * config.epochs)
+    criterion = build_criterion(DetectorConfig.named(config.model, num_classes), change)
 
     def losses(model, pixel_values, targets, epoch):
         outputs = model(pixel_values, targets=targets)
