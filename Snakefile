@@ -39,6 +39,7 @@ PROFILE = PROFILES[study.profile.name]
 GPU = int(config.get("gpu", 0))
 TRAINING = {
     "model": PROFILE.model,
+    "init": PROFILE.init,
     "image_size": PROFILE.image_size,
     "epochs": PROFILE.epochs,
     "batch_size": PROFILE.batch_size,

@@ -1070,6 +1070,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                                                                       'deimv2_tfg/pretraining.py'),
                                         'deimv2_tfg.pretraining.PretrainConfig': ( 'pretraining.html#pretrainconfig',
                                                                                    'deimv2_tfg/pretraining.py'),
+                                        'deimv2_tfg.pretraining.PretrainConfig.__post_init__': ( 'pretraining.html#pretrainconfig.__post_init__',
+                                                                                                 'deimv2_tfg/pretraining.py'),
                                         'deimv2_tfg.pretraining.Unlabelled': ('pretraining.html#unlabelled', 'deimv2_tfg/pretraining.py'),
                                         'deimv2_tfg.pretraining.Unlabelled.__getitem__': ( 'pretraining.html#unlabelled.__getitem__',
                                                                                            'deimv2_tfg/pretraining.py'),

@@ -276,13 +276,15 @@ FASTER_RCNN = Family(
 
 # %% ../nbs/06_baselines.ipynb #baseline-config
 def baseline_config(
-    study: Study, backbone: str, init="scratch", image_size: int | None = None, **changes
+    study: Study, backbone: str, init: str | None = None, image_size: int | None = None, **changes
 ) -> TrainConfig:
     """How a study's baseline is trained: its phase 1 with a recipe of its own.
 
+    init: None is ImageNet for lite0, and random weights for the others.
     image_size: another input size; the batch is made smaller as the area grows.
     """
     config = phase1_config(study)
+    init = init or ("imagenet" if backbone == "lite0" else "scratch")
     own = {"model": backbone, "init": init, "lr": 4e-4, "clip": 5.0}
     own["backbone_lr"] = 1.0 if init == "scratch" else 0.25
     if image_size and image_size != config.image_size:

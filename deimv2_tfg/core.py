@@ -38,15 +38,16 @@ class Profile:
     batch_size: int
     counts: tuple[int, int, int]  # images in train, val, test of the built-in data set
     synthetic_size: int  # side of a built-in photograph, pixels
-    lr: float  # learning rate at batch 32; higher where a small network starts from nothing
+    lr: float  # learning rate at batch 32; higher where a small network is trained
+    init: str = "scratch"  # where the weights begin
 
 
 PROFILES = {
     p.name: p
     for p in (
         Profile("smoke", "tiny", 64, 2, 4, (12, 6, 6), 64, 1e-3),
-        Profile("demo", "small", 128, 24, 8, (320, 48, 96), 160, 2e-3),
-        Profile("compact", "small", 192, 132, 16, (715, 102, 205), 320, 1e-3),
+        Profile("demo", "lite", 128, 12, 8, (320, 48, 96), 160, 6e-3, "imagenet"),
+        Profile("compact", "lite", 192, 132, 16, (715, 102, 205), 320, 3e-3, "imagenet"),
         Profile("thesis", "m", 640, 100, 16, (715, 102, 205), 640, 5e-4),
     )
 }

@@ -202,6 +202,10 @@ class PretrainConfig:
     num_workers: int = 0
     judged: str = ""  # a set in the thesis's layout whose test must stay unseen
 
+    def __post_init__(self):
+        if DetectorConfig.named(self.model).backbone != "vit":
+            raise ValueError(f"model={self.model!r} has no ViT to pre-train: s, m or small has")
+
 
 # %% ../nbs/09_pretraining.ipynb #find-pretraining
 def find_pretraining(config: PretrainConfig, files: list) -> Path:

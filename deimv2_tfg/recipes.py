@@ -375,7 +375,7 @@ def check_recipe(config: TrainConfig, images: int) -> list[str]:
         found.append(f"the EMA remembers {in_words(config.ema)}; {why}")
     linear = scaled_lr(dataclasses.replace(config, lr=5e-4, lr_rule="linear"))
     times = scaled_lr(config) / linear
-    if config.init != "scratch" and times > 4:
+    if config.init not in ("scratch", "imagenet") and times > 4:
         what = f"what the linear rule gives for a batch of {config.batch_size} ({linear:.1e})"
         found.append(f"the rate is {times:.0f} times {what}")
     return found
