@@ -691,6 +691,7 @@ def phase1_config(study: Study) -> TrainConfig:
         str(study_data(study)),
         str(study.runs),
         model=p.model,
+        init=p.init,
         image_size=p.image_size,
         epochs=p.epochs,
         batch_size=p.batch_size,
