@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'PICTURES', 'LEFTOVERS', 'KIND_FOLDERS', 'SPLIT_NAMES', 'NO_LABELS', 'coco_of', 'write_split',
-    'Item', 'Foreign', 'whole_size', 'photograph_size', 'balance', 'require_balance', 'key',
-    'split_of', 'files_of', 'by_key', 'PhotographIndex', 'VocFile', 'xml_root', 'read_voc_file',
-    'read_voc', 'read_lists', 'read_voc_set', 'write_voc', 'read_yolo', 'yolo_classes',
-    'read_yolo_set', 'write_yolo', 'coco_box', 'is_coco', 'read_coco_set', 'read_cvat',
-    'read_labelme',
+    'LEFTOVERS', 'MASK_WORDS', 'KIND_WORDS', 'SPLIT_NAMES', 'NO_LABELS', 'CVAT_SIDES',
+    'write_coco', 'write_split', 'Item', 'Foreign', 'whole_size', 'photograph_size', 'balance',
+    'require_balance', 'folder_words', 'key', 'split_of', 'files_of', 'by_key', 'PhotographIndex',
+    'pictures_by_key', 'VocFile', 'xml_root', 'read_voc_file', 'read_voc', 'read_lists',
+    'read_voc_set', 'write_voc', 'read_yolo', 'yolo_classes', 'read_yolo_set', 'write_yolo',
+    'coco_box', 'is_coco', 'read_coco_set', 'read_cvat', 'read_labelme',
 ]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
@@ -19,14 +19,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
 import yaml
 from defusedxml.ElementTree import parse as parse_xml
-from pycocotools import mask as coco_mask
 
 from deimv2_tfg.photographs import (
+    PICTURES,
     PhotographError,
     header_of,
     number,
@@ -36,13 +37,13 @@ from deimv2_tfg.photographs import (
     whole_number,
 )
 
+from .annotations import box_problem, mask_facts
 from .core import write_json
 from .data import SPLITS, annotation_file, load_dataset
+from .findings import ERROR, KINDS, box_numbers, id_key
+
 
 # %% ../nbs/01b_formats.ipynb #write-split
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-
-
 def _copy(file: Path, target: Path) -> None:
     """Copy a photograph; one that EXIF turns is written upright where `target` is a PNG."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,23 +53,37 @@ def _copy(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _annotation(box: tuple, ids: Mapping[str, int], image_id: int, number: int) -> dict:
+def _annotation(box: tuple, ids: Mapping[str, int], image_id: int, own: int) -> dict:
     """One COCO annotation of a box (class name, x, y, w, h) or (..., iscrowd)."""
     name, x, y, w, h, *crowd = box
-    one = {"id": number, "image_id": image_id, "category_id": ids[name], "bbox": [x, y, w, h]}
+    one = {"id": own, "image_id": image_id, "category_id": ids[name], "bbox": [x, y, w, h]}
     return one | {"area": w * h, "iscrowd": int(bool(crowd and crowd[0]))}
 
 
 # %% ../nbs/01b_formats.ipynb #write-coco
-def coco_of(names: list[str], sizes: list, boxes: list, ids: Mapping[str, int]) -> dict:
-    """The COCO json of photographs: file names, (width, height) and boxes of each."""
+def write_coco(
+    path: Path, photographs: list, boxes: list, classes: Iterable[str] | Mapping
+) -> Path:
+    """Write a COCO json, and its photographs to `images/` beside it.
+
+    The arguments are those of `write_split`.
+    """
+    ids = classes if isinstance(classes, Mapping) else {c: i for i, c in enumerate(classes)}
+    names = [p[3] if len(p) > 3 else Path(p[0]).name for p in photographs]
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise ValueError(f"{path.stem}: several photographs are named {', '.join(twice[:5])}")
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
-    for image_id, (name, (w, h), its) in enumerate(zip(names, sizes, boxes, strict=True), 1):
-        images.append({"id": image_id, "file_name": name, "width": w, "height": h})
+    for k, (name, (file, w, h, *_), its) in enumerate(
+        zip(names, photographs, boxes, strict=True), 1
+    ):
+        _copy(Path(file), path.parent / "images" / name)
+        images.append({"id": k, "file_name": name, "width": w, "height": h})
         for box in its:
-            annotations.append(_annotation(box, ids, image_id, len(annotations) + 1))
+            annotations.append(_annotation(box, ids, k, len(annotations) + 1))
     categories = [{"id": k, "name": name} for name, k in ids.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    return write_json(path, coco)
 
 
 # %% ../nbs/01b_formats.ipynb #write-split-2
@@ -81,16 +96,7 @@ def write_split(
     each a list of (class name, x, y, w, h) in pixels; `classes`: names in label order, or
     {name: category id}. Raises `ValueError` for two photographs of one name.
     """
-    ids = classes if isinstance(classes, Mapping) else {c: i for i, c in enumerate(classes)}
-    names = [p[3] if len(p) > 3 else Path(p[0]).name for p in photographs]
-    if twice := [name for name, n in Counter(names).items() if n > 1]:
-        raise ValueError(f"{split}: several photographs are named {', '.join(twice[:5])}")
-    path = annotation_file(root, split)
-    (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    for name, photograph in zip(names, photographs, strict=True):
-        _copy(Path(photograph[0]), path.parent / "images" / name)
-    sizes = [p[1:3] for p in photographs]
-    return write_json(path, coco_of(names, sizes, boxes, ids))
+    return write_coco(annotation_file(root, split), photographs, boxes, classes)
 
 
 # %% ../nbs/01b_formats.ipynb #item
@@ -117,6 +123,7 @@ LEFTOVERS = {
     "masks": "masks without a photograph",
     "unlisted": "photographs that are in no list",
     "small": "photographs that lose all their boxes, which are too small",
+    "inverted": "masks that mark most of their pixels, as inverted ones do",
 }
 
 
@@ -149,10 +156,18 @@ class Foreign:
         `declared`: the size that the annotation gives, where it gives one.
         """
         try:
-            return photograph_size(path, declared)
+            size = photograph_size(path, declared)
         except (PhotographError, ValueError) as error:
             self.problems.append(f"{self.named(path)}: {str(error).replace(f'{path}: ', '')}")
             return None
+        if header_of(path).frames > 1:
+            self.counts["photographs of several pages: the first is taken"] += 1
+        return size
+
+    def number_classes(self) -> None:
+        """Number the classes of the boxes by name, from 0."""
+        names = sorted({box[0] for item in self.items for box in item.boxes})
+        self.classes = {name: k for k, name in enumerate(names)}
 
 
 # %% ../nbs/01b_formats.ipynb #photograph-size
@@ -190,7 +205,8 @@ def balance(found: Foreign) -> list[str]:
     boxes = sum(len(item.boxes) for item in found.items)
     lines = [
         f"{found.format}: {len(found.items)} photographs, {with_boxes} with boxes, "
-        f"{len(found.items) - with_boxes} without; {boxes} boxes of {len(found.classes)} classes"
+        f"{len(found.items) - with_boxes} without; {boxes} boxes of {len(found.classes)} classes: "
+        + ", ".join(found.classes)
     ]
     lines += [f"{n} {what}" for what, n in found.counts.items()]
     for kind, files in found.left.items():
@@ -200,13 +216,14 @@ def balance(found: Foreign) -> list[str]:
 
 
 def _wrong_boxes(item: Item) -> list[str]:
-    """What is wrong with the boxes of a photograph: no class, no number, no area."""
+    """What the doctor would call an error of the boxes of a photograph, or of their classes."""
     wrong = []
     for name, *box in item.boxes:
+        kind, message = box_problem(box[:4], *item.size) or ("", "")
         if not name:
             wrong.append(f"box {box} has no class")
-        elif not np.isfinite(box[:4]).all() or min(box[2:4]) <= 0:
-            wrong.append(f"box {box} of {name} has no area")
+        elif kind and KINDS[kind][0] == ERROR:
+            wrong.append(f"{name}: {message}")
     return wrong
 
 
@@ -233,19 +250,21 @@ def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
 
 
 # %% ../nbs/01b_formats.ipynb #key
-KIND_FOLDERS = {
-    "images", "image", "jpegimages", "img", "labels", "label", "annotations", "annotation", "xmls",
-    "xml", "obj_train_data", "masks", "mask", "ground_truth", "segmentationclass",
+MASK_WORDS = {
+    "mask", "masks", "gt", "ground", "truth", "groundtruth", "lab", "label", "labels", "annotation",
+    "annotations", "seg", "segmentation", "segmentationclass", "segmentationobject",
 }  # fmt: skip
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+KIND_WORDS = MASK_WORDS | {
+    "images", "image", "img", "imgs", "jpegimages", "photographs", "obj", "data", "xml", "xmls",
+}  # fmt: skip
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val"}
+SPLIT_NAMES |= {"validation": "val", "test": "test", "testing": "test"}
+
+
+def folder_words(folder: str) -> list[str]:
+    """Words of a folder that only says a kind of file or a split; [] of any other."""
+    words = re.split(r"[\W_]+", folder.lower())
+    return words if all(word in KIND_WORDS or word in SPLIT_NAMES for word in words) else []
 
 
 def key(path: Path, root: Path) -> tuple[str, ...]:
@@ -253,8 +272,11 @@ def key(path: Path, root: Path) -> tuple[str, ...]:
     stem = path.stem
     if Path(stem).suffix.lower() in PICTURES:  # a.png.txt
         stem = Path(stem).stem
-    folders = [part.lower() for part in path.relative_to(root).parts[:-1]]
-    return (*(f for f in folders if f not in KIND_FOLDERS), stem)
+    own = []
+    for folder in path.relative_to(root).parts[:-1]:
+        words = folder_words(folder)
+        own += [SPLIT_NAMES[w] for w in words if w in SPLIT_NAMES] if words else [folder.lower()]
+    return (*own, stem)
 
 
 def split_of(path: Path, root: Path) -> str:
@@ -268,16 +290,20 @@ def split_of(path: Path, root: Path) -> str:
 
 # %% ../nbs/01b_formats.ipynb #files-of
 def files_of(root: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Files below a folder with these suffixes in any case; none whose name begins with a dot.
+    """Files below a folder with these suffixes in any case.
 
-    A link that leads out of the folder is left.
+    What is hidden (its name or a folder's begins with a dot), and a link that leads out, is left.
     """
     inside = root.resolve()
     found = []
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() not in suffixes or path.name.startswith((".", "__MACOSX")):
+        own = path.relative_to(root).parts
+        if path.suffix.lower() not in suffixes or any(p[0] == "." or p == "__MACOSX" for p in own):
             continue
         if path.is_file() and path.resolve().is_relative_to(inside):
+            if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+                shown = ascii(path.relative_to(root).as_posix())
+                raise ValueError(f"{shown}: its name is no UTF-8 text: rename it")
             found.append(path)
     return found
 
@@ -285,7 +311,7 @@ def files_of(root: Path, suffixes: Iterable[str]) -> list[Path]:
 def by_key(paths: Iterable[Path], root: Path) -> dict[tuple, Path]:
     """Files by their key. Raises `ValueError` for two of one key."""
     found = {}
-    for path in paths:
+    for path in sorted(paths):
         own = key(path, root)
         if own in found:
             raise ValueError(f"{path} and {found[own]} have one name: rename one")
@@ -310,7 +336,7 @@ class PhotographIndex:
 
         Raises `ValueError` where there is none, or several.
         """
-        parts = re.split(r"[\\/]+", name.strip().lower()) if isinstance(name, str) else []
+        parts = re.split(r"[\\/]+", unquote(name).strip().lower()) if isinstance(name, str) else []
         wanted = [part for part in parts if part not in ("", ".", "..")]
         tail = "/".join(wanted)
         folder = near.relative_to(self.root).as_posix().lower()
@@ -323,6 +349,16 @@ class PhotographIndex:
         if len(longest) != 1:
             raise ValueError(f"{name}: {'no' if not longest else 'more than one'} such photograph")
         return longest[0]
+
+
+# %% ../nbs/01b_formats.ipynb #pictures-of
+def pictures_by_key(found: Foreign) -> dict[tuple, Path]:
+    """The photographs of a set with boxes by their key; the masks of VOC are counted and left."""
+    pictures = files_of(found.root, PICTURES)
+    masks = [path for path in pictures if path.parent.name.lower().startswith("segmentation")]
+    if masks:
+        found.counts["masks beside the boxes: not read (format=masks reads them)"] = len(masks)
+    return by_key(set(pictures) - set(masks), found.root)
 
 
 # %% ../nbs/01b_formats.ipynb #read-voc
@@ -343,13 +379,12 @@ class VocFile:
         return found
 
 
-def _value(node, tag: str) -> float:
-    """A number of an XML node. Raises `ValueError` that names it."""
-    text = None if node is None else node.findtext(tag)
+def _finite(text: str | None, what: str) -> float:
+    """The number that a text of a file says. Raises `ValueError` that names it."""
     value = number(text)
     if value is None or not np.isfinite(value):
         said = "is missing" if text is None else f"is no number: {text!r}"
-        raise ValueError(f"{tag} {said}")
+        raise ValueError(f"{what} {said}")
     return int(value) if value.is_integer() else value
 
 
@@ -375,8 +410,8 @@ def read_voc_file(path: Path) -> VocFile:
             box = thing.find("bndbox")
             if box is None:
                 raise ValueError(f"object {name} has no bndbox")
-            corners = [_value(box, tag) for tag in ("xmin", "ymin", "xmax", "ymax")]
-            found.corners.append((name, *corners))
+            corners = ("xmin", "ymin", "xmax", "ymax")
+            found.corners.append((name, *(_finite(box.findtext(tag), tag) for tag in corners)))
             found.difficult += thing.findtext("difficult", "").strip() == "1"
     except ValueError as error:
         raise ValueError(f"{path}: not a Pascal VOC annotation ({error})") from None
@@ -425,7 +460,7 @@ def _listed_stem(line: str, stems: Mapping[str, Iterable]) -> str | None:
 def read_voc_set(root: str | Path) -> Foreign:
     """A Pascal VOC set: photographs, XML and lists in any folders, or side by side."""
     found = Foreign(Path(root), "Pascal VOC")
-    pictures = by_key(files_of(found.root, PICTURES), found.root)
+    pictures = pictures_by_key(found)
     labels = by_key(files_of(found.root, [".xml"]), found.root)
     read = {}
     for own, path in labels.items():
@@ -447,8 +482,7 @@ def read_voc_set(root: str | Path) -> Foreign:
             found.leave("unlisted", path)
             continue
         _add_voc(found, path, read.get(own), first, listed.get(own[-1]))
-    names = sorted({box[0] for item in found.items for box in item.boxes})
-    found.classes = {name: k for k, name in enumerate(names)}
+    found.number_classes()
     return found
 
 
@@ -534,8 +568,10 @@ def write_voc(root: str | Path, out: str | Path) -> Path:
 
 
 # %% ../nbs/01b_formats.ipynb #read-yolo
-def _yolo_box(values: list[float]) -> tuple[float, float, float, float]:
+def _yolo_box(values: list[float], keypoints: bool) -> tuple[float, float, float, float]:
     """(cx, cy, w, h) of the numbers of a line: a box, or the box around a polygon."""
+    if keypoints:
+        values = values[:4]
     if len(values) == 4:
         box = tuple(values)
     elif len(values) >= 6 and len(values) % 2 == 0:
@@ -550,10 +586,11 @@ def _yolo_box(values: list[float]) -> tuple[float, float, float, float]:
 
 
 # %% ../nbs/01b_formats.ipynb #read-yolo-2
-def read_yolo(text: str, width: int, height: int, classes) -> list[tuple]:
+def read_yolo(text: str, width: int, height: int, classes, keypoints: bool = False) -> list[tuple]:
     """The boxes of one YOLO file as (class, x, y, w, h) in pixels.
 
-    `classes`: names, or {number: name}. Raises `ValueError` that names the line.
+    `classes`: names, or {number: name}; `keypoints`: of a pose set, whose lines go on after the
+    box. Raises `ValueError` that names the line.
     """
     names = classes if isinstance(classes, Mapping) else dict(enumerate(classes))
     boxes = []
@@ -562,10 +599,10 @@ def read_yolo(text: str, width: int, height: int, classes) -> list[tuple]:
         if not words:
             continue
         try:
-            label, *values = [float(word) for word in words]
+            label, *values = [_finite(word, "it") for word in words]
             if label not in names:
                 raise ValueError(f"class {label:g} of {len(names)} has no name")
-            cx, cy, w, h = _yolo_box(values)
+            cx, cy, w, h = _yolo_box(values, keypoints)
         except ValueError as error:
             raise ValueError(f"line {place}: {line.strip()!r}: {error}") from None
         box = ((cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height)
@@ -576,9 +613,10 @@ def read_yolo(text: str, width: int, height: int, classes) -> list[tuple]:
 # %% ../nbs/01b_formats.ipynb #convert-yolo
 def _yaml(path: Path) -> dict:
     """The mapping of a yaml file; no tag of it is obeyed. Raises `ValueError`."""
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not readable as YAML ({error})") from None
     return content if isinstance(content, dict) else {}
 
@@ -591,12 +629,14 @@ def yolo_classes(root: str | Path) -> dict[int, str]:
     root = Path(root)
     for path in files_of(root, [".yaml", ".yml"]):
         names = _yaml(path).get("names")
-        if isinstance(names, dict) and all(isinstance(k, int) for k in names):
-            return {k: str(names[k]) for k in sorted(names)}
-        if isinstance(names, list):
-            return dict(enumerate(map(str, names)))
-        if names:
+        if not names:
+            continue
+        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        numbered = {whole_number(k): name for k, name in pairs}
+        plain = all(isinstance(name, (str, int, float)) for name in numbered.values())
+        if isinstance(names, str) or None in numbered or not plain:
             raise ValueError(f"{path}: names are neither a list nor numbered")
+        return {k: str(numbered[k]) for k in sorted(numbered)}
     for path in files_of(root, [".txt", ".names"]):
         if path.name.lower() in ("classes.txt", "obj.names"):
             lines = map(str.strip, read_text(path).splitlines())
@@ -631,8 +671,10 @@ def read_yolo_set(root: str | Path) -> Foreign:
     found.classes = {name: k for k, name in names.items()}
     if len(found.classes) < len(names):
         found.problems.append(f"two classes have one name: {', '.join(names.values())}")
-    pictures = by_key(files_of(found.root, PICTURES), found.root)
+    pictures = pictures_by_key(found)
     labels = _yolo_texts(found, pictures)
+    yamls = files_of(found.root, [".yaml", ".yml"])
+    keypoints = any("kpt_shape" in _yaml(path) for path in yamls)
     listed = read_lists(found, {own[-1]: path for own, path in pictures.items()})
     for own, path in pictures.items():
         size = found.sized(path)
@@ -641,7 +683,7 @@ def read_yolo_set(root: str | Path) -> Foreign:
         item = Item(path, size, split=listed.get(own[-1]) or split_of(path, found.root))
         if own in labels:
             try:
-                item.boxes = read_yolo(read_text(labels[own]), *size, names)
+                item.boxes = read_yolo(read_text(labels[own]), *size, names, keypoints)
             except ValueError as error:
                 found.problems.append(f"{found.named(labels[own])}: {error}")
         found.items.append(item)
@@ -697,76 +739,106 @@ def write_yolo(root: str | Path, out: str | Path) -> Path:
 
 
 # %% ../nbs/01b_formats.ipynb #coco-box
-def coco_box(annotation: dict) -> list[float]:
-    """[x, y, w, h] of an annotation, from its outline where it has no box. Raises `ValueError`."""
+def _turned(box: tuple, degrees: float) -> tuple:
+    """The box (x, y, w, h) around a box that is turned about its middle."""
+    x, y, w, h = box
+    turn = np.deg2rad(degrees)
+    wide = abs(w * np.cos(turn)) + abs(h * np.sin(turn))
+    high = abs(w * np.sin(turn)) + abs(h * np.cos(turn))
+    around = (x + (w - wide) / 2, y + (h - high) / 2, wide, high)
+    return tuple(round(float(side), 3) for side in around) if degrees else box
+
+
+def coco_box(annotation: dict, size: tuple) -> list[float]:
+    """[x, y, w, h] of an annotation of an image of `size` (width, height).
+
+    From its outline where it has no box; around it, where CVAT notes that it is turned. Raises
+    `ValueError`.
+    """
     box = annotation.get("bbox")
-    outline = annotation.get("segmentation")
-    if not box and isinstance(outline, list) and outline:
-        points = np.concatenate([np.reshape(part, (-1, 2)) for part in outline])
-        low = points.min(0)
-        box = [*low.tolist(), *(points.max(0) - low).tolist()]
-    if not box and isinstance(outline, dict):
-        if isinstance(outline["counts"], list):
-            outline = coco_mask.frPyObjects(outline, *outline["size"])
-        box = coco_mask.toBbox(outline).tolist()
-    values = [number(v) for v in box or []]
-    if len(values) != 4 or None in values or not np.isfinite(values).all():
+    if not box and annotation.get("segmentation"):
+        box, _ = mask_facts(annotation["segmentation"], size) or (None, 0)
+    values = box_numbers(box)
+    if values is None or not np.isfinite(values).all():
         raise ValueError(f"annotation {annotation.get('id')}: box {box} is not four numbers")
-    if min(values[2:]) <= 0:
-        raise ValueError(f"annotation {annotation.get('id')}: box {box} has no area")
+    attributes = annotation.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else 0
+    values = _turned(values, number(rotation) or 0)
     return [int(v) if v.is_integer() else v for v in values]
 
 
 def is_coco(content) -> bool:
-    """Whether a json's content is a COCO data set."""
-    return isinstance(content, dict) and all(
-        isinstance(content.get(name), list) for name in ("images", "annotations", "categories")
-    )
+    """Whether a json's content is a COCO data set; no annotations, or null, are none."""
+    if not isinstance(content, dict):
+        return False
+    content["annotations"] = content.get("annotations") or []
+    names = ("images", "annotations", "categories")
+    return all(isinstance(content.get(name), list) for name in names)
 
 
 # %% ../nbs/01b_formats.ipynb #coco-classes
-def _coco_names(found: Foreign, coco: dict) -> dict:
+def _by_id(found: Foreign, path: Path, entries: list, what: str) -> dict:
+    """{id: entry} of a json's images or categories; one that has no id, or another's, is wrong."""
+    by_id = {}
+    for entry in entries:
+        own = id_key(entry.get("id")) if isinstance(entry, dict) else None
+        if own is None or own == "None" or own in by_id:
+            found.problems.append(f"{found.named(path)}: {what} {entry}: no id, or one given twice")
+        else:
+            by_id[own] = entry
+    return by_id
+
+
+def _coco_names(found: Foreign, path: Path, coco: dict) -> dict:
     """{category id: name} of the categories with objects of their own; ids as text are numbers."""
-    used = {str(a.get("category_id")) for a in coco["annotations"]}
-    parents = {c.get("supercategory") for c in coco["categories"]}
+    categories = _by_id(found, path, coco["categories"], "category")
+    used = {id_key(a.get("category_id")) for a in coco["annotations"] if isinstance(a, dict)}
+    parents = {str(c.get("supercategory")) for c in categories.values()}
     names = {}
-    for category in coco["categories"]:
-        name = str(category["name"])
-        if str(category["id"]) not in used and name in parents and len(coco["categories"]) > 1:
+    for own, category in categories.items():
+        name = str(category.get("name") or "")
+        if own not in used and name in parents and len(categories) > 1:
             found.counts[f"category {name!r}, parent of others without objects: left out"] = 1
             continue
-        names[str(category["id"])] = name
-        wanted = int(number(category["id"]) or 0)
+        names[own] = name
+        wanted = own if isinstance(own, int) else len(found.classes)
         if found.classes.setdefault(name, wanted) != wanted:
             found.problems.append(f"class {name!r} has two ids: {found.classes[name]}, {wanted}")
     return names
 
 
 # %% ../nbs/01b_formats.ipynb #add-coco
-def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) -> None:
-    """Add the photographs of one COCO json."""
-    names = _coco_names(found, coco)
+def _coco_boxes(found: Foreign, path: Path, coco: dict, images: dict) -> dict:
+    """{image id: boxes} of a COCO json."""
+    names = _coco_names(found, path, coco)
     boxes = defaultdict(list)
     for annotation in coco["annotations"]:
         try:
-            name = names[str(annotation.get("category_id"))]
-            crowd = bool(annotation.get("iscrowd"))
-            box = (name, *coco_box(annotation), *([True] if crowd else []))
-            boxes[str(annotation["image_id"])].append(box)
-        except (KeyError, TypeError, ValueError) as error:
-            found.problems.append(f"{found.named(path)}: {error}")
-    for image in coco["images"]:
+            image, category = (id_key(annotation[k]) for k in ("image_id", "category_id"))
+            if image not in images or category not in names:
+                raise ValueError(f"no image {image}, or no category {category}")
+            size = whole_size(images[image].get("width"), images[image].get("height"))
+            box = coco_box(annotation, size or (0, 0))
+            crowd = [True] if annotation.get("iscrowd") else []
+            boxes[image].append((names[category], *box, *crowd))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found.problems.append(f"{found.named(path)}: annotation {annotation}: {error}"[:300])
+    return boxes
+
+
+def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) -> None:
+    """Add the photographs of one COCO json."""
+    images = _by_id(found, path, coco["images"], "image")
+    boxes = _coco_boxes(found, path, coco, images)
+    for own, image in images.items():
         try:
-            photograph = index.find(str(image["file_name"]), path.parent)
-        except (KeyError, ValueError) as error:
+            photograph = index.find(image.get("file_name"), path.parent)
+        except ValueError as error:
             found.problems.append(f"{found.named(path)}: {error}")
             continue
         size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
         if size is not None:
-            own = boxes.pop(str(image.get("id")), [])
-            found.items.append(Item(photograph, size, own, split_of(path, found.root)))
-    for image_id, lost in boxes.items():
-        found.problems.append(f"{found.named(path)}: {len(lost)} boxes of no image {image_id}")
+            found.items.append(Item(photograph, size, boxes[own], split_of(path, found.root)))
 
 
 # %% ../nbs/01b_formats.ipynb #read-coco-set
@@ -801,23 +873,31 @@ def _around(points: Iterable) -> tuple[float, float, float, float]:
     return tuple(float(v) for v in (*low, *(points.max(0) - low)))
 
 
+CVAT_SIDES = {
+    "box": ("xtl", "ytl", "xbr", "ybr"),
+    "mask": ("left", "top", "width", "height"),
+    "ellipse": ("cx", "cy", "rx", "ry"),
+}
+
+
 def _cvat_box(shape) -> tuple[float, float, float, float]:
     """The box of a shape of CVAT's XML. Raises `ValueError` for a kind that has none."""
-    if shape.tag == "box":
-        x0, y0, x1, y1 = (float(shape.get(side)) for side in ("xtl", "ytl", "xbr", "ybr"))
-        return x0, y0, x1 - x0, y1 - y0
     if shape.tag in ("polygon", "polyline"):
-        return _around(p.split(",") for p in shape.get("points").split(";"))
+        points = [p.split(",") for p in (shape.get("points") or "").split(";")]
+        return _around([[_finite(v, "points") for v in point] for point in points])
+    if shape.tag not in CVAT_SIDES:
+        raise ValueError(f"a {shape.tag} has no box")
+    a, b, c, d = (_finite(shape.get(side), side) for side in CVAT_SIDES[shape.tag])
     if shape.tag == "mask":
-        return tuple(float(shape.get(side)) for side in ("left", "top", "width", "height"))
-    raise ValueError(f"a {shape.tag} has no box")
+        return a, b, c, d
+    box = (a, b, c - a, d - b) if shape.tag == "box" else (a - c, b - d, 2 * c, 2 * d)
+    return _turned(box, _finite(shape.get("rotation", "0"), "rotation"))
 
 
 # %% ../nbs/01b_formats.ipynb #read-cvat-2
 def _finish_tool(found: Foreign, index: PhotographIndex) -> None:
     """Classes by name, and photographs that no annotation names."""
-    names = sorted({box[0] for item in found.items for box in item.boxes})
-    found.classes = {name: k for k, name in enumerate(names)}
+    found.number_classes()
     used = {item.path for item in found.items}
     for path in index.paths:
         if path not in used:
@@ -877,8 +957,8 @@ def read_labelme(root: str | Path) -> Foreign:
             continue
         try:
             photograph = index.find(content["imagePath"], path.parent)
-            boxes = [(str(s["label"]), *_labelme_box(s)) for s in content["shapes"]]
-        except (KeyError, TypeError, ValueError) as error:
+            boxes = [(str(s["label"] or ""), *_labelme_box(s)) for s in content["shapes"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             found.problems.append(f"{found.named(path)}: {error}")
             continue
         declared = whole_size(content.get("imageWidth"), content.get("imageHeight"))

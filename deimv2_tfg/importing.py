@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = [
-    'FEW_VALUES', 'VOID', 'MASK_FOLDERS', 'MASK_ENDING', 'SOUND', 'READERS', 'SHARES',
-    'mask_values', 'is_smooth', 'marked', 'mask_parts', 'mask_boxes', 'mask_key', 'split_masks',
-    'value_names', 'MaskReader', 'read_masks', 'number_classes', 'read_folders', 'format_of',
-    'every_nth', 'fill_split', 'groups_of_items', 'deal_items', 'settle_splits', 'write_items',
-    'write_one_piece', 'read_foreign', 'import_dataset',
+    'FEW_VALUES', 'VOID', 'MASK_ENDING', 'SOUND', 'READERS', 'SHARES', 'mask_values', 'is_smooth',
+    'marked', 'mask_parts', 'mask_boxes', 'mask_key', 'split_masks', 'value_names', 'MaskReader',
+    'read_masks', 'read_folders', 'format_of', 'every_nth', 'fill_split', 'looks_of',
+    'groups_of_items', 'deal_items', 'settle_splits', 'write_items', 'read_foreign',
+    'import_dataset',
 ]  # fmt: skip
 
 # %% ../nbs/01f_importing.ipynb #imp-imports
 import re
-import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,13 @@ from PIL import Image
 from scipy import ndimage
 
 from deimv2_tfg.formats import (
-    PICTURES,
+    MASK_WORDS,
     SPLIT_NAMES,
     Foreign,
     Item,
     balance,
-    coco_of,
     files_of,
+    folder_words,
     is_coco,
     key,
     read_coco_set,
@@ -41,21 +40,21 @@ from deimv2_tfg.formats import (
     read_yolo_set,
     require_balance,
     split_of,
-    write_split,
+    write_coco,
     xml_root,
     yolo_classes,
 )
 from deimv2_tfg.photographs import (
+    PICTURES,
+    Photograph,
     header_of,
     look_at_all,
     read_json_file,
-    read_photograph,
     read_text,
 )
 
 from .copies import clusters, copies_by_name, same_pairs
-from .core import write_json
-from .data import SPLITS
+from .data import SPLITS, annotation_file
 from .splits import deal
 
 # %% ../nbs/01f_importing.ipynb #mask-values
@@ -79,7 +78,7 @@ def mask_values(path: Path) -> np.ndarray:
         alpha = np.asarray(image.getchannel("A"))
         if alpha.min() < alpha.max():
             return alpha
-    if image.mode in ("1", "L", "P", "I", "I;16"):
+    if image.mode[0] in "1LPIF" and image.mode not in ("LA", "PA", "LAB"):
         values = np.asarray(image).astype(int)
         is_void = (image.mode == "P") & (values == VOID)
         return np.where(is_void, 0, values)
@@ -136,7 +135,6 @@ def mask_boxes(mask: np.ndarray, min_pixels: int = 12, merge: int = 6) -> list[t
 
 
 # %% ../nbs/01f_importing.ipynb #is-mask
-MASK_FOLDERS = {"masks", "mask", "ground_truth", "segmentationclass", "labels", "annotations"}
 MASK_ENDING = re.compile(r"[-_ ](mask|gt|label)$", re.I)
 SOUND = {"good", "ok", "normal", "free", "none", "background", "negative", "no_defect", "sound"}
 
@@ -153,9 +151,10 @@ def split_masks(paths: Sequence[Path], root: Path) -> tuple[list[Path], list[Pat
     others = {p.with_suffix("") for p in paths if p.suffix.lower() != ".png"}
     masks = []
     for path in paths:
-        folders = {part.lower() for part in path.relative_to(root).parts[:-1]}
+        folders = path.relative_to(root).parts[:-1]
+        in_folder = any(MASK_WORDS.intersection(folder_words(folder)) for folder in folders)
         beside = path.suffix.lower() == ".png" and path.with_suffix("") in others
-        if folders & MASK_FOLDERS or MASK_ENDING.search(path.stem) or beside:
+        if in_folder or MASK_ENDING.search(path.stem) or beside:
             masks.append(path)
     chosen = set(masks)
     return [path for path in paths if path not in chosen], masks
@@ -204,8 +203,23 @@ class MaskReader:
     min_pixels: int
     merge: int
     whole: str
-    names: dict[int, str]  # of the values of masks in no class's folder
-    smooth: set[str]  # folders with smoothed masks; "": of no class
+    classes: Sequence[str] = ()  # names of the values of masks; folders are then no classes
+    names: dict[int, str] = field(default_factory=dict)  # {value: class} of those
+    smooth: set[str] = field(default_factory=set)  # folders with smoothed masks; "": of no class
+
+    def folder(self, path: Path) -> str:
+        """The folder that says the class of a photograph; "" where none does."""
+        is_class = len(mask_key(path, self.found.root)) > 1 and not self.classes
+        return path.parent.name if is_class else ""
+
+    def prepare(self, masks: Mapping[Path, Path]) -> None:
+        """Find how the masks of each folder are to be read, from all ({photograph: mask})."""
+        by_folder = defaultdict(list)
+        for path, mask in masks.items():
+            by_folder[self.folder(path)].append(mask)
+        self.smooth = {folder for folder, its in by_folder.items() if is_smooth(its)}
+        if by_folder[""]:
+            self.names = value_names(self.found.root, by_folder[""], self.classes)
 
     def boxes(self, mask: Path, folder: str) -> list[tuple]:
         """(class, x, y, w, h) of the parts of a mask that are large enough."""
@@ -215,6 +229,8 @@ class MaskReader:
             layers = {self.names[VOID]: layers[folder]}
         elif not folder:
             layers = {name: values == value for value, name in self.names.items()}
+        if values.any() and (sum(layers.values()) > 0).mean() > 0.5:
+            self.found.leave("inverted", mask)
         boxes = []
         for name, layer in layers.items():
             for box, size in mask_parts(layer, self.merge):
@@ -231,8 +247,7 @@ class MaskReader:
 
     def add(self, path: Path, mask: Path | None) -> None:
         """Add a photograph with its mask, or without one."""
-        folders = mask_key(path, self.found.root)[:-1]
-        folder = path.parent.name if folders else ""
+        folder = self.folder(path)
         declared = tuple(header_of(mask).size) if mask else None
         size = self.found.sized(path, declared)
         if size is None:
@@ -262,14 +277,16 @@ def read_masks(
     """A set of photographs with masks.
 
     `whole`: a class whose photographs have one box around the whole picture; `classes`: names of
-    the values of masks that hold several classes, in order.
+    the values of masks, in order; folders then name none.
     """
     found = Foreign(Path(root), "masks")
-    photographs, masks = split_masks(files_of(found.root, PICTURES), found.root)
+    files = files_of(found.root, PICTURES)
+    files = [path for path in files if path.parent.name.lower() != "segmentationobject"]
+    photographs, masks = split_masks(files, found.root)
     by_key = defaultdict(list)
     for path in photographs:
         by_key[mask_key(path, found.root)].append(path)
-    of_photograph, by_folder = {}, defaultdict(list)
+    of_photograph = {}
     for mask in masks:
         own = mask_key(mask, found.root)
         same = [p for p in by_key[own] if p.parent.name != "good"] or by_key[own]
@@ -282,20 +299,14 @@ def read_masks(
             found.problems.append(f"{found.named(mask)}: {error}")
             continue
         of_photograph[same[0]] = mask
-        by_folder[same[0].parent.name if len(own) > 1 else ""].append(mask)
-    smooth = {folder for folder, its in by_folder.items() if is_smooth(its)}
-    names = value_names(found.root, by_folder[""], classes) if by_folder[""] else {}
-    reader = MaskReader(found, min_pixels, merge, whole, names, smooth)
+    reader = MaskReader(found, min_pixels, merge, whole, classes)
+    reader.prepare(of_photograph)
     for path in photographs:
         reader.add(path, of_photograph.get(path))
-    number_classes(found)
+    if 2 * len(found.left["inverted"]) <= len(of_photograph):  # some defects are that large
+        del found.left["inverted"]
+    found.number_classes()
     return found
-
-
-def number_classes(found: Foreign) -> None:
-    """Number the classes of the boxes by name, from 0."""
-    names = sorted({box[0] for item in found.items for box in item.boxes})
-    found.classes = {name: k for k, name in enumerate(names)}
 
 
 # %% ../nbs/01f_importing.ipynb #read-folders
@@ -308,7 +319,7 @@ def read_folders(root: str | Path) -> Foreign:
             box = (path.parent.name, 0, 0, *size)
             sound = path.parent.name.lower() in SOUND
             found.items.append(Item(path, size, [] if sound else [box], split_of(path, found.root)))
-    number_classes(found)
+    found.number_classes()
     return found
 
 
@@ -348,6 +359,8 @@ def format_of(source: str | Path) -> str:
     source = Path(source)
     if source.is_file() and source.suffix.lower() == ".json":
         return "coco"
+    if source.is_file():
+        raise ValueError(f"{source} is a file: unpack an archive first, and name its folder")
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a directory")
     if xmls := files_of(source, [".xml"]):
@@ -390,18 +403,27 @@ def fill_split(items: list[Item], split: str, share: float) -> None:
 
 
 # %% ../nbs/01f_importing.ipynb #groups-of-items
-def groups_of_items(items: Sequence[Item], by: Iterable[str] = ("look", "name")) -> np.ndarray:
+def looks_of(found: Foreign) -> list[Photograph]:
+    """One look at each photograph; one that cannot be decoded to its end is a problem."""
+    looks = look_at_all([item.path for item in found.items])
+    for seen in looks:
+        if seen.problem:
+            found.problems.append(f"{found.named(seen.path)}: {seen.message}")
+    return looks
+
+
+def groups_of_items(looks: Sequence[Photograph], by: Iterable[str] = ("look", "name")):
     """Group number (n,) of each photograph: those that must stay together have one."""
     joined = []
     if "look" in by:
-        pairs = same_pairs(look_at_all([item.path for item in items]))
+        pairs = same_pairs(looks)
         joined += zip(pairs["a"].tolist(), pairs["b"].tolist(), strict=True)
     if "name" in by:
-        names = [item.path.name for item in items]
+        names = [seen.path.name for seen in looks]
         originals = copies_by_name(names)
         place = {name: k for k, name in enumerate(names)}
         joined += [(place[copy], place[original]) for copy, original in originals.items()]
-    return clusters(len(items), joined)
+    return clusters(len(looks), joined)
 
 
 def _class_counts(items: Sequence[Item], groups: np.ndarray, classes: dict) -> np.ndarray:
@@ -418,9 +440,11 @@ def _class_counts(items: Sequence[Item], groups: np.ndarray, classes: dict) -> n
 SHARES = (0.7, 0.1, 0.2)
 
 
-def deal_items(found: Foreign, by: Iterable[str] = ("look", "name"), seed: int = 0) -> None:
-    """Give each photograph a split, in place. Raises `ValueError` where a split would be empty."""
-    groups = groups_of_items(found.items, by)
+def deal_items(found: Foreign, groups: np.ndarray, seed: int = 0) -> None:
+    """Give each photograph a split, in place, whole groups (n,) together.
+
+    Raises `ValueError` where a split would be empty.
+    """
     counts = _class_counts(found.items, groups, found.classes)
     given = deal(counts, SHARES, seed)
     for item, group in zip(found.items, groups, strict=True):
@@ -434,11 +458,16 @@ def deal_items(found: Foreign, by: Iterable[str] = ("look", "name"), seed: int =
 
 
 # %% ../nbs/01f_importing.ipynb #settle-splits
-def settle_splits(found: Foreign, by: Iterable[str] = ("look", "name"), seed: int = 0) -> None:
-    """Give every photograph a split: its own, or a dealt one."""
+def settle_splits(
+    found: Foreign,
+    looks: Sequence[Photograph],
+    by: Iterable[str] = ("look", "name"),
+    seed: int = 0,
+) -> None:
+    """Give every photograph a split: its own, or a dealt one; `looks`: of each photograph."""
     named = Counter(item.split for item in found.items if item.split)
     if len(named) < 2:
-        deal_items(found, by, seed)
+        deal_items(found, groups_of_items(looks, by), seed)
         found.counts["photographs dealt 70 : 10 : 20, those that show the same together"] += len(
             found.items
         )
@@ -464,36 +493,22 @@ def _distinct_names(found: Foreign) -> None:
             item.name = found.named(item.path).replace("/", "__")
 
 
-def write_items(found: Foreign, out: Path, splits: Iterable[str] = SPLITS) -> None:
-    """Write the splits of a set to a folder."""
-    for split in splits:
+def write_items(found: Foreign, out: Path) -> None:
+    """Write the splits of a set; one without splits as `annotations.json`, for `split` to deal."""
+    for split in sorted({item.split for item in found.items}):
         items = [item for item in found.items if item.split == split]
         photographs = [(item.path, *item.size, item.file_name()) for item in items]
-        write_split(out, split, photographs, [item.boxes for item in items], found.classes)
+        path = annotation_file(out, split) if split else out / "annotations.json"
+        write_coco(path, photographs, [item.boxes for item in items], found.classes)
 
 
-def write_one_piece(found: Foreign, out: Path) -> None:
-    """`images/` and `annotations.json`, for `split` to deal."""
-    (out / "images").mkdir()
-    for item in found.items:
-        target = out / "images" / item.file_name()
-        if item.file_name() == (item.name or item.path.name):
-            shutil.copyfile(item.path, target)
-        else:
-            read_photograph(item.path).save(target)
-    names = [item.file_name() for item in found.items]
-    sizes = [item.size for item in found.items]
-    coco = coco_of(names, sizes, [item.boxes for item in found.items], found.classes)
-    write_json(out / "annotations.json", coco)
-
-
-def _write_whole(found: Foreign, out: Path, one_piece: bool) -> None:
+def _write_whole(found: Foreign, out: Path) -> None:
     """Write a set beside its place and move it there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
         made = Path(beside) / "set"
         made.mkdir()
-        write_one_piece(found, made) if one_piece else write_items(found, made)
+        write_items(found, made)
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -538,7 +553,7 @@ def import_dataset(
     once, `FileExistsError` where `out` is not empty, before anything is written.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty: choose another folder")
     kind = format or format_of(source)
     options = {}
@@ -548,10 +563,14 @@ def import_dataset(
     if kind == "coco" and photographs:
         options = {"photographs": photographs}
     found = read_foreign(source, kind, **options)
-    if not found.problems and found.items and not one_piece:
-        settle_splits(found, _words(by), seed)
+    looks = looks_of(found)
+    if one_piece:
+        for item in found.items:
+            item.split = ""
+    elif not found.problems and found.items:
+        settle_splits(found, looks, _words(by), seed)
     print("\n".join(balance(found)))
     require_balance(found, _words(allow))
     _distinct_names(found)
-    _write_whole(found, out, one_piece)
+    _write_whole(found, out)
     return out

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'WHOLE', 'DECIMAL', 'WAYS_OUT', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP', 'LARGE', 'read_text',
-    'read_json_file', 'whole_number', 'number', 'safe_path', 'PhotographError', 'read_photograph',
-    'Photograph', 'header_of', 'thumbnail_of', 'pixel_facts', 'look_at', 'look_at_all',
+    'WHOLE', 'DECIMAL', 'PICTURES', 'WAYS_OUT', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP', 'LARGE',
+    'read_text', 'read_json_file', 'whole_number', 'number', 'safe_path', 'PhotographError',
+    'read_photograph', 'Photograph', 'header_of', 'thumbnail_of', 'pixel_facts', 'look_at',
+    'look_at_all',
 ]  # fmt: skip
 
 # %% ../nbs/00a_photographs.ipynb #imports
@@ -53,6 +54,10 @@ def read_json_file(path):
         raise ValueError(f"{path}: not valid JSON at {place}: {e.msg}") from None
     except RecursionError:
         raise ValueError(f"{path}: not valid JSON: nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(
+            str(e) if str(path) in str(e) else f"{path}: not valid JSON: {e}"
+        ) from None
 
 
 # %% ../nbs/00a_photographs.ipynb #whole-number
@@ -108,6 +113,7 @@ def safe_path(folder, name) -> Path:
 
 
 # %% ../nbs/00a_photographs.ipynb #photograph-error
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 WAYS_OUT = {  # what the reader refuses, by the doctor's names
     "photo-empty": "copy the file again",
     "photo-unreadable": "copy the file again, or take it out",
@@ -235,6 +241,15 @@ class Photograph:
     thumbnail: np.ndarray | None = None  # (64, 64) uint8
 
 
+# %% ../nbs/00a_photographs.ipynb #look
+def _frames(image) -> int:
+    """Pages or frames of a file; 1 where those after the first are damaged."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:
+        return 1
+
+
 # %% ../nbs/00a_photographs.ipynb #header-of
 @lru_cache(maxsize=500_000)
 def _header(path, size, changed) -> Photograph:
@@ -243,7 +258,9 @@ def _header(path, size, changed) -> Photograph:
     try:
         with Image.open(path) as image:
             facts = {"format": image.format, "mode": image.mode, "size": image.size}
-            return Photograph(path, deep=_deep(image), orientation=_orientation(image), **facts)
+            facts |= {"deep": _deep(image), "orientation": _orientation(image)}
+            pages = _frames(image) if image.format == "TIFF" else 1  # others decode to count
+            return Photograph(path, frames=pages, **facts)
     except Exception as e:  # see `read_photograph`
         return Photograph(path, *_refusal(e, opened=False))
 
@@ -301,15 +318,6 @@ def pixel_facts(image) -> dict:
 # %% ../nbs/00a_photographs.ipynb #look-at
 LARGE = 2**25  # pixels from which photographs are opened one at a time
 _one_large = Lock()
-
-
-# %% ../nbs/00a_photographs.ipynb #look
-def _frames(image) -> int:
-    """Pages or frames of a file; 1 where those after the first are damaged."""
-    try:
-        return getattr(image, "n_frames", 1)
-    except Exception:
-        return 1
 
 
 # %% ../nbs/00a_photographs.ipynb #look-2

@@ -188,6 +188,7 @@ def mask_of(kind, path):
     image.save(path)
 
 
+@pytest.mark.finding("data.md:I1", "data.md:I2", "data.md:I2b")
 @pytest.mark.parametrize("kind", ["1", "7", "255", "palette", "red", "alpha", "bilevel"])
 @pytest.mark.parametrize("ending", [".png", ".PNG", "_mask.png"])
 def test_any_mask_that_is_not_empty_is_a_defect(tmp_path, kind, ending):
@@ -197,6 +198,7 @@ def test_any_mask_that_is_not_empty_is_a_defect(tmp_path, kind, ending):
     assert all_patches(import_dataset(tmp_path / "in", tmp_path / "out"), 10, "Crack")
 
 
+@pytest.mark.finding("data.md:I1b")
 def test_classes_whose_masks_differ_in_kind_all_stay(tmp_path):
     for k in range(10):
         for name, kind in (("Crack", "1"), ("Hole", "255")):
@@ -206,6 +208,7 @@ def test_classes_whose_masks_differ_in_kind_all_stay(tmp_path):
     assert {box[1] for box in photographs(out)[1]} == {"Crack", "Hole"}
 
 
+@pytest.mark.finding("data.md:I2b")
 def test_a_photograph_whose_mask_is_missing_is_refused(tmp_path):
     for k in range(10):
         photograph(tmp_path / "in" / "Crack" / f"{k}.jpg", k)
@@ -218,6 +221,7 @@ def test_a_photograph_whose_mask_is_missing_is_refused(tmp_path):
     assert [len(part) for part in photographs(out)] == [10, 9]
 
 
+@pytest.mark.finding("data.md:I2b")
 def test_a_mask_without_photograph_is_refused(tmp_path):
     for k in range(10):
         photograph(tmp_path / "in" / "Crack" / f"{k}.jpg", k)
@@ -227,6 +231,7 @@ def test_a_mask_without_photograph_is_refused(tmp_path):
         import_dataset(tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.finding("data.md:I8")
 def test_small_parts_are_counted_and_no_photograph_turns_good_in_silence(tmp_path, capsys):
     for k in range(10):
         photograph(tmp_path / "in" / "Crack" / f"{k}.jpg", k)
@@ -242,6 +247,7 @@ def test_small_parts_are_counted_and_no_photograph_turns_good_in_silence(tmp_pat
     assert len(photographs(out)[1]) == 19
 
 
+@pytest.mark.finding("data.md:I1")
 def test_values_that_say_no_class_are_named(tmp_path):
     for k in range(10):
         photograph(tmp_path / "in" / "images" / f"{k}.jpg", k)
@@ -313,6 +319,7 @@ def yolo_set(root, place, label, n=10, names="names: [crack]\n"):
     return root
 
 
+@pytest.mark.finding("data.md:I2", "data.md:I3", "data.md:I4", "data.md:G3")
 @pytest.mark.parametrize(
     "place, label",
     [
@@ -331,6 +338,7 @@ def test_yolo_layouts_that_name_no_splits_are_dealt(tmp_path, place, label):
     assert all_patches(import_dataset(root, tmp_path / "out"), 10)
 
 
+@pytest.mark.finding("data.md:G3")
 def test_yolo_by_list_files(tmp_path):
     names = "train: train.txt\nval: val.txt\ntest: test.txt\nnames: [crack]\n"
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt", 10, names)
@@ -344,6 +352,7 @@ def test_yolo_by_list_files(tmp_path):
     assert sizes == {"train": 6, "val": 2, "test": 2}
 
 
+@pytest.mark.finding("data.md:G4")
 def test_yolo_without_test_takes_it_from_train(tmp_path):
     root = tmp_path / "in"
     yolo_set(root, "images/train/{0}.png", "labels/train/{0}.txt", 20)
@@ -355,6 +364,7 @@ def test_yolo_without_test_takes_it_from_train(tmp_path):
     assert {split: len(found[split][0]) for split in SPLITS} == {"train": 16, "val": 2, "test": 4}
 
 
+@pytest.mark.finding("data.md:I5")
 def test_yolo_s_numbers_are_kept(tmp_path):
     names = "names: {1: crack, 2: hole}\n"
     root = yolo_set(tmp_path / "in", "{0}.png", "{0}.txt", 10, names)
@@ -368,6 +378,7 @@ def test_yolo_s_numbers_are_kept(tmp_path):
     assert categories == [{"id": 1, "name": "crack"}, {"id": 2, "name": "hole"}]
 
 
+@pytest.mark.finding("data.md:I3")
 def test_label_files_that_match_nothing_are_refused(tmp_path):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt")
     (root / "labels" / "0.txt").rename(root / "labels" / "nobody.txt")
@@ -377,6 +388,7 @@ def test_label_files_that_match_nothing_are_refused(tmp_path):
     assert [len(part) for part in photographs(out)] == [10, 9]
 
 
+@pytest.mark.finding("data.md:I3")
 def test_a_set_without_any_label_is_refused(tmp_path):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt")
     shutil.rmtree(root / "labels")
@@ -384,6 +396,7 @@ def test_a_set_without_any_label_is_refused(tmp_path):
         import_dataset(root, tmp_path / "out")
 
 
+@pytest.mark.finding("data.md:I3")
 def test_the_balance_is_printed(tmp_path, capsys):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt")
     (root / "labels" / "0.txt").unlink()
@@ -393,6 +406,7 @@ def test_the_balance_is_printed(tmp_path, capsys):
     assert "1 photographs without a text file: no object on them" in printed
 
 
+@pytest.mark.finding("data.md:B2", "data.md:G3")
 @pytest.mark.parametrize("name", ["classes.txt", "labels/classes.txt", "obj.names"])
 def test_class_names_in_a_text_file(tmp_path, name):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt", names="")
@@ -401,6 +415,7 @@ def test_class_names_in_a_text_file(tmp_path, name):
     assert all_patches(import_dataset(root, tmp_path / "out"), 10)
 
 
+@pytest.mark.finding("data.md:B2")
 def test_byte_order_marks_are_no_text(tmp_path):
     names = "\ufefftrain: train.txt\nnames: [crack]\n"
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt", 10, names)
@@ -411,6 +426,7 @@ def test_byte_order_marks_are_no_text(tmp_path):
     assert all_patches(import_dataset(root, tmp_path / "out"), 10)
 
 
+@pytest.mark.finding("data.md:C1")
 def test_hidden_files_are_not_read(tmp_path):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt")
     (root / "images" / "._0.png").write_bytes(b"\0\5\x16\7")
@@ -418,6 +434,7 @@ def test_hidden_files_are_not_read(tmp_path):
     assert all_patches(import_dataset(root, tmp_path / "out"), 10)
 
 
+@pytest.mark.finding("data.md:C2", "data.md:R1")
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "16 bit"])
 def test_a_photograph_that_cannot_be_read_is_a_problem_with_its_name(tmp_path, damage):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt")
@@ -432,6 +449,7 @@ def test_a_photograph_that_cannot_be_read_is_a_problem_with_its_name(tmp_path, d
         import_dataset(root, tmp_path / "out")
 
 
+@pytest.mark.finding("data.md:I6")
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_a_turned_photograph_is_stored_as_it_was_annotated(tmp_path, orientation):
     root = yolo_set(tmp_path / "in", "images/{0}.png", "labels/{0}.txt")
@@ -463,6 +481,7 @@ def voc_set(root, n=10, place="JPEGImages/{}.jpg", label="Annotations/{}.xml", x
     return root
 
 
+@pytest.mark.finding("data.md:G3")
 @pytest.mark.parametrize(
     "place, label",
     [
@@ -477,6 +496,7 @@ def test_voc_without_lists_is_dealt(tmp_path, place, label):
     assert all_patches(import_dataset(root, tmp_path / "out"), 10)
 
 
+@pytest.mark.finding("data.md:V6")
 def test_voc_faults_are_listed_at_once(tmp_path, smoke_data):
     voc = write_voc(smoke_data, tmp_path / "voc")
     names = sorted((voc / "Annotations").iterdir())
@@ -507,6 +527,7 @@ def test_a_name_without_suffix_and_fractions_of_a_pixel(tmp_path):
     assert found["test"][1][0] == ("s_10.jpg", "scratch", 0, 0, 40, 30.5)
 
 
+@pytest.mark.finding("data.md:V1", "data.md:V6")
 def test_spaces_in_names_and_flags_in_lists(tmp_path):
     root = voc_set(
         tmp_path / "in", 10, "JPEGImages/steel plate {}.jpg", "Annotations/steel plate {}.xml"
@@ -520,6 +541,7 @@ def test_spaces_in_names_and_flags_in_lists(tmp_path):
     assert {s: len(found[s][0]) for s in SPLITS} == {"train": 6, "val": 2, "test": 2}
 
 
+@pytest.mark.finding("data.md:V2")
 @pytest.mark.parametrize("size", ["<width>0</width><height>0</height>", None])
 def test_a_size_that_the_xml_lacks_is_the_photograph_s(tmp_path, size, capsys):
     own = "<size><width>96</width><height>72</height></size>"
@@ -532,6 +554,7 @@ def test_a_size_that_the_xml_lacks_is_the_photograph_s(tmp_path, size, capsys):
     assert not [e for e in check_dataset(out).errors if "size" in e.message]
 
 
+@pytest.mark.finding("data.md:V3")
 def test_a_good_part_without_xml_is_allowed_by_name(tmp_path):
     root = voc_set(tmp_path / "in")
     photograph(root / "JPEGImages" / "good.jpg", 77)
@@ -541,6 +564,7 @@ def test_a_good_part_without_xml_is_allowed_by_name(tmp_path):
     assert [len(part) for part in photographs(out)] == [11, 10]
 
 
+@pytest.mark.finding("data.md:V4")
 def test_a_corner_at_zero_says_how_the_tool_counts(tmp_path, capsys):
     xml = XML.replace("62", "61").replace("40", "39")
     root = voc_set(tmp_path / "in", xml=xml)
@@ -552,6 +576,7 @@ def test_a_corner_at_zero_says_how_the_tool_counts(tmp_path, capsys):
     assert "counts pixels from 0" in capsys.readouterr().out
 
 
+@pytest.mark.finding("data.md:V6")
 @pytest.mark.parametrize(
     "wrong, reason",
     [
@@ -573,12 +598,14 @@ def test_what_an_xml_lacks_is_said_in_words(tmp_path, wrong, reason):
     assert reason in str(error.value)
 
 
+@pytest.mark.finding("data.md:V7")
 def test_difficult_objects_are_counted(tmp_path, capsys):
     xml = XML.replace("<bndbox>", "<difficult>1</difficult><bndbox>")
     import_dataset(voc_set(tmp_path / "in", xml=xml), tmp_path / "out")
     assert "10 objects marked as difficult" in capsys.readouterr().out
 
 
+@pytest.mark.finding("data.md:I6")
 @pytest.mark.parametrize("orientation, reason", [(3, "turns it"), (6, "turns it")])
 def test_voc_on_a_turned_photograph_is_refused_where_it_cannot_be_told(
     tmp_path, orientation, reason
@@ -612,6 +639,7 @@ def test_yaml_tags_are_refused(tmp_path):
 # --- COCO and other tools ---
 
 
+@pytest.mark.finding("data.md:G2")
 @pytest.mark.parametrize(
     "json_file, place, file_name",
     [
@@ -634,6 +662,7 @@ def test_coco_in_one_file(tmp_path, json_file, place, file_name):
     assert read_json(annotation_file(out, "val"))["categories"] == [{"id": 1, "name": "crack"}]
 
 
+@pytest.mark.finding("data.md:G2")
 def test_the_photographs_of_a_json_may_lie_anywhere(tmp_path):
     for k in range(10):
         photograph(tmp_path / "elsewhere" / f"{k}.jpg", k)
@@ -642,6 +671,7 @@ def test_the_photographs_of_a_json_may_lie_anywhere(tmp_path):
     assert all_patches(import_dataset(path, tmp_path / "out", photographs=elsewhere), 10)
 
 
+@pytest.mark.finding("data.md:G1", "data.md:X1")
 def test_roboflow_s_coco(tmp_path):
     root, number = tmp_path / "in", 0
     for split, n in (("train", 6), ("valid", 2), ("test", 2)):
@@ -673,17 +703,19 @@ def test_splits_are_named_by_folder_or_json():
         assert split_of(root / name, root) == split, name
 
 
+@pytest.mark.finding("data.md:F4", "data.md:F5")
 def test_a_box_follows_from_its_outline():
     polygon = {"segmentation": [[61, 39, 73, 39, 73, 56, 61, 56]]}
-    assert coco_box(polygon) == list(PATCH)
+    assert coco_box(polygon, (96, 72)) == list(PATCH)
     counts = [0, 4, 12]  # a run of 0, four marked pixels, the rest
-    assert coco_box({"segmentation": {"size": [4, 4], "counts": counts}}) == [0, 0, 1, 4]
-    assert coco_box({"bbox": ["61", "39", "12", "17"]}) == list(PATCH)
-    for wrong in ({"bbox": [1, 2, 3]}, {"bbox": [1, 2, "x", 4]}, {"bbox": [1, 2, 0, 4]}, {}):
+    assert coco_box({"segmentation": {"size": [4, 4], "counts": counts}}, (4, 4)) == [0, 0, 1, 4]
+    assert coco_box({"bbox": ["61", "39", "12", "17"]}, (96, 72)) == list(PATCH)
+    for wrong in ({"bbox": [1, 2, 3]}, {"bbox": [1, 2, "x", 4]}, {}):
         with pytest.raises(ValueError):
-            coco_box(wrong)
+            coco_box(wrong, (96, 72))
 
 
+@pytest.mark.finding("data.md:F3")
 def test_annotations_that_are_lost_are_problems(tmp_path):
     root = tmp_path / "in"
     for k in range(10):
@@ -696,7 +728,12 @@ def test_annotations_that_are_lost_are_problems(tmp_path):
     write_json(root / "all.json", coco)
     with pytest.raises(ValueError) as error:
         import_dataset(root, tmp_path / "out")
-    for word in ("no image 99", "'5'", "is not four numbers", "passwd: no such photograph"):
+    for word in (
+        "no image 99",
+        "no category 5",
+        "is not four numbers",
+        "passwd: no such photograph",
+    ):
         assert word in str(error.value)
 
 
@@ -710,6 +747,7 @@ def test_a_photograph_that_no_json_lists_is_left_over(tmp_path):
     assert all_patches(import_dataset(root, tmp_path / "out", allow="unlisted"), 10)
 
 
+@pytest.mark.finding("data.md:F1")
 def test_boxes_drawn_at_another_size_are_refused(tmp_path):
     root = tmp_path / "in"
     for k in range(10):
@@ -719,6 +757,7 @@ def test_boxes_drawn_at_another_size_are_refused(tmp_path):
         import_dataset(root, tmp_path / "out")
 
 
+@pytest.mark.finding("data.md:I6")
 def test_coco_that_was_annotated_upright(tmp_path):
     root = tmp_path / "in"
     for k in range(10):
@@ -794,6 +833,7 @@ def test_copies_of_one_photograph_go_together(tmp_path):
         assert len(homes) == 1
 
 
+@pytest.mark.finding("data.md:S1")
 def test_no_split_is_ever_empty(tmp_path):
     root = tmp_path / "in"
     for k in range(10):
