@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'NETWORKS', 'DetectorConfig', 'TfgDeimv2Config',
-    'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
-    'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
-    'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
+    'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'NETWORKS', 'PUBLISHED_SIZES', 'DetectorConfig',
+    'TfgDeimv2Config', 'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector',
+    'reset_class_heads', 'reset_parameters', 'build_detector', 'count_parameters', 'encode',
+    'anchor_logits', 'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
     'denoising_queries', 'attention_mask', 'detect', 'postprocess', 'save_detector',
-    'load_detector', 'convert_weights',
+    'class_places', 'load_detector', 'convert_weights',
 ]  # fmt: skip
 
 # %% ../nbs/03_detector.ipynb #1b369dd0
@@ -769,6 +769,12 @@ def save_detector(model: Detector, directory, classes=None, **meta) -> Path:
     return directory
 
 
+# %% ../nbs/03_detector.ipynb #class-places
+def class_places(n: int) -> list[str]:
+    """Names for `n` classes that nobody named."""
+    return [f"class_{k}" for k in range(n)]
+
+
 # %% ../nbs/03_detector.ipynb #load-detector
 def load_detector(directory, device="cpu") -> Detector:
     """The detector that `save_detector` wrote, in eval mode, with its `.classes` and `.meta`."""
@@ -777,17 +783,23 @@ def load_detector(directory, device="cpu") -> Detector:
     model = build_detector(DetectorConfig.of(stored["detector"]))
     state = safetensors.torch.load_file(directory / "model.safetensors")
     place_weights(model, state, name=f"the configuration in {directory}")
-    model.classes = stored["classes"]
+    model.classes = stored["classes"] or class_places(model.detector_config.num_classes)
     model.meta = stored["meta"]
     return model.to(device).eval()
 
 
 # %% ../nbs/03_detector.ipynb #convert-weights
-def convert_weights(source, directory, model: str = "m", classes=None) -> LoadReport:
+PUBLISHED_SIZES = {"atto": 320, "femto": 416}  # pixels; the others 640
+
+
+def convert_weights(
+    source, directory, model: str = "m", classes=None, image_size: int | None = None
+) -> LoadReport:
     """Weights in the original format to a directory of `save_detector`.
 
     `model` names the configuration (m, thesis_m, s); the number of classes is that of the file,
-    `classes` are the names, if they are known. Raises `WeightsError`.
+    `classes` are the names, if they are known; image_size: side of the input, default that of the
+    published training. Raises `WeightsError`, before anything is written.
     """
     state, report = read_weights(source)
     bias = state.get("decoder.enc_score_head.bias")
@@ -796,8 +808,12 @@ def convert_weights(source, directory, model: str = "m", classes=None) -> LoadRe
             f"{report.file or 'state dict'}: holds no whole detector "
             "(decoder.enc_score_head.bias is missing)"
         )
+    if classes is not None and len(classes) != len(bias):
+        given = ", ".join(classes)
+        raise WeightsError(f"{report.file} is of {len(bias)} classes, not {len(classes)}: {given}")
     detector = build_detector(DetectorConfig.named(model, num_classes=len(bias)))
     loaded = load_original_weights(detector, state)
     report = dataclasses.replace(report, loaded=loaded.loaded, ignored=loaded.ignored)
-    save_detector(detector, directory, classes, converted=dataclasses.asdict(report))
+    about = {"image_size": image_size or PUBLISHED_SIZES.get(model, 640)}
+    save_detector(detector, directory, classes, converted=dataclasses.asdict(report), **about)
     return report

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .core import project_root
+from .core import project_root, read_json
 
 
 # %% ../nbs/02a_weights.ipynb #weightserror
@@ -49,7 +49,8 @@ class LoadReport:
     published: str | None = None  # the published file that has this SHA-256
     taken: str = "state dict"
     loaded: int = 0
-    reinitialised: tuple = ()  # drawn anew, for another number of classes
+    reinitialised: tuple = ()  # drawn anew, for other classes
+    classes: tuple = ()  # whose rows were kept in them, by name
     ignored: tuple = ()  # depend on the input size and are computed
 
 
@@ -453,7 +454,7 @@ def _from_hub(repository, what):
         return Path(cached_file(repository, "model.safetensors"))
     except Exception as error:
         raise WeightsError(
-            f"{what}: https://huggingface.co/{repository} cannot be reached or has no "
+            f"{what} https://huggingface.co/{repository} cannot be reached or has no "
             f"model.safetensors ({type(error).__name__}). Fetch the file where there is a network "
             "and give its path as `init`."
         ) from None
@@ -463,12 +464,16 @@ def _from_hub(repository, what):
 def find_weights(init: str, config) -> Path:
     """The file of a starting point: a path, `coco`, `dinov3` or a hub's `owner/name`.
 
-    `config`: the `DetectorConfig` that it is for. `WeightsError` says what is missing where.
+    Of a run, its `best/` is meant. `config`: the `DetectorConfig` that it is for. Raises
+    `WeightsError`, which says what is missing where.
     """
-    if Path(init).exists():
-        return Path(init)
+    path = Path(init)
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+        path = path.parent
+    if path.exists():
+        return path / "best" if (path / "best").is_dir() else path
     if init.count("/") == 1 and not Path(init).suffix:
-        return _from_hub(init, f"init='{init}'")
+        return _from_hub(init, f"init='{init}': no such run or file here, and")
     if init not in ("coco", "dinov3"):
         raise WeightsError(
             f"init='{init}': no such file or directory; give a path, a hub name (owner/name), "
@@ -480,20 +485,39 @@ def find_weights(init: str, config) -> Path:
         return folder / file
     absent = f"init='{init}': there is no {file} in {folder}"
     if repository:
-        return _from_hub(repository, f"{absent}, and the hub did not help")
+        return _from_hub(repository, f"{absent}, and")
     raise WeightsError(
         f"{absent}. It is published with the DEIMv2 code "
         "(https://github.com/Intellindust-AI-Lab/DEIMv2); put it there, or give its path as `init`."
     )
 
 
+# %% ../nbs/02a_weights.ipynb #rows-by-name
+def _rows_by_name(model: nn.Module, state: dict, classes: list, there: list) -> list[str]:
+    """Copy the class heads' rows of `state` (its classes: `there`) to those of the same names."""
+    shared = [name for name in classes if name in there]
+    to = [classes.index(name) for name in shared]
+    rows = [there.index(name) for name in shared]
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.startswith(CLASS_HEADS):
+                value[to] = state[name][rows].to(value)
+    return shared
+
+
 # %% ../nbs/02a_weights.ipynb #init-weights
-def init_weights(model: nn.Module, init: str = "scratch", reinit_head: bool = True) -> LoadReport:
+def init_weights(
+    model: nn.Module,
+    init: str = "scratch",
+    reinit_head: bool = True,
+    classes: list[str] | None = None,
+) -> LoadReport:
     """Starting point of a detector's training.
 
     `init`: "scratch", "imagenet" (for `lite`), "coco", "dinov3", a file in the original format, a
-    directory of `save_detector`, or a hub's owner/name. Heads for another number of classes are
-    drawn anew (`reinit_head`). Raises `WeightsError` with what to do.
+    run, a directory of `save_detector`, or a hub's owner/name. Heads for another number of classes
+    are drawn anew (`reinit_head`); where the directory names its classes, the heads' rows go to
+    those of the same name in `classes`. Raises `WeightsError` with what to do.
     """
     if init == "scratch":
         model.draw_weights()
@@ -505,4 +529,13 @@ def init_weights(model: nn.Module, init: str = "scratch", reinit_head: bool = Tr
         return load_original_weights(model, path, reinit_head)
     state = load_file(path / "model.safetensors")
     report = LoadReport(file=str(path), taken="model.safetensors")
-    return _fill(model, (state, {}, ()), report, reinit_head)
+    report = _fill(model, (state, {}, ()), report, reinit_head)
+    there = read_json(path / "config.json").get("classes")
+    if not classes or not there or list(classes) == there:
+        return report
+    if not report.reinitialised:
+        model.reset_class_heads()
+    shared = _rows_by_name(model, state, list(classes), there)
+    heads = [name for name in state if name.startswith(CLASS_HEADS)]
+    loaded = len(state) - len(heads)
+    return replace(report, loaded=loaded, reinitialised=tuple(heads), classes=tuple(shared))

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForObjectDetection
 
+from deimv2_tfg.cli import main
 from deimv2_tfg.criterion import Criterion
+from deimv2_tfg.data import load_dataset
+from deimv2_tfg.deployment import export_notes
 from deimv2_tfg.detector import (
     DetectorConfig,
     build_detector,
@@ -23,6 +26,7 @@ from deimv2_tfg.detector import (
     postprocess,
     save_detector,
 )
+from deimv2_tfg.evaluation import trained_image_size
 from deimv2_tfg.optim import recompute
 from deimv2_tfg.training import DEIMV2
 from deimv2_tfg.weights import (
@@ -398,6 +402,32 @@ def test_convert(tmp_path):
         report.taken == "ema.module"
         and load_detector(tmp_path / "out").detector_config == model.detector_config
     )
+
+
+@pytest.mark.finding("training.md:4", "training.md:5")
+def test_converted_weights_predict_are_judged_and_exported(smoke_data, tmp_path, capsys):
+    classes = load_dataset(smoke_data, "test").classes
+    model = build_detector(DetectorConfig.tiny(num_classes=len(classes)))
+    torch.save({"ema": {"module": original_state(model)}}, tmp_path / "p.pth")
+    out = str(tmp_path / "named")
+    wrong = ["convert", str(tmp_path / "p.pth"), out, "--model", "tiny", "--classes", "dent,hole"]
+    assert main(wrong) != 0 and "6 classes, not 2: dent, hole" in capsys.readouterr().err
+    assert not (tmp_path / "named").exists()
+    names = ", ".join(classes)
+    assert main([*wrong[:-1], names]) == 0
+    assert load_detector(out).classes == classes and trained_image_size(out) == 640
+    convert_weights(tmp_path / "p.pth", out, "tiny", classes, image_size=64)
+    assert main(["evaluate", out, str(smoke_data)]) == 0
+    images = str(smoke_data / "test" / "images")
+    options = ["--out", str(tmp_path / "out"), "--no-pictures", "--threshold", "0.5"]
+    assert main(["predict", out, images, *options]) == 0
+    convert_weights(tmp_path / "p.pth", tmp_path / "unnamed", "tiny", image_size=64)
+    assert main(["predict", str(tmp_path / "unnamed"), images, *options]) == 0
+    notes = export_notes(tmp_path / "unnamed", load_detector(tmp_path / "unnamed"), (64, 64))
+    assert notes["classes"] == [f"class_{k}" for k in range(6)]
+    capsys.readouterr()
+    assert main(["predict", out, images, *options[:3]]) != 0
+    assert "--threshold" in capsys.readouterr().err
 
 
 def no_network(*args, **kwargs):

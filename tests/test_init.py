@@ -11,7 +11,7 @@ from deimv2_tfg.detector import DetectorConfig, build_detector, load_detector, s
 from deimv2_tfg.optim import parameter_groups
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.training import find_run, train
-from deimv2_tfg.weights import WeightsError
+from deimv2_tfg.weights import WeightsError, init_weights
 
 
 @pytest.fixture
@@ -104,3 +104,34 @@ def test_inference_mode_leaves_nothing_that_training_trips_over():
     with torch.inference_mode():
         model.eval()(x)
     model.train()(x).logits.sum().backward()
+
+
+@pytest.mark.finding("training.md:3")
+@pytest.mark.parametrize("there", ["backwards", "others", "fewer"])
+def test_rows_of_the_class_heads_go_by_name(tmp_path, there):
+    classes = ["dent", "hole", "crack"]
+    names = {"backwards": classes[::-1], "others": ["x", "y", "z"], "fewer": ["hole", "x"]}[there]
+    torch.manual_seed(7)
+    given = build_detector(DetectorConfig.tiny(num_classes=len(names)))
+    save_detector(given, tmp_path / "given", classes=names)
+    model = build_detector(DetectorConfig.tiny(num_classes=3))
+    report = init_weights(model, str(tmp_path / "given"), classes=classes)
+    shared = [name for name in classes if name in names]
+    assert report.classes == tuple(shared) and len(report.reinitialised) == 7
+    old, new = given.state_dict(), model.state_dict()
+    for head in report.reinitialised:
+        for k, name in enumerate(classes):
+            same = name in names and torch.equal(new[head][k], old[head][names.index(name)])
+            assert same == (name in names) or head.endswith("bias")
+    again = init_weights(model, str(tmp_path / "given"), classes=names)
+    assert again.reinitialised == () if len(names) == 3 else again.reinitialised
+
+
+@pytest.mark.finding("training.md:28")
+def test_a_run_stands_for_its_best_weights(tmp_path):
+    model = build_detector(DetectorConfig.tiny(num_classes=2))
+    best = save_detector(model, tmp_path / "run" / "best", classes=["a", "b"])
+    for init in (tmp_path / "run", best, best / "model.safetensors"):
+        assert init_weights(model, str(init)).loaded == len(model.state_dict())
+    with pytest.raises(WeightsError, match="no such run or file here"):
+        init_weights(model, "runs/typo")
