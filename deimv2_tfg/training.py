@@ -127,7 +127,8 @@ def _build_deimv2(config, num_classes):
     model = build_detector(shape)
     report = LoadReport(taken="random weights")
     if config.init != "scratch":
-        report = init_weights(model, config.init)
+        classes = load_dataset(config.data_dir, "train").classes
+        report = init_weights(model, config.init, classes=classes)
     model.start = dataclasses.asdict(report)
     return model
 
@@ -458,7 +459,6 @@ def predict_val(trainer: Trainer) -> list[dict]:
 def keep_as_best(trainer: Trainer, results: list[dict], score: float):
     """Keep the EMA weights as `best/`, with their predictions on val."""
     trainer.best = score
-    trainer.since_best = 0
     if not trainer.main:
         return
     about = {
@@ -477,13 +477,15 @@ def keep_as_best(trainer: Trainer, results: list[dict], score: float):
 def validate(trainer: Trainer) -> dict:
     """Evaluate the EMA weights on val, keep them if they are the best so far.
 
+    While the AP is 0 there is no best: the last weights are kept.
     Returns the COCO metrics as `val/...`.
     """
     results = predict_val(trainer)
     metrics = coco_metrics(trainer.val_set.coco, results, trainer.val_set.classes)
     score = metrics["AP"] if math.isfinite(metrics["AP"]) else 0.0
-    trainer.since_best += 1
-    if score > trainer.best:
+    better = score > trainer.best
+    trainer.since_best = 0 if better else trainer.since_best + 1
+    if better or score == trainer.best == 0:
         keep_as_best(trainer, results, score)
     return {f"val/{k}": v for k, v in metrics.items()}
 
@@ -627,6 +629,8 @@ def end_run(trainer: Trainer):
         }
         trainer.run.write("result.json", result)
         say(end_lines(trainer.run))
+        if not trainer.best:
+            say("AP on val is 0: best/ holds the last weights, and no verdict will be good")
     trainer.accelerator.wait_for_everyone()
 
 
