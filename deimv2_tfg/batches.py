@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .core import hash_bytes
 from .data import DetectionDataset
-from .recipes import TrainConfig
+from .recipes import PLAIN_INPUT, TrainConfig
 from .transforms import MixingDataset, TrainTransform, collate
 
 
@@ -22,6 +22,7 @@ def augmented(dataset: DetectionDataset, config: TrainConfig) -> MixingDataset:
     """The training photographs as the configuration augments and mixes them."""
     change = TrainTransform(
         config.image_size,
+        plain=config.model in PLAIN_INPUT,
         vertical=config.vertical_flips,
         quarter_turns=config.quarter_turns,
         photometric=config.photometric,

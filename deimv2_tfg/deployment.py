@@ -32,12 +32,18 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 import deimv2_tfg.baselines  # it and the next say how their networks are opened
 import deimv2_tfg.multimodal
+from deimv2_tfg.evaluation import (
+    detections,
+    detector_directory,
+    open_detector,
+    takes_plain_input,
+    to_coco_results,
+)
 
 from .core import atomic_write, default_device, read_json, write_json
 from .data import annotation_file
 from .decisions import working_points
 from .detector import Detector
-from .evaluation import detections, detector_directory, open_detector, to_coco_results
 from .figures import draw_boxes
 from .photographs import PhotographError, read_photograph
 from .runs import Run, file_digest
@@ -193,7 +199,7 @@ class Predictor:
         self.model = model
         self.names = list(model.classes)
         self.category_ids = list(range(len(self.names)))
-        self.transform = to_pixel_values(image_size)
+        self.transform = to_pixel_values(image_size, takes_plain_input(model))
         self.thresholds = thresholds
 
     @classmethod
@@ -648,7 +654,7 @@ def onnx_difference(path: str | Path, model: torch.nn.Module, pixel_values: torc
 # %% ../nbs/07b_use.ipynb #export-onnx-2
 def export_notes(run: str | Path, model: torch.nn.Module, size: tuple[int, int]) -> dict:
     """What a reader of the ONNX file has to know; `size` is (height, width)."""
-    normalise = to_pixel_values(size).transforms[-1]
+    normalise = to_pixel_values(size, takes_plain_input(model)).transforms[-1]
     try:
         thresholds = run_thresholds(run).values
     except FileNotFoundError:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'LOADERS', 'CHAPTERS', 'OLDER', 'to_coco_results', 'detections', 'predict',
-    'detector_directory', 'check_classes', 'open_detector', 'trained_image_size', 'record_name',
-    'evaluate_results', 'evaluate', 'jittered_results',
+    'LOADERS', 'CHAPTERS', 'OLDER', 'to_coco_results', 'detections', 'takes_plain_input',
+    'predict', 'detector_directory', 'check_classes', 'open_detector', 'trained_image_size',
+    'record_name', 'evaluate_results', 'evaluate', 'jittered_results',
 ]  # fmt: skip
 
 # %% ../nbs/03b_evaluation.ipynb #11576555
@@ -75,11 +75,16 @@ def detections(
 
 
 # %% ../nbs/03b_evaluation.ipynb #evaluated
+def takes_plain_input(model: torch.nn.Module) -> bool:
+    """Whether a network, or one that it is made of, wants values from 0 to 1, not centred ones."""
+    return any(getattr(part, "plain_input", False) for part in model.modules())
+
+
 class _Evaluated(torch.utils.data.Dataset):
     """The photographs of a data set after the evaluation transform: (pixel_values, target)."""
 
-    def __init__(self, dataset, image_size):
-        self.dataset, self.transform = copy.copy(dataset), eval_transform(image_size)
+    def __init__(self, dataset, image_size, plain):
+        self.dataset, self.transform = copy.copy(dataset), eval_transform(image_size, plain)
         self.dataset.transform = None
 
     def __len__(self):
@@ -107,7 +112,8 @@ def predict(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     was_training = model.training
     model.to(device).eval()
-    loader = DataLoader(_Evaluated(dataset, image_size), batch_size=batch_size, collate_fn=collate)
+    shown = _Evaluated(dataset, image_size, takes_plain_input(model))
+    loader = DataLoader(shown, batch_size=batch_size, collate_fn=collate)
     results = []
     for pixel_values, targets in tqdm(loader, f"predict {dataset.split}", disable=not progress):
         sizes = [torch.as_tensor(t["size"]) for t in targets]

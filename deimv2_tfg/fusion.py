@@ -39,6 +39,7 @@ from deimv2_tfg.core import (
 from deimv2_tfg.evaluation import (
     check_classes,
     detector_directory,
+    takes_plain_input,
     to_coco_results,
     trained_image_size,
 )
@@ -218,11 +219,11 @@ def _read_queries(path: Path, key: str) -> Queries:
 # %% ../nbs/04c_fusion.ipynb #query-loader
 def _query_loader(run, model, data_dir, split, view, seed, batch_size) -> DataLoader:
     """Batches of a split as the detector sees them: plain, or an augmented view of them."""
-    size = trained_image_size(run)
+    size = trained_image_size(run), takes_plain_input(model)
     if view is None:
-        dataset = shown = load_dataset(data_dir, split, eval_transform(size))
+        dataset = shown = load_dataset(data_dir, split, eval_transform(*size))
     else:
-        dataset = load_dataset(data_dir, split, TrainTransform(size, **_augmentation(run)))
+        dataset = load_dataset(data_dir, split, TrainTransform(*size, **_augmentation(run)))
         shown = EpochView(dataset, seed, view)
     check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
     return DataLoader(shown, batch_size, collate_fn=collate)

@@ -26,18 +26,19 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
-def to_pixel_values(image_size: int | Sequence[int]) -> v2.Compose:
-    """RGB photograph to `pixel_values` (3, H, W) float32, centred.
+def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.Compose:
+    """RGB photograph to `pixel_values` (3, H, W) float32, centred; from 0 to 1 if `plain`.
 
     `image_size`: a side or (height, width), in pixels.
     """
+    centre = ((0.0,) * 3, (1.0,) * 3) if plain else (IMAGE_MEAN, IMAGE_STD)
     size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     return v2.Compose(
         [
             v2.ToImage(),
             v2.Resize(size, antialias=True),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGE_MEAN, IMAGE_STD),
+            v2.Normalize(*centre),
         ]
     )
 
@@ -124,16 +125,16 @@ def augmentation(
 class EvalTransform:
     """Brings a photograph to the network's input; its target stays as it is."""
 
-    def __init__(self, image_size: int | Sequence[int]):
-        self.pixels = to_pixel_values(image_size)
+    def __init__(self, image_size: int | Sequence[int], plain: bool = False):
+        self.pixels = to_pixel_values(image_size, plain)
 
     def __call__(self, photograph: Image.Image, target: dict) -> tuple[torch.Tensor, dict]:
         return self.pixels(photograph), target
 
 
-def eval_transform(image_size: int | Sequence[int]) -> EvalTransform:
-    """The transform of evaluation: no augmentation."""
-    return EvalTransform(image_size)
+def eval_transform(image_size: int | Sequence[int], plain: bool = False) -> EvalTransform:
+    """The transform of evaluation: no augmentation. `plain`: see `to_pixel_values`."""
+    return EvalTransform(image_size, plain)
 
 
 # %% ../nbs/01c_transforms.ipynb #traintransform-2
@@ -145,8 +146,8 @@ class TrainTransform:
     leaves only flips and quarter turns (for the last epochs).
     """
 
-    def __init__(self, image_size: int, **kinds):
-        self.pixels = to_pixel_values(image_size)
+    def __init__(self, image_size: int, plain: bool = False, **kinds):
+        self.pixels = to_pixel_values(image_size, plain)
         self.strength = 1
         self.strong = augmentation(**kinds)
         off = {"photometric": 0, "zoom_out": 0, "iou_crop": 0}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_criterion import assert_terms, load_reference, small_case
 from test_detector import noise, set_distance
 
@@ -21,6 +22,9 @@ from deimv2_tfg.detector import (
     load_original_weights,
     save_detector,
 )
+from deimv2_tfg.evaluation import takes_plain_input
+from deimv2_tfg.recipes import MODELS, PLAIN_INPUT
+from deimv2_tfg.transforms import to_pixel_values
 from deimv2_tfg.weights import WeightsError
 
 VECTORS = Path(__file__).parent / "vectors" / "family.npz"
@@ -153,3 +157,13 @@ def test_without_a_target_boxes_cost_nothing():
     plain = {k: v for k, v in outputs.items() if not k.startswith("dn_")}
     losses = build_criterion(DetectorConfig.pico(num_classes=3))(plain, empty)
     assert len(losses) == 15 and losses["loss_bbox_aux_0"] == 0 and losses["loss_mal"] > 0
+
+
+def test_networks_of_convolutions_take_photographs_as_they_are():
+    white = Image.new("RGB", (40, 30), "white")
+    assert to_pixel_values(64, plain=True)(white).unique().tolist() == [1]
+    assert to_pixel_values(64)(white).min() > 2
+    for name in MODELS:
+        with torch.device("meta"):
+            model = Detector(library_config(DetectorConfig.named(name)))
+        assert takes_plain_input(torch.nn.Sequential(model)) == (name in PLAIN_INPUT)
