@@ -361,6 +361,11 @@ class Detector(Deimv2ForObjectDetection):
             memory, shapes = encode(self, pixel_values)
             return detect(self, memory, shapes, targets)
 
+    @property
+    def plain_input(self) -> bool:
+        """Whether `pixel_values` are from 0 to 1 as they are (HGNetv2), not centred."""
+        return self.detector_config.backbone in HGNET_STAGES
+
     def reset_class_heads(self):
         """Draw anew what depends on the number of classes; scores start at the class prior."""
         reset_class_heads(self)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'FRACTION', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'MODELS', 'BASELINES', 'PRECISIONS',
-    'LR_RULES', 'DEVICES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS',
+    'FRACTION', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'MODELS', 'PLAIN_INPUT', 'BASELINES',
+    'PRECISIONS', 'LR_RULES', 'DEVICES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS',
     'FUSION_RANGES', 'REFERENCE', 'SECOND_RUN', 'RECIPES', 'SHIPPED', 'Within', 'check_fields',
     'TrainConfig', 'scaled_lr', 'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig',
     'IterationRecipe', 'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_file',
@@ -99,6 +99,7 @@ def check_fields(config, allowed: dict):
 # %% ../nbs/03f_recipes.ipynb #choices
 # Configurations of the detector chapter (its VARIANTS)
 MODELS = ("s", "m", "thesis_m", "small", "tiny", "lite", "atto", "femto", "pico", "n", "l", "x")
+PLAIN_INPUT = ("atto", "femto", "pico", "n")  # of them: values from 0 to 1 as they are
 BASELINES = ("resnet18", "efficientnet_b0", "lite0")  # backbones of chapter 6's Faster R-CNN
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 LR_RULES = {
