@@ -7,8 +7,16 @@ import torch
 from torch._dynamo.utils import counters
 
 from deimv2_tfg.criterion import Criterion
-from deimv2_tfg.detector import DetectorConfig, build_detector
-from deimv2_tfg.graphs import capture_encoder, compile_detector, fixed_pass, padded_forward
+from deimv2_tfg.detector import DetectorConfig, build_detector, encode
+from deimv2_tfg.graphs import (
+    capture_encoder,
+    compile_detector,
+    faster,
+    fixed_pass,
+    map_shapes,
+    padded_forward,
+)
+from deimv2_tfg.recipes import TrainConfig
 
 COUNTS = [(2, 2), (1, 3), (5, 0), (0, 0), (8, 1), (1, 1)]
 
@@ -82,6 +90,14 @@ def test_padded_denoising_queries_change_neither_answers_nor_gradients(model):
         assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tiny", "n"])
+def test_sizes_of_maps_follow_from_the_photographs(name):
+    model = build_detector(DetectorConfig.named(name)).eval()
+    pixel_values = torch.zeros(1, 3, 64, 96)
+    with torch.no_grad():
+        assert map_shapes(model, pixel_values) == encode(model, pixel_values)[1]
+
+
 def test_padding_leaves_evaluation_as_it_is(model):
     pixel_values = torch.randn(1, 3, 64, 96)
     model.eval()
@@ -120,3 +136,21 @@ def test_a_captured_encoder_serves_its_own_shape_in_training_alone(model, monkey
     model.eval()(sample)
     model.train()
     assert len(calls) == 1
+
+
+def test_a_training_asks_for_one_or_the_other(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("deimv2_tfg.graphs.compile_detector", asked.append)
+    monkeypatch.setattr(
+        "deimv2_tfg.graphs.capture_encoder",
+        lambda model, sample, dtype: asked.append((tuple(sample.shape), dtype)),
+    )
+    monkeypatch.setitem(model.__dict__, "to", lambda device: model)
+    fields = {"image_size": 64, "batch_size": 8}
+    assert faster(model, TrainConfig("", **fields), "cpu") is model
+    faster(model, TrainConfig("", compile=True, **fields), "cpu")
+    fields |= {"micro_batch": 4, "precision": "bf16"}
+    faster(model, TrainConfig("", cuda_graphs=True, **fields), "cpu")
+    assert asked == [model, ((4, 3, 64, 64), torch.bfloat16)]
+    with pytest.raises(ValueError, match="choose one"):
+        TrainConfig("", compile=True, cuda_graphs=True)
