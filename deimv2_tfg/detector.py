@@ -8,8 +8,8 @@ __all__ = [
     'TfgDeimv2Config', 'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector',
     'reset_class_heads', 'reset_parameters', 'build_detector', 'count_parameters', 'encode',
     'anchor_logits', 'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
-    'denoising_queries', 'attention_mask', 'detect', 'postprocess', 'save_detector',
-    'class_places', 'load_detector', 'convert_weights',
+    'denoising_queries', 'attention_mask', 'draw_noise', 'refine', 'as_output', 'detect',
+    'postprocess', 'save_detector', 'class_places', 'load_detector', 'convert_weights',
 ]  # fmt: skip
 
 # %% ../nbs/03_detector.ipynb #1b369dd0
@@ -516,12 +516,13 @@ def _rows(tensor, index):
     return tensor.gather(1, index.expand(-1, -1, tensor.shape[-1]))
 
 
-def select_queries(model: Detector, memory: torch.Tensor, shapes: tuple) -> tuple:
+def select_queries(model: Detector, memory: torch.Tensor, shapes: tuple, anchors=None) -> tuple:
     """The most promising of the tokens (B, N, D) of `encode`.
 
-    Content (B, Q, D) without gradient, box logits (B, Q, 4), class logits (B, Q, C).
+    Content (B, Q, D) without gradient, box logits (B, Q, 4), class logits (B, Q, C). `anchors`:
+    `anchor_logits` of `shapes`, where they are at hand.
     """
-    anchors, usable = anchor_logits(shapes, memory.device)
+    anchors, usable = anchors or anchor_logits(shapes, memory.device)
     memory = memory * usable
     scores = model.model.enc_score_head(memory).float()
     count = min(model.config.num_queries, memory.shape[1])
@@ -676,33 +677,68 @@ def attention_mask(num_split: list[int], num_group: int, device="cpu") -> torch.
     return ~noisy[None, :] | (noisy[:, None] & same)
 
 
+# %% ../nbs/03_detector.ipynb #draw-noise
+def draw_noise(model: Detector, targets, shapes: tuple, device) -> tuple[tuple | None, dict]:
+    """Denoising queries of a batch in training mode: (labels, box logits, mask), bookkeeping.
+
+    See `denoising_queries` and `attention_mask`; None and {} where there are none. `shapes`: those
+    of `encode`'s maps, which say how many queries follow.
+    """
+    config = model.config
+    if not model.training or targets is None:
+        return None, {}
+    amount = config.num_denoising, config.label_noise_ratio, config.box_noise_scale
+    noise = denoising_queries(targets, config.num_labels, *amount)
+    if noise is None:
+        return None, {}
+    labels, box_logits, book = noise
+    tokens = sum(height * width for height, width in shapes)
+    split = [labels.shape[1], min(config.num_queries, tokens)]
+    mask = attention_mask(split, book["dn_num_group"], device)
+    return (labels, box_logits, mask), book | {"dn_num_split": split}
+
+
+# %% ../nbs/03_detector.ipynb #refine
+def refine(
+    model: Detector, memory, shapes: tuple, noise=None, every_layer=False, anchors=None
+) -> dict:
+    """Queries and decoder on the encoder's tokens: tensors alone, no targets, no random numbers.
+
+    `memory` (B, N, D) and `shapes` are what `encode` gives, `noise` what `draw_noise` does;
+    `anchors`: see `select_queries`. Gives what `decode` does, denoising queries first, and
+    `enc_logits` (B, Q, C), `enc_boxes` (B, Q, 4).
+    """
+    content, box_logits, enc_logits = select_queries(model, memory, shapes, anchors)
+    encoder = {"enc_logits": enc_logits, "enc_boxes": box_logits.sigmoid()}
+    mask = None
+    if noise is not None:
+        labels, noisy, mask = noise
+        known = model.model.denoising_class_embed(labels).to(content.dtype)
+        content = torch.cat([known, content], 1)
+        box_logits = torch.cat([noisy, box_logits], 1)
+    return encoder | decode(model, content, box_logits, memory, shapes, mask, every_layer)
+
+
 # %% ../nbs/03_detector.ipynb #split
-def _split(decoded, n, every_layer) -> dict:
-    "The last layer's matching queries, and all layers' outputs without and with the first `n`."
-    last = {"logits": decoded["logits"][-1], "pred_boxes": decoded["boxes"][-1]}
-    last["query_embeddings"] = decoded["hidden"]
-    parts = {name: value[:, n:] for name, value in last.items()}
+def as_output(model: Detector, refined: dict, book: dict, every_layer=False) -> DetectorOutput:
+    """The output from what `refine` gives; `book`: the bookkeeping of `draw_noise`."""
+    queries = refined["enc_logits"].shape[1]
+    noisy = book["dn_num_split"][0] if book else 0
+    last = {"logits": refined["logits"][-1], "pred_boxes": refined["boxes"][-1]}
+    last["query_embeddings"] = refined["hidden"]
+    parts = {name: value[:, -queries:] for name, value in last.items()}
     if not every_layer:
-        return parts
-    layers = {f"layer_{name}": decoded[name] for name in ("logits", "boxes", "corners")}
-    layers["layer_refs"] = decoded["refs"].expand_as(decoded["boxes"])
-    layers |= {name: decoded[name] for name in ("pre_logits", "pre_boxes")}
+        return DetectorOutput(**parts)
+    layers = {f"layer_{name}": refined[name] for name in ("logits", "boxes", "corners")}
+    layers["layer_refs"] = refined["refs"].expand_as(refined["boxes"])
+    layers |= {name: refined[name] for name in ("pre_logits", "pre_boxes")}
     for name, value in layers.items():
-        parts[name] = value[..., n:, :]
-        if n:
-            parts[f"dn_{name}"] = value[..., :n, :]
-    return parts
-
-
-def _with_noise(model, content, box_logits, noise) -> tuple:
-    "Denoising queries before the selected ones; the mask and the bookkeeping come along."
-    labels, noisy, book = noise
-    split = [labels.shape[1], content.shape[1]]
-    known = model.model.denoising_class_embed(labels).to(content.dtype)
-    mask = attention_mask(split, book["dn_num_group"], content.device)
-    content = torch.cat([known, content], 1)
-    box_logits = torch.cat([noisy, box_logits], 1)
-    return content, box_logits, mask, book | {"dn_num_split": split}
+        parts[name] = value[..., -queries:, :]
+        if noisy:
+            parts[f"dn_{name}"] = value[..., -queries - noisy : -queries, :]
+    parts |= {name: refined[name] for name in ("enc_logits", "enc_boxes")}
+    decoder = model.model.decoder
+    return DetectorOutput(**parts, **book, up=decoder.up, reg_scale=decoder.reg_scale)
 
 
 # %% ../nbs/03_detector.ipynb #detect
@@ -714,21 +750,10 @@ def detect(
     `memory` (B, N, D) and `shapes` ((h, w), ...) are what `encode` gives; `targets` as in
     `Detector.forward`: {"labels": (n,), "boxes": (n, 4) cxcywh in [0, 1]} per image.
     """
-    content, box_logits, enc_logits = select_queries(model, memory, shapes)
-    encoder = {"enc_logits": enc_logits, "enc_boxes": box_logits.sigmoid()}
-    encoder |= {"up": model.model.decoder.up, "reg_scale": model.model.decoder.reg_scale}
-    config = model.config
-    mask, book, noise = None, {}, None
-    if model.training and targets is not None:
-        amount = config.num_denoising, config.label_noise_ratio, config.box_noise_scale
-        noise = denoising_queries(targets, config.num_labels, *amount)
-    if noise is not None:
-        content, box_logits, mask, book = _with_noise(model, content, box_logits, noise)
+    noise, book = draw_noise(model, targets, shapes, memory.device)
     every_layer = model.training or targets is not None
-    decoded = decode(model, content, box_logits, memory, shapes, mask, every_layer)
-    first = book["dn_num_split"][0] if book else 0
-    parts = _split(decoded, first, every_layer)
-    return DetectorOutput(**parts, **book, **(encoder if every_layer else {}))
+    refined = refine(model, memory, shapes, noise, every_layer)
+    return as_output(model, refined, book, every_layer)
 
 
 # %% ../nbs/03_detector.ipynb #postprocess

@@ -178,6 +178,8 @@ class TrainConfig:
     patience: int = 0  # evaluations without a better AP after which it ends; 0: never
     micro_batch: int = 0  # photographs at once on a device; 0: all, -1: as many as fit
     checkpointing: bool = False  # compute activations again instead of keeping them
+    compile: bool = False  # run the network by torch.compile: the same up to rounding
+    cuda_graphs: bool = False  # run backbone and encoder as one CUDA graph
     seed: int = 0
     num_workers: int = 0
     cache: str = "memory"  # where decoded photographs are kept: "memory", "disk" or "off"
@@ -186,6 +188,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, TRAIN_RANGES)
+        if self.compile and self.cuda_graphs:
+            raise ValueError("compile=True, cuda_graphs=True: choose one of the two")
 
 
 # %% ../nbs/03f_recipes.ipynb #scaled-lr

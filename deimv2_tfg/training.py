@@ -89,6 +89,7 @@ from .data import load_dataset, photograph_cache, require_dataset
 from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
+from .graphs import faster
 from .journal import end_lines, epoch_line, nearby, row_of, say, summarise_steps
 from .recipes import MODELS, TrainConfig, check_recipe, frozen_stages, lr_factor
 from .splits import bind_data
@@ -114,6 +115,7 @@ class Family:
     save: Callable  # (model, directory, classes, **meta): what its evaluation reads
     code: tuple = ()  # ("module", "name") where its code begins: part of a run's hash
     blocks: Callable = lambda model: []  # repeated parts, for `config.checkpointing`
+    faster: Callable | None = None  # (model, config, device) -> model, compiled or captured
     size: Callable = len  # (targets) -> the count that its losses are divided by
     backbone: str = ""  # part of a parameter's dotted name that marks the backbone; "": none
     models: tuple = ()  # what `config.model` may be; (): anything
@@ -170,6 +172,7 @@ DEIMV2 = Family(
     save_detector,
     code=(("training", "DEIMV2"),),
     blocks=_deimv2_blocks,
+    faster=faster,
     size=count_boxes,
     backbone=BACKBONE,
     models=MODELS,
@@ -216,6 +219,8 @@ def _build_network(trainer):
         recompute(trainer.family.blocks(model))
     if accelerator.num_processes > 1 and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if trainer.family.faster:
+        model = trainer.family.faster(model, config, device)
     groups = parameter_groups(model, config, trainer.family.backbone)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
     trainer.model, trainer.optimizer = accelerator.prepare(model, optimizer)
@@ -536,6 +541,8 @@ def check_model(config: TrainConfig, family: Family):
     if family.models and config.model not in family.models:
         choices = ", ".join(family.models)
         raise ValueError(f"model={config.model!r} (allowed for {family.name}: {choices})")
+    if not family.faster and (config.compile or config.cuda_graphs):
+        raise ValueError(f"compile, cuda_graphs: for the detector alone, not for {family.name}")
 
 
 # %% ../nbs/04_training_stability.ipynb #open-run
