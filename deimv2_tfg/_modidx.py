@@ -1595,13 +1595,16 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                     'deimv2_tfg.weights._is_state': ('weights.html#_is_state', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._misfits': ('weights.html#_misfits', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._open_weights': ('weights.html#_open_weights', 'deimv2_tfg/weights.py'),
+                                    'deimv2_tfg.weights._place_hgnet': ('weights.html#_place_hgnet', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._place_vit': ('weights.html#_place_vit', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._published': ('weights.html#_published', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._rows_by_name': ('weights.html#_rows_by_name', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._shape': ('weights.html#_shape', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._templates': ('weights.html#_templates', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._unlike': ('weights.html#_unlike', 'deimv2_tfg/weights.py'),
+                                    'deimv2_tfg.weights._with_copies': ('weights.html#_with_copies', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights._with_own_heads': ('weights.html#_with_own_heads', 'deimv2_tfg/weights.py'),
+                                    'deimv2_tfg.weights.check_blocks': ('weights.html#check_blocks', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights.choose_state': ('weights.html#choose_state', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights.find_weights': ('weights.html#find_weights', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights.init_weights': ('weights.html#init_weights', 'deimv2_tfg/weights.py'),
@@ -1612,4 +1615,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                     'deimv2_tfg.weights.parse_rules': ('weights.html#parse_rules', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights.place_weights': ('weights.html#place_weights', 'deimv2_tfg/weights.py'),
                                     'deimv2_tfg.weights.read_weights': ('weights.html#read_weights', 'deimv2_tfg/weights.py'),
-                                    'deimv2_tfg.weights.rename_weights': ('weights.html#rename_weights', 'deimv2_tfg/weights.py')}}}
+                                    'deimv2_tfg.weights.rename_weights': ('weights.html#rename_weights', 'deimv2_tfg/weights.py'),
+                                    'deimv2_tfg.weights.stored_blocks': ('weights.html#stored_blocks', 'deimv2_tfg/weights.py')}}}

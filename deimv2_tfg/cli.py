@@ -506,7 +506,7 @@ def convert_command(source: str, directory: str, model: Literal[MODELS] = "m", c
     Args:
         source: the published file
         directory: folder for the detector
-        model: the configuration that the weights are of: s, m, thesis_m, ...
+        model: the network that the weights are of: atto, femto, pico, n, s, m, l, x, thesis_m, ...
         classes: names of the classes, separated by commas; empty: not known
     """
     from deimv2_tfg.detector import convert_weights

@@ -43,6 +43,7 @@ from deimv2_tfg.weights import (
     load_original_weights,
     place_weights,
     read_weights,
+    stored_blocks,
 )
 
 from .backbone import Backbone, vit_config
@@ -827,9 +828,10 @@ def convert_weights(
 ) -> LoadReport:
     """Weights in the original format to a directory of `save_detector`.
 
-    `model` names the configuration (m, thesis_m, s); the number of classes is that of the file,
-    `classes` are the names, if they are known; image_size: side of the input, default that of the
-    published training. Raises `WeightsError`, before anything is written.
+    `model` names the configuration (atto, femto, pico, n, s, m, l, x, thesis_m); the number of
+    classes is that of the file, `classes` are the names, if they are known; image_size: side of the
+    input, default that of the published training. The ViT's blocks are those that a config.json
+    beside the file names. Raises `WeightsError`, before anything is written.
     """
     state, report = read_weights(source)
     bias = state.get("decoder.enc_score_head.bias")
@@ -841,7 +843,9 @@ def convert_weights(
     if classes is not None and len(classes) != len(bias):
         given = ", ".join(classes)
         raise WeightsError(f"{report.file} is of {len(bias)} classes, not {len(classes)}: {given}")
-    detector = build_detector(DetectorConfig.named(model, num_classes=len(bias)))
+    blocks = None if isinstance(source, dict) else stored_blocks(source)
+    named = DetectorConfig.named(model, **{"features": blocks} if blocks else {})
+    detector = build_detector(dataclasses.replace(named, num_classes=len(bias)))
     loaded = load_original_weights(detector, state)
     report = dataclasses.replace(report, loaded=loaded.loaded, ignored=loaded.ignored)
     about = {"image_size": image_size or PUBLISHED_SIZES.get(model, 640)}

@@ -7,10 +7,12 @@ __all__ = [
     'VITTPLUS', 'VITT', 'PUBLISHED', 'VIT_RULES', 'DETECTOR_RULES', 'SIZE_DEPENDENT',
     'CLASS_HEADS', 'PUBLISHED_DETECTORS', 'PUBLISHED_VITS', 'WeightsError', 'LoadReport',
     'choose_state', 'read_weights', 'parse_rules', 'rename_weights', 'place_weights', 'load_vit',
-    'other_classes', 'load_original_weights', 'find_weights', 'init_weights',
+    'other_classes', 'stored_blocks', 'check_blocks', 'load_original_weights', 'find_weights',
+    'init_weights',
 ]  # fmt: skip
 
 # %% ../nbs/02a_weights.ipynb #w-imports
+import contextlib
 import hashlib
 import itertools
 import os
@@ -275,6 +277,13 @@ def _shape(tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
+def _with_copies(own, renamed) -> dict:
+    "With the other names of a tensor that layers share: safetensors files keep one of them."
+    given = {own[name].data_ptr(): value for name, value in renamed.items() if name in own}
+    shared = {name: given.get(tensor.data_ptr()) for name, tensor in own.items()}
+    return {name: value for name, value in shared.items() if value is not None} | renamed
+
+
 def _unlike(own, renamed) -> list[str]:
     "Names whose tensor is the same as an earlier one in the network, and not in `renamed`."
     first = {}
@@ -313,6 +322,7 @@ def place_weights(module: nn.Module, renamed, origin=None, unknown=(), name="the
     unexpected, of the wrong shape or not finite.
     """
     own = module.state_dict()
+    renamed = _with_copies(own, renamed)
     message = f"the weights do not fit {name}; nothing was loaded"
     problems = _misfits(own, renamed, origin or {}, unknown)
     for what, names in problems.items():
@@ -346,11 +356,11 @@ def _drop_repeats(state: dict) -> tuple[dict, list[str]]:
     kept = {name: value for name, value in state.items() if name not in SIZE_DEPENDENT}
     for scalar in ("up", "reg_scale"):
         copy, first = f"decoder.{scalar}", f"decoder.decoder.{scalar}"
-        if copy not in kept or first not in kept:
+        if copy not in kept:
             continue
-        if not torch.equal(kept[copy].float(), kept[first].float()):
+        value = kept.pop(copy)
+        if not torch.equal(kept.setdefault(first, value).float(), value.float()):
             raise WeightsError(f"{copy} and {first} should be the same number")
-        del kept[copy]
     return kept, [name for name in SIZE_DEPENDENT if name in state]
 
 
@@ -410,17 +420,60 @@ def _fill(model, found, report, reinit_head) -> LoadReport:
     return replace(report, loaded=count - len(heads), reinitialised=tuple(heads))
 
 
+# %% ../nbs/02a_weights.ipynb #stored-blocks
+def stored_blocks(path) -> tuple | None:
+    """The ViT's blocks that the config.json beside a weights file names; None where none does.
+
+    Read are the hub's files (`DINOv3STAs`, `interaction_indexes`) and those of `save_detector`.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if not file.is_file():
+        return None
+    stored = read_json(file)
+    published = stored.get("config", stored).get("DINOv3STAs", {}).get("interaction_indexes")
+    blocks = published or stored.get("detector", {}).get("features")
+    return tuple(blocks) if blocks else None
+
+
+def check_blocks(model: nn.Module, source) -> None:
+    """Raises `WeightsError` where `source` is a file whose weights are for other blocks."""
+    blocks = None if isinstance(source, dict) else stored_blocks(source)
+    own = getattr(model, "detector_config", None)
+    if blocks and own and blocks != tuple(own.features):
+        raise WeightsError(
+            f"{source}: its config.json takes maps after blocks {blocks}, this network after "
+            f"{own.features}: build it with DetectorConfig.named(name, features={blocks})"
+        )
+
+
 # %% ../nbs/02a_weights.ipynb #load-original-weights
+def _place_hgnet(backbone, state, report) -> LoadReport:
+    "All of B0 into N; into a smaller network what it has alike, as the reference does."
+    renamed, origin, unknown = rename_weights(state, parse_rules(_HGNET_TABLE))
+    own = backbone.state_dict()
+    alike = [k for k, v in renamed.items() if k in own and v.shape == own[k].shape]
+    smaller = len(own) < len(renamed)
+    placed = own | {name: renamed[name] for name in alike} if smaller else renamed
+    place_weights(backbone, placed, origin, unknown, "HGNetv2")
+    left = tuple(origin[name] for name in renamed if name not in alike)
+    return replace(report, loaded=len(alike), ignored=left)
+
+
 def load_original_weights(model: nn.Module, source, reinit_head: bool = False) -> LoadReport:
     """Load weights in the original format into a detector of chapter 3: all of them or none.
 
     `source`: a training checkpoint (its `ema.module` is taken if it is there), a file with `model`,
-    a bare state dict, a bare ViT file (the rest of the model stays as it is), or such a dictionary.
+    a bare state dict, a bare backbone (the rest of the model stays as it is: a ViT, or HGNetv2-B0),
+    or such a dictionary.
     `reinit_head=True` draws heads for another number of classes anew, with the class prior.
     Raises `WeightsError`, which lists all that does not fit; the model is then unchanged.
     """
     state, report = read_weights(source)
+    check_blocks(model, source)
     state = _drop_masks(state)
+    if "stem.stem1.conv.weight" in state:
+        return _place_hgnet(model.model.conv_encoder.backbone, state, report)
     if "patch_embed.proj.weight" in state:
         return _place_vit(model.model.conv_encoder.backbone, state, report)
     state, ignored = _drop_repeats(state)
@@ -429,29 +482,42 @@ def load_original_weights(model: nn.Module, source, reinit_head: bool = False) -
 
 
 # %% ../nbs/02a_weights.ipynb #0c0fe745
-PUBLISHED_DETECTORS = {
-    "m": ("deimv2_dinov3_m_coco.pth", "Intellindust/DEIMv2_DINOv3_M_COCO"),
-    "s": ("deimv2_dinov3_s_coco.pth", "Intellindust/DEIMv2_DINOv3_S_COCO"),
+_PUBLISHED = {"HGNetv2": ("atto", "femto", "pico", "n"), "DINOv3": ("s", "m", "l", "x")}
+PUBLISHED_DETECTORS = {}
+for _kind, _names in _PUBLISHED.items():
+    for _name in _names:
+        _file = f"deimv2_{_kind.lower()}_{_name}_coco.pth"
+        _hub = f"Intellindust/DEIMv2_{_kind}_{_name.upper()}_COCO"
+        PUBLISHED_DETECTORS[_name] = (_file, _hub)
+PUBLISHED_VITS = {
+    ("vit", 256): "vittplus_distill.pt",
+    ("vit", 192): "vitt_distill.pt",
+    ("dinov3", 384): "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
+    ("dinov3_gated", 384): "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
 }
-PUBLISHED_VITS = {256: "vittplus_distill.pt", 192: "vitt_distill.pt"}
 
 
 def _published(init: str, config) -> tuple[str, str | None]:
     "File name and hub repository (or None) of `coco` or `dinov3` for a detector's configuration."
     if init == "coco" and config.variant in PUBLISHED_DETECTORS:
         return PUBLISHED_DETECTORS[config.variant]
-    if init == "dinov3" and config.vit_depth == 12 and config.vit_width in PUBLISHED_VITS:
-        return PUBLISHED_VITS[config.vit_width], None
+    vit = config.backbone, config.vit_width
+    if init == "dinov3" and config.vit_depth == 12 and vit in PUBLISHED_VITS:
+        return PUBLISHED_VITS[vit], None
     raise WeightsError(
         f"init='{init}': nothing was published for the configuration "
-        f"'{config.variant or 'of your own'}'; 'coco' fits m and s, 'dinov3' m, thesis_m and s"
+        f"'{config.variant or 'of your own'}'; 'coco' fits {', '.join(PUBLISHED_DETECTORS)}; "
+        "'dinov3' s, m, thesis_m, l and x"
     )
 
 
 # %% ../nbs/02a_weights.ipynb #from-hub
 def _from_hub(repository, what):
     try:
-        return Path(cached_file(repository, "model.safetensors"))
+        path = Path(cached_file(repository, "model.safetensors"))
+        with contextlib.suppress(OSError):
+            cached_file(repository, "config.json")  # beside it, for `stored_blocks`
+        return path
     except Exception as error:
         raise WeightsError(
             f"{what} https://huggingface.co/{repository} cannot be reached or has no "
@@ -527,6 +593,7 @@ def init_weights(
     path = find_weights(str(init), model.detector_config)
     if not path.is_dir():
         return load_original_weights(model, path, reinit_head)
+    check_blocks(model, path)
     state = load_file(path / "model.safetensors")
     report = LoadReport(file=str(path), taken="model.safetensors")
     report = _fill(model, (state, {}, ()), report, reinit_head)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_criterion import assert_terms, load_reference, small_case
 from test_detector import noise, set_distance
 
@@ -16,6 +17,7 @@ from deimv2_tfg.detector import (
     Detector,
     DetectorConfig,
     build_detector,
+    convert_weights,
     count_parameters,
     library_config,
     load_detector,
@@ -25,7 +27,7 @@ from deimv2_tfg.detector import (
 from deimv2_tfg.evaluation import takes_plain_input
 from deimv2_tfg.recipes import MODELS, PLAIN_INPUT
 from deimv2_tfg.transforms import to_pixel_values
-from deimv2_tfg.weights import WeightsError
+from deimv2_tfg.weights import PUBLISHED_DETECTORS, WeightsError, init_weights, stored_blocks
 
 VECTORS = Path(__file__).parent / "vectors" / "family.npz"
 COUNTS = {
@@ -167,3 +169,62 @@ def test_networks_of_convolutions_take_photographs_as_they_are():
         with torch.device("meta"):
             model = Detector(library_config(DetectorConfig.named(name)))
         assert takes_plain_input(torch.nn.Sequential(model)) == (name in PLAIN_INPUT)
+
+
+def test_a_file_that_keeps_shared_tensors_once_is_read(tmp_path, reference):
+    """So does safetensors, and with it the hub."""
+    name, _, state, expected = reference
+    if name != "atto":
+        pytest.skip("nothing is shared in this network")
+    once = {k: v for k, v in state.items() if not re.search(r"dec_bbox_head\.[12]", k)}
+    del once["decoder.decoder.up"], once["decoder.decoder.reg_scale"]
+    save_file({k: v.contiguous() for k, v in once.items()}, tmp_path / "model.safetensors")
+    report = convert_weights(tmp_path / "model.safetensors", tmp_path / "atto", "atto")
+    again = load_detector(tmp_path / "atto")
+    assert report.loaded == len(again.state_dict())
+    ours = again.model.decoder.bbox_embed[2].layers[0].weight
+    assert torch.equal(ours, state["decoder.dec_bbox_head.0.layers.0.weight"])
+
+
+def test_every_network_has_a_published_file():
+    assert list(PUBLISHED_DETECTORS) == list(COUNTS)
+    hub = {repository for _, repository in PUBLISHED_DETECTORS.values()}
+    assert "Intellindust/DEIMv2_HGNetv2_N_COCO" in hub and len(hub) == len(COUNTS)
+
+
+def test_the_blocks_of_a_hubs_configuration_are_taken_or_refused(tmp_path):
+    config = DetectorConfig.tiny(num_classes=2, features=(0, 1, 2))
+    save_detector(build_detector(config), tmp_path / "own")
+    other = build_detector(DetectorConfig.tiny(num_classes=2, features=(0, 2, 2)))
+    with pytest.raises(WeightsError, match=r"features=\(0, 1, 2\)"):
+        init_weights(other, tmp_path / "own")
+    named = {"DINOv3STAs": {"name": "vit_tiny", "interaction_indexes": [5, 8, 11]}}
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    heads = {"decoder.enc_score_head.bias": torch.zeros(2)}
+    save_file(heads, tmp_path / "model.safetensors")
+    assert stored_blocks(tmp_path / "model.safetensors") == (5, 8, 11)
+    model = build_detector(DetectorConfig.s(num_classes=2))
+    with pytest.raises(WeightsError, match=r"maps after blocks \(5, 8, 11\), this network after"):
+        load_original_weights(model, tmp_path / "model.safetensors")
+    with pytest.raises(
+        WeightsError, match="missing"
+    ):  # the blocks are taken, tensors are not there
+        convert_weights(tmp_path / "model.safetensors", tmp_path / "s", "s")
+
+
+def test_a_backbone_alone_is_read(reference):
+    """B0 whole into N, and what a smaller network has alike."""
+    name, _, state, _ = reference
+    if name != "n":
+        pytest.skip("one file serves all")
+    start = "backbone."
+    alone = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+    unlike = {"n": 0, "atto": 3 + 5}  # smaller kernels; the last convolution and its batch norm
+    for name, count in unlike.items():
+        model = build_detector(getattr(DetectorConfig, name)())
+        backbone = model.model.conv_encoder.backbone
+        report = load_original_weights(model, alone)
+        assert report.loaded == len(backbone.state_dict()) - count
+        assert len(report.ignored) == len(alone) - report.loaded
+        stem = backbone.embedder.stem1.convolution.weight
+        assert torch.equal(stem, state["backbone.stem.stem1.conv.weight"])
