@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'RATES', 'CLIPS', 'WARMUPS', 'AUGMENTATIONS', 'RECIPE', 'NORMS', 'FACTORS', 'precisions',
-    'whole_grid', 'cell_config', 'run_cell', 'run_trial', 'failed_cells', 'run_grid', 'read_grid',
-    'read_cell', 'grid_table', 'over_seeds', 'pair_differences', 'mean_with_interval',
-    'finished_cells', 'present_levels', 'at_the_recipe', 'level_row', 'main_effects',
-    'crossed_effects', 'plot_grid', 'plot_main_effects',
+    'RATES', 'CLIPS', 'WARMUPS', 'NOTHING', 'FULL', 'AUGMENTATIONS', 'RECIPE', 'FACTORS', 'NORMS',
+    'precisions', 'cell_config', 'run_cell', 'run_trial', 'failed_cells', 'run_grid', 'read_grid',
+    'read_cell', 'grid_table', 'pair_differences', 'mean_with_interval', 'finished_cells',
+    'present_levels', 'at_the_recipe', 'level_row', 'main_effects', 'crossed_effects',
+    'plot_grid', 'plot_main_effects',
 ]  # fmt: skip
 
 # %% ../nbs/04a_divergence.ipynb #exports
@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,30 +36,15 @@ from .training import find_run, train
 RATES = {"scaled": 1.0, "4 x": 4.0, "13 x": 13.0}  # 13: the thesis's second run
 CLIPS = {"none": 0.0, "0.1": 0.1}
 WARMUPS = {"none": 0.0, "3 %": 0.03}
-AUGMENTATIONS = {
-    "none": {"photometric": 0.0, "iou_crop": 0.0},
-    "mild": {},
-    "full": {"iou_crop": 0.8, "zoom_out": 0.5, "mosaic": 0.5, "mixup": 0.5, "copy_blend": 0.5},
-}
+NOTHING = {"photometric": 0.0, "iou_crop": 0.0}
+FULL = {"iou_crop": 0.8, "zoom_out": 0.5, "mosaic": 0.5, "mixup": 0.5, "copy_blend": 0.5}
+AUGMENTATIONS = {"none": NOTHING, "mild": {}, "full": FULL}
 
 
 def precisions(device: str | None = None) -> list[str]:
     """Those that this device computes in: fp16 needs a GPU."""
     gpu = device or torch.cuda.is_available()
     return ["no", "bf16", "fp16"] if gpu else ["no", "bf16"]
-
-
-# %% ../nbs/04a_divergence.ipynb #whole-grid
-def whole_grid(seeds: int = 3) -> dict[str, list]:
-    """Every level of every factor, for `optuna.samplers.GridSampler`."""
-    return {
-        "precision": precisions(),
-        "rate": list(RATES),
-        "clip": list(CLIPS),
-        "warmup": list(WARMUPS),
-        "augmentation": list(AUGMENTATIONS),
-        "seed": list(range(seeds)),
-    }
 
 
 # %% ../nbs/04a_divergence.ipynb #cell-config
@@ -69,6 +55,7 @@ RECIPE = {
     "warmup": "3 %",
     "augmentation": "mild",
 }  # the level of every factor in chapter 4's recipe: the grid's reference cell
+FACTORS = list(RECIPE)
 
 
 def cell_config(base: TrainConfig, seed: int = 0, **levels: str) -> TrainConfig:
@@ -199,27 +186,6 @@ def grid_table(trials: optuna.Study) -> pd.DataFrame:
     return pd.DataFrame([read_cell(t) for t in trials.trials if t.state.is_finished()])
 
 
-# %% ../nbs/04a_divergence.ipynb #over-seeds
-FACTORS = list(RECIPE)
-
-
-def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells over their seeds: n, share that diverged, skipped steps, norms, mean and sd of AP."""
-    if "run" not in cells:
-        return pd.DataFrame(columns=FACTORS)
-    groups = cells.groupby(FACTORS, sort=False)
-    columns = {
-        "n": ("run", "count"),
-        "diverged": ("diverged", "mean"),
-        "skipped": ("skipped", "mean"),
-        "norm_q50": ("grad norm q50", "mean"),
-        "norm_max": ("grad norm max", "max"),
-        "AP": ("AP", "mean"),
-        "AP_sd": ("AP", "std"),
-    }
-    return groups.agg(**columns).reset_index()
-
-
 # %% ../nbs/04a_divergence.ipynb #pair-differences
 def pair_differences(cells: pd.DataFrame, factor: str, level: str) -> np.ndarray:
     """AP at `level` minus AP at the recipe's level, one per pair of cells equal in all else.
@@ -238,15 +204,11 @@ def mean_with_interval(
 ) -> dict[str, float]:
     """Mean of pairs with a 95 % bootstrap interval over them; missing without any pair."""
     if not len(differences):
-        return {"pairs": 0, "AP_difference": math.nan, "low": math.nan, "high": math.nan}
+        return {"pairs": 0} | dict.fromkeys(("AP_difference", "low", "high"), math.nan)
     means = rng.choice(differences, (draws, len(differences))).mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return {
-        "pairs": len(differences),
-        "AP_difference": differences.mean(),
-        "low": low,
-        "high": high,
-    }
+    found = {"pairs": len(differences), "AP_difference": differences.mean()}
+    return found | {"low": low, "high": high}
 
 
 # %% ../nbs/04a_divergence.ipynb #levels-in-order
@@ -257,7 +219,9 @@ def _level(name: str) -> str:
 # %% ../nbs/04a_divergence.ipynb #finished-cells
 def finished_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells that have a run."""
-    return cells[cells["run"].notna()] if "run" in cells else pd.DataFrame(columns=FACTORS)
+    if "run" not in cells:
+        return pd.DataFrame(columns=FACTORS)
+    return cells[cells["run"].notna()]
 
 
 # %% ../nbs/04a_divergence.ipynb #present-levels
@@ -270,9 +234,9 @@ def present_levels(cells: pd.DataFrame, factor: str) -> list[str]:
 # %% ../nbs/04a_divergence.ipynb #at-the-recipe
 def at_the_recipe(cells: pd.DataFrame, factor: str) -> pd.DataFrame:
     """The cells whose other factors are all at the recipe's level."""
-    others = [name for name in FACTORS if name != factor]
-    chosen = (cells[others] == pd.Series(RECIPE)[others]).all(axis=1)
-    return cells[chosen]
+    others = pd.Series(RECIPE).drop(factor)
+    chosen = cells[others.index] == others
+    return cells[chosen.all(axis=1)]
 
 
 # %% ../nbs/04a_divergence.ipynb #main-effects
@@ -335,30 +299,28 @@ def crossed_effects(cells: pd.DataFrame, factor: str, by: str) -> pd.DataFrame:
 def plot_grid(cells: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Gradient norms (median and largest) and AP by learning rate, per precision and clipping."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.8), layout="constrained")
+    say = partial(gettext, language=language)
     marks = itertools.cycle("osv^Dx")
+    names = list(RATES)
     for precision, clip in itertools.product(precisions("cuda"), CLIPS):
         part = cells[(cells["precision"] == precision) & (cells["clip"] == clip)]
         if part.empty:
             continue
-        rates = part.groupby("rate").agg(
-            {"grad norm q50": "mean", "grad norm max": "max", "AP": "mean"}
-        )
-        rates = rates.reindex(list(RATES))
-        clipping = gettext("clipping", language)
-        label = f"{_level(precision)}, {clipping} {gettext(clip, language)}"
+        kinds = {"grad norm q50": "mean", "grad norm max": "max", "AP": "mean"}
+        median, largest, ap = part.groupby("rate").agg(kinds).reindex(names).to_numpy().T
+        label = f"{_level(precision)}, {say('clipping')} {say(clip)}"
         mark = next(marks)
-        (line,) = left.plot(range(len(RATES)), rates["grad norm q50"], marker=mark, label=label)
+        (line,) = left.plot(median, marker=mark, label=label)
         color = line.get_color()
-        left.plot(range(len(RATES)), rates["grad norm max"], ":", marker=mark, color=color)
-        right.plot(range(len(RATES)), rates["AP"], marker=mark, color=color, label=label)
-    left.set(ylabel=gettext("gradient norm before clipping", language), yscale="log")
-    left.set_title(gettext("median, and largest (dotted)", language))
+        left.plot(largest, ":", marker=mark, color=color)
+        right.plot(ap, marker=mark, color=color, label=label)
+    left.set(ylabel=say("gradient norm before clipping"), yscale="log")
+    left.set_title(say("median, and largest (dotted)"))
     top = max(0.05, 1.1 * cells["AP"].max())
-    right.set(ylabel=gettext("AP on val", language), ylim=(0, top))
+    right.set(ylabel=say("AP on val"), ylim=(0, top))
     for axes in (left, right):
-        names = [gettext(rate, language) for rate in RATES]
-        axes.set(xticks=range(len(RATES)), xticklabels=names)
-        axes.set_xlabel(gettext("learning rate", language))
+        axes.set_xticks(range(len(names)), list(map(say, names)))
+        axes.set_xlabel(say("learning rate"))
     right.legend()
     return finish(figure, language)
 
@@ -370,27 +332,29 @@ def plot_main_effects(effects: pd.DataFrame, language: str = "en") -> plt.Figure
     On the right: how many of the level's cells diverged.
     """
     rows = effects[effects["against"].notna()].iloc[::-1]
-    figure, axes = plt.subplots(figsize=(6.6, 1.2 + 0.34 * len(rows)), layout="constrained")
+    height = 1.2 + 0.34 * len(rows)
+    figure, axes = plt.subplots(figsize=(6.6, height), layout="constrained")
+    say = partial(gettext, language=language)
     y = np.arange(len(rows))
     axes.axvline(0, color="0.6", linewidth=0.8)
     series = (("", "all pairs", "o", 0.12), ("recipe_", "at the recipe's levels", "s", -0.12))
     for before, name, mark, shift in series:
-        points, low, high = (
-            100 * rows[f"{before}{column}"] for column in ("AP_difference", "low", "high")
-        )
+        columns = [f"{before}{column}" for column in ("AP_difference", "low", "high")]
+        points, low, high = 100 * rows[columns].to_numpy(float).T
         errors = [points - low, high - points]
-        label = gettext(name, language)
-        axes.errorbar(points, y + shift, xerr=errors, fmt=mark, capsize=2, label=label)
-    labels = [
-        f"{gettext(row.factor, language)}: {gettext(row.level, language)} "
-        f"{gettext('against', language)} {gettext(row.against, language)}"
-        for row in rows.itertuples()
-    ]
-    axes.set(yticks=y, yticklabels=labels, ylim=(-0.6, len(rows) - 0.4))
-    axes.set_xlabel(gettext("difference in AP on val (points)", language))
+        axes.errorbar(points, y + shift, xerr=errors, fmt=mark, capsize=2, label=say(name))
+    labels = []
+    counts = []
+    for row in rows.itertuples():
+        labels.append(f"{say(row.factor)}: {say(row.level)} {say('against')} {say(row.against)}")
+        counts.append(f"{row.diverged * row.cells:.0f} / {row.cells}")
+    axes.set_yticks(y, labels)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(say("difference in AP on val (points)"))
     right = axes.secondary_yaxis("right")
-    counts = [f"{row.diverged * row.cells:.0f} / {row.cells}" for row in rows.itertuples()]
-    right.set(yticks=y, yticklabels=counts, ylabel=gettext("diverged / cells", language))
+    right.set_yticks(y, counts)
+    right.set_ylabel(say("diverged / cells"))
     right.tick_params(length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (1 + len(rows))), ncols=2)
+    above = 1 + 0.5 / (1 + len(rows))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, above), ncols=2)
     return finish(figure, language)
