@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'DETECTOR_PLACES', 'DETECTOR_ARROWS', 'MEANS', 'QUALITY', 'COST', 'DRAWN', 'PARTS',
-    'WORDLESS', 'SHEETS', 'TEXT_WIDTH', 'CAPTIONS', 'SAID', 'TITLES', 'TEXTS', 'plot_detector',
-    'head_layers', 'plot_head', 'stored', 'comparison', 'plot_against_cost', 'sheet', 'picture',
-    'figure_entries', 'table_entry', 'number_entry', 'settings_of', 'diagrams', 'own_record',
+    'NETWORKS', 'MEANS', 'QUALITY', 'COST', 'DRAWN', 'PARTS', 'WORDLESS', 'SHEETS', 'TEXT_WIDTH',
+    'CAPTIONS', 'SAID', 'TITLES', 'TEXTS', 'plot_detector', 'head_layers', 'plot_head', 'stored',
+    'comparison', 'roles', 'plot_against_cost', 'sheet', 'picture', 'figure_entries',
+    'table_entry', 'number_entry', 'settings_of', 'study_detector', 'diagrams', 'own_record',
     'own_tables', 'own_figures', 'study_entries', 'make_memoria',
 ]  # fmt: skip
 
@@ -15,10 +15,12 @@ __all__ = [
 import re
 import shutil
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 import torch
 import typst
 from PIL import Image
@@ -27,18 +29,22 @@ from deimv2_tfg.figures import (
     MISSING,
     WIDE,
     caption_in,
+    class_style,
     finish,
     for_print,
+    format_number,
     gettext,
     read_provenance,
+    short_titles,
     source_of,
 )
 
 from .core import PACKAGE, atomic_write, project_root, write_json
 from .detector import VARIANTS, DetectorConfig
 from .fusion import ClassText, Head, build_head
-from .results import LOSSES, plot_training, prediction_sheet
-from .thesis import PLOTS
+from .results import LOSSES, chosen_points, plot_training, prediction_sheet
+from .runs import Run
+from .thesis import PLOTS, plot_attention
 
 
 # %% ../nbs/09a_memoria.ipynb #draw-blocks
@@ -69,40 +75,35 @@ def _diagram(places: dict[str, tuple], texts: dict[str, str], arrows: list[tuple
     return fig
 
 
-# %% ../nbs/09a_memoria.ipynb #plot-detector
-DETECTOR_PLACES = {
-    "photograph": (0, 1),
-    "vit": (1.3, 1.5),
-    "adapter": (1.3, 0.5),
-    "fusion": (2.6, 1),
-    "encoder": (3.9, 1),
-    "queries": (5.2, 1),
-    "decoder": (6.5, 1),
-    "result": (7.8, 1),
-}
-DETECTOR_ARROWS = [("photograph", "vit"), ("photograph", "adapter"), ("vit", "fusion")]
-DETECTOR_ARROWS += [("adapter", "fusion"), ("fusion", "encoder"), ("encoder", "queries")]
-DETECTOR_ARROWS += [("queries", "decoder"), ("decoder", "result")]
-
-
 # %% ../nbs/09a_memoria.ipynb #detector-texts
-def _detector_texts(config: DetectorConfig, image_size: int, language: str) -> dict[str, str]:
-    """The lines in each box of the detector's diagram."""
+NETWORKS = {"lite0": "EfficientNet-Lite0"}  # backbones that are one convolutional network
+
+
+def _backbone_texts(config: DetectorConfig) -> dict[str, list[str]]:
+    """Lines of the boxes between the photograph and the encoder, the last one where maps meet."""
+    if config.backbone != "vit":
+        lines = [NETWORKS.get(config.backbone, config.backbone)]
+        lines += [f"frozen stages: {config.frozen}"] if config.frozen else []
+        return {"backbone": lines, "fusion": ["projection of maps", "strides 8, 16, 32"]}
     blocks = ", ".join(str(b) for b in config.features)
-    lines = {
-        "photograph": ["photograph", f"3 x {image_size} x {image_size}"],
-        "vit": ["ViT", f"blocks: {config.vit_depth}, heads: {config.vit_heads}"],
-        "adapter": ["convolutional adapter (STA)", f"channels: {config.sta_width}"],
-        "fusion": ["fusion of maps", "strides 8, 16, 32"],
+    vit = ["ViT", f"blocks: {config.vit_depth}, heads: {config.vit_heads}"]
+    vit += [f"channels: {config.vit_width}", f"outputs of blocks {blocks}"]
+    adapter = ["convolutional adapter (STA)", f"channels: {config.sta_width}"]
+    maps = ["fusion of maps", "strides 8, 16, 32"]
+    return {"vit": vit, "adapter": adapter, "fusion": maps}
+
+
+def _detector_texts(config: DetectorConfig) -> dict[str, list[str]]:
+    """Lines of the boxes from the encoder on."""
+    return {
         "encoder": ["hybrid encoder", f"channels: {config.width}"],
         "queries": ["selection of queries", f"queries: {config.num_queries}"],
         "decoder": ["decoder", f"layers: {config.decoder_layers}, heads: {config.heads}"],
         "result": [f"boxes: {config.num_queries}", f"classes: {config.num_classes}"],
     }
-    lines["vit"] += [f"channels: {config.vit_width}", f"outputs of blocks {blocks}"]
-    return {k: "\n".join(_fold(caption_in(line, language)) for line in v) for k, v in lines.items()}
 
 
+# %% ../nbs/09a_memoria.ipynb #fold
 def _fold(line: str, most: int = 18) -> str:
     """A line of a box, broken at the blank nearest its middle where it is long."""
     blanks = [m.start() for m in re.finditer(" ", line)]
@@ -114,9 +115,20 @@ def _fold(line: str, most: int = 18) -> str:
 
 # %% ../nbs/09a_memoria.ipynb #plot-detector-2
 def plot_detector(config: DetectorConfig, image_size: int, language: str = "en") -> plt.Figure:
-    """The detector as a diagram, with the sizes of its configuration."""
-    texts = _detector_texts(config, image_size, language)
-    return _diagram(DETECTOR_PLACES, texts, DETECTOR_ARROWS)
+    """The detector as a diagram, with the backbone and the sizes of its configuration."""
+    first = {"photograph": ["photograph", f"3 x {image_size} x {image_size}"]}
+    backbone = _backbone_texts(config)
+    rest = _detector_texts(config)
+    parts = list(backbone)[:-1]
+    chain = ["fusion", *rest]
+    places = {"photograph": (0, 1)}
+    places |= {name: (1.3, 1 + len(parts) / 2 - 0.5 - k) for k, name in enumerate(parts)}
+    places |= {name: (2.6 + 1.3 * k, 1) for k, name in enumerate(chain)}
+    arrows = [pair for part in parts for pair in (("photograph", part), (part, "fusion"))]
+    texts = {}
+    for name, lines in (first | backbone | rest).items():
+        texts[name] = "\n".join(_fold(caption_in(line, language)) for line in lines)
+    return _diagram(places, texts, arrows + list(pairwise(chain)))
 
 
 # %% ../nbs/09a_memoria.ipynb #head-layers
@@ -187,7 +199,7 @@ def comparison(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     table = stored(folder, "07c_thesis/results").dropna(subset=["AP"]) if _has(folder) else None
     if table is None:
-        return pd.DataFrame(columns=["model", "images seen", *QUALITY, *COST])
+        return pd.DataFrame(columns=["run", "model", "images seen", *QUALITY, *COST])
     rows = table.reindex(columns=["model", "images seen", *QUALITY, *COST])
     for name in ("06_baselines/baselines", "04_training_stability/phase1", "runs"):
         rows = rows.fillna(stored(folder, name).reindex(rows.index).reindex(columns=rows.columns))
@@ -204,19 +216,50 @@ def _has(folder: Path) -> bool:
     return (folder / "07c_thesis/results.csv").is_file()
 
 
+# %% ../nbs/09a_memoria.ipynb #roles
+def roles(networks: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """The rows of a `comparison` that the text speaks of, as {role: {run, model}}.
+
+    detector, fusion: those with the most images; cnn, other_cnn: the Faster R-CNNs by AP;
+    detector_as_cnn: the DEIMv2 that saw as many images as cnn. What was not run is not there.
+    """
+    rows = networks.sort_values(["images seen", "AP"], ascending=False).fillna({"run": ""})
+    plain = rows[rows["model"].str.match(r"DEIMv2 (?!with text)")]
+    fused = rows[rows["model"].str.startswith("DEIMv2 with text")]
+    cnns = rows[rows["model"].str.startswith("Faster R-CNN")].sort_values("AP", ascending=False)
+    as_long = plain[plain["images seen"].isin(cnns["images seen"][:1])]
+    asked = {"detector": plain, "fusion": fused, "cnn": cnns, "other_cnn": cnns[1:]}
+    asked["detector_as_cnn"] = as_long
+    known = {role: part[["run", "model"]].head(1) for role, part in asked.items()}
+    return {role: part.to_dict("records")[0] for role, part in known.items() if len(part)}
+
+
 # %% ../nbs/09a_memoria.ipynb #plot-against-cost
 def plot_against_cost(networks: pd.DataFrame, language: str = "en") -> plt.Figure:
-    """AP against GFLOPs of a `comparison`, one point per network and number of images seen."""
-    known = networks.dropna(subset=["GFLOPs", "AP"])
-    fig, ax = plt.subplots(figsize=(5.4, 2.8))
-    for k, row in enumerate(known.itertuples(index=False)):
-        name = re.sub(r", \d+ px", "", row.model)
-        label = f"{name}, {int(row[known.columns.get_loc('images seen')])}"
-        ax.plot(row.GFLOPs, row.AP, marker="osD^v"[k % 5], linestyle="", label=label)
-    ax.set(xlabel="GFLOPs", ylabel=f"AP {gettext('on test', language)}", ylim=(0, None))
-    if len(known):
-        ax.legend(title=gettext("network, images seen", language), loc="lower right")
+    """AP against each cost of a `comparison`: one point per network and number of images seen."""
+    costs = [c for c in ("GFLOPs", "parameters (M)", "latency (ms)") if networks[c].notna().any()]
+    fig, axes = plt.subplots(1, len(costs), figsize=(7.4, 2.6), sharey=True, squeeze=False)
+    known = networks.dropna(subset=["AP"]).dropna(subset=costs, how="all")
+    for k, row in enumerate(known.to_dict("records")):
+        images = format_number(row["images seen"], 0, language)
+        label = f"{_short_name(row['model'], language)}, {images}"
+        style = {"marker": "osD^v"[k % 5], "linestyle": "", "color": class_style(k)["color"]}
+        for ax, cost in zip(axes.flat, costs, strict=True):
+            ax.plot(row[cost], row["AP"], label=label, **style)
+    for ax, cost in zip(axes.flat, costs, strict=True):
+        ax.set(xlabel=gettext(cost, language), xlim=(0, 1.1 * known[cost].max()))
+        ax.set_ylim(0, 1.1 * known["AP"].max())
+    axes[0, 0].set_ylabel(f"AP {gettext('on test', language)}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = gettext("network, images seen", language)
+    fig.legend(handles, labels, title=title, loc="outside upper left", ncols=2)
     return finish(fig, language)
+
+
+def _short_name(model: str, language: str) -> str:
+    """A network's name in a language, without its input size."""
+    parts = re.sub(r", \d+ px", "", model).split(", ")
+    return ", ".join(gettext(part, language) for part in parts)
 
 
 # %% ../nbs/09a_memoria.ipynb #curves
@@ -233,7 +276,8 @@ def _plot_columns(table: pd.DataFrame, columns: dict, language: str, scale: str)
 def _plot_losses(table: pd.DataFrame, language: str) -> plt.Figure:
     if "split" in table:  # all of a run's metrics
         return plot_training(table, language)
-    names = {"total": "total", **LOSSES, "denoising": "denoising queries"}
+    words = {"total": "total", **LOSSES, "denoising": "denoising queries"}
+    names = {column: said for column, said in words.items() if column in table}
     return _plot_columns(table, names, language, "log")
 
 
@@ -242,24 +286,44 @@ def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
     return _plot_columns(table, names, language, "linear")
 
 
+def _plot_matrix(table: pd.DataFrame, language: str) -> plt.Figure:
+    matrix = table.set_index(table.columns[0])
+    names = short_titles(list(matrix.columns), language)
+    fig, ax = plt.subplots(figsize=(4.4, 3.2))
+    texts = matrix.map(lambda value: format_number(value, 2, language))
+    look = {"cmap": "cividis", "annot_kws": {"fontsize": 7}, "square": True}
+    sns.heatmap(matrix, annot=texts, fmt="", ax=ax, cbar_kws={"label": "cos"}, **look)
+    ax.set_xticklabels(names, rotation=35, ha="right")
+    ax.set_yticklabels(names, rotation=0)
+    ax.set_ylabel("")
+    return finish(fig, language)
+
+
 DRAWN = PLOTS | {"training_curves": _plot_losses, "stability": _plot_norm}
+DRAWN["text_matrices"] = _plot_matrix
 PARTS = {"training_curves": "Weighted loss by family over the epochs."}  # drawn anew: not all of it
+PARTS["text_matrices"] = "Cosine of matched queries (rows) with the texts of the classes (columns)."
 WORDLESS = ("samples",)  # stored pictures without English words
 
 # %% ../nbs/09a_memoria.ipynb #sheet
 SHEETS = ("predictions", "photographs_best", "photographs_worst")  # of photographs of a run
+SHEETS += ("telling_photographs", "text_attention")  # and of a fusion run
 
 
 def sheet(record: dict, table: pd.DataFrame, folder: Path, language: str) -> plt.Figure | None:
-    """Photographs with boxes in a language; None where the run or its photographs are not here."""
-    runs = [project_root() / "runs" / Path(folder).name / name for name in record["runs"]]
-    if not runs or not runs[0].is_dir() or "image_id" not in table:
+    """Photographs with boxes in a language; None where the runs or photographs are not here."""
+    home = project_root() / "runs" / Path(folder).name
+    runs = [home / name for name in record["runs"]]
+    if not runs or not all(run.is_dir() for run in runs) or "image_id" not in table:
         return None
-    points = stored(folder, "07c_thesis/working_points", "class")["threshold"].reset_index()
-    chosen = points.dropna() if record["name"].startswith("07a") and len(points) else None
-    images = list(table["image_id"].unique())
+    name = Path(record["name"]).name
     try:
-        return prediction_sheet(runs[0], images, points=chosen, language=language)
+        if name == "text_attention":
+            return plot_attention(table, Run(runs[0]).data_dir / "test" / "images", language)
+        points = None if name == "predictions" else chosen_points(runs[0])
+        others = dict.fromkeys(["with text"], runs[1]) if name == "telling_photographs" else None
+        images = list(table["image_id"].drop_duplicates() if others is None else table["image_id"])
+        return prediction_sheet(runs[0], images, points=points, language=language, others=others)
     except OSError:
         return None
 
@@ -381,14 +445,19 @@ def settings_of(folder: Path, kind: str) -> dict[str, str]:
 TEXT_WIDTH = 384  # numbers of a text of MiniLM, the encoder of the studies
 
 
-def diagrams(folder: Path, language: str) -> dict[str, plt.Figure]:
-    """The study's two drawn networks: "memoria/detector" and "memoria/head"."""
+def study_detector(folder: Path) -> tuple[DetectorConfig, int]:
+    """The configuration of the study's detector and its input size in pixels."""
     told = settings_of(folder, "detector")
     model = told.get("model", "small")
     classes = stored(folder, "01_data/classes", "class")
     count = len(classes.drop(list(MEANS), errors="ignore")) or 6
     config = DetectorConfig.named(model if model in VARIANTS else "small", count)
-    size = int(told.get("image_size", 192))
+    return config, int(told.get("image_size", 192))
+
+
+def diagrams(folder: Path, language: str) -> dict[str, plt.Figure]:
+    """The study's two drawn networks: "memoria/detector" and "memoria/head"."""
+    config, size = study_detector(folder)
     text = ClassText(torch.eye(config.num_classes, TEXT_WIDTH))
     kind = settings_of(folder, "fusion").get("head", "contrastive")
     head = build_head(kind, config.width, text)
@@ -401,7 +470,7 @@ def diagrams(folder: Path, language: str) -> dict[str, plt.Figure]:
 CAPTIONS = {
     "memoria/detector": "The detector, with the sizes of the study's configuration.",
     "memoria/head": "The fusion head: only its layers are trained.",
-    "memoria/cost": "AP on test against the operations of one photograph.",
+    "memoria/cost": "AP on test against what a photograph costs.",
     "memoria/quality": "All networks on test: AP with and without the class of good parts.",
     "memoria/costs": "All networks: what they cost.",
 }
@@ -455,14 +524,19 @@ SAID = ("not run",)  # words that the layout itself writes
 
 
 def study_entries(folder: str | Path, build: Path, language: str) -> dict:
-    """All that the text can ask for: language, name, words, figures, tables, numbers."""
+    """All that the text can ask for: language, name, words, figures, tables, numbers, roles."""
     folder = Path(folder)
     found = {"language": language, "name": folder.name}
     found["words"] = {word: gettext(word, language) for word in SAID}
     found["figures"] = figure_entries(folder, build, language)
     found["figures"] |= own_figures(folder, build, language)
     found["tables"] = own_tables(folder, language)
-    found["numbers"] = {"memoria": number_entry(comparison(folder), language)}
+    networks = comparison(folder)
+    found["numbers"] = {"memoria": number_entry(networks, language)}
+    found["backbone"] = study_detector(folder)[0].backbone
+    found["roles"] = roles(networks)
+    for row in found["roles"].values():
+        row["model"] = _short_name(row["model"], language)
     for record in read_provenance(folder):
         path = folder / f"{record['name']}.csv"
         if path.is_file():

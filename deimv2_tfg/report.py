@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'SHOWN_ROWS', 'WORST', 'RUN_SECTIONS', 'as_picture', 'as_table', 'chosen_points',
-    'run_sections', 'runs_of', 'study_sections', 'report_run', 'study_folder', 'report_study',
+    'SHOWN_ROWS', 'WORST', 'RUN_SECTIONS', 'as_picture', 'as_table', 'run_sections', 'runs_of',
+    'study_sections', 'report_run', 'study_folder', 'report_study',
 ]  # fmt: skip
 
 # %% ../nbs/07e_report.ipynb #report-imports
@@ -19,12 +19,6 @@ import jinja2
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from deimv2_tfg.decisions import (
-    at_working_points,
-    confusion,
-    plot_confusion,
-    working_points,
-)
 from deimv2_tfg.figures import (
     SECTIONS,
     caption_in,
@@ -35,10 +29,17 @@ from deimv2_tfg.figures import (
     section_of,
     source_of,
 )
+from deimv2_tfg.results import (
+    chosen_points,
+    per_class_table,
+    plot_per_class,
+    plot_training,
+    prediction_sheet,
+)
 
 from .core import PACKAGE, atomic_write, project_root
+from .decisions import at_working_points, confusion, plot_confusion
 from .errors import worst_photographs
-from .results import per_class_table, plot_per_class, plot_training, prediction_sheet
 from .runs import Run, find_runs
 from .thesis import PLOTS, runs_table
 
@@ -83,20 +84,14 @@ def _curves(run: Run, split: str, language: str) -> list[dict]:
     return [as_picture(plot_training(metrics, language), caption)]
 
 
-# %% ../nbs/07e_report.ipynb #points
-def chosen_points(run: Run, split: str) -> tuple[pd.DataFrame, bool]:
-    """Thresholds by class (`working_points`) chosen on val, and whether val could choose them."""
-    if run.has_predictions("val"):
-        return working_points(run.annotations("val"), run.predictions("val")), True
-    names = [c["name"] for c in run.annotations(split)["categories"]]
-    return pd.DataFrame({"class": names, "threshold": 0.5}), False
-
-
+# %% ../nbs/07e_report.ipynb #confusions
 def _confusions(run: Run, split: str, language: str) -> list[dict]:
     truth, found = run.annotations(split), run.predictions(split)
-    points, chosen = chosen_points(run, split)
+    points = chosen_points(run, split)
     told = "Confusions at the working points chosen on val."
-    caption = gettext(told if chosen else "Confusions at a score of 0.5.", language)
+    if not run.has_predictions("val"):
+        told = "Confusions at a score of 0.5."
+    caption = gettext(told, language)
     drawn = as_picture(plot_confusion(confusion(truth, found, points), language), caption)
     rates = gettext("Precision, recall and F1 at these thresholds.", language)
     return [drawn, as_table(at_working_points(truth, found, points), rates, language)]
@@ -107,7 +102,7 @@ WORST = 6  # photographs that a report shows
 
 
 def _photographs(run: Run, split: str, language: str) -> list[dict]:
-    points, _ = chosen_points(run, split)
+    points = chosen_points(run, split)
     worst = worst_photographs(run.annotations(split), run.predictions(split), points)
     worst = worst.head(WORST).drop(columns="balance")
     ids = worst["image_id"].tolist()

@@ -6,7 +6,8 @@
 __all__ = [
     'LOSSES', 'FEW', 'GOOD', 'SINGLE', 'NOT_COMPARED', 'FAMILIES', 'COMPARED', 'loss_families',
     'plot_training', 'per_class_table', 'plot_per_class', 'plot_precision_recall', 'sheet_images',
-    'prediction_sheet', 'group_seeds', 'model_names', 'named_groups', 'judge_group', 'compare',
+    'chosen_points', 'prediction_sheet', 'group_seeds', 'model_names', 'named_groups',
+    'judge_group', 'compare', 'class_comparison', 'plot_class_comparison',
 ]  # fmt: skip
 
 # %% ../nbs/07_results.ipynb #663dd787
@@ -24,6 +25,7 @@ from torchvision.ops import box_convert
 
 from deimv2_tfg.figures import (
     LINES,
+    caption_in,
     class_style,
     class_title,
     draw_boxes,
@@ -42,7 +44,7 @@ from deimv2_tfg.statistics import (
     stratified_weights,
 )
 
-from .decisions import kept_results
+from .decisions import kept_results, working_points
 from .evaluation import Judged, judged
 from .runs import Run
 
@@ -195,24 +197,31 @@ def _row_title(name: str, language: str) -> str:
 
 
 # %% ../nbs/07_results.ipynb #plot-per-class-2
+def _draw_intervals(ax: plt.Axes, table: pd.DataFrame, name: str, y, style: dict) -> None:
+    """Column `name` with its interval as error bars at the heights `y`."""
+    ends = table[[f"{name} low", f"{name} high"]].sub(table[name], axis="index")
+    ax.errorbar(table[name], y, xerr=ends.abs().T.to_numpy(), **style)
+
+
+def _finish_intervals(ax: plt.Axes, language: str) -> None:
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.03)
+    ax.set_xlabel(gettext("AP, with 95 % interval over images", language))
+    ax.grid(axis="x", color="0.9")
+
+
 def plot_per_class(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """AP and AP50 of a `per_class_table` with intervals: one row per class, objects in brackets."""
     fig, ax = plt.subplots(figsize=(6.2, 0.42 * len(table) + 0.8))
     for shift, name, marker, color in ((-0.14, "AP50", "s", "C0"), (0.14, "AP", "o", "black")):
-        ends = table[[f"{name} low", f"{name} high"]]
-        ends = ends.sub(table[name], axis="index")
-        y = np.arange(len(table)) + shift
         style = {"fmt": marker, "color": color, "markersize": 4, "capsize": 2, "linewidth": 1}
-        ax.errorbar(table[name], y, xerr=ends.abs().T.to_numpy(), label=name, **style)
+        _draw_intervals(ax, table, name, np.arange(len(table)) + shift, style | {"label": name})
     titles = [_row_title(name, language) for name in table["class"]]
     counts = [f"{t} ({n})" for t, n in zip(titles, table["objects"], strict=True)]
     ax.set_yticks(range(len(table)), counts)
     means = table["class"].str.startswith("mean")
     ax.axhline((~means).sum() - 0.5, color="0.7", linewidth=0.8)
-    ax.invert_yaxis()
-    ax.set_xlim(0, 1.03)
-    ax.set_xlabel(gettext("AP, with 95 % interval over images", language))
-    ax.grid(axis="x", color="0.9")
+    _finish_intervals(ax, language)
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return finish(fig, language)
 
@@ -290,15 +299,26 @@ def _drawn(photograph: Image.Image, found: list, labels: dict, names: list) -> I
 
 
 # %% ../nbs/07_results.ipynb #sheet-axes
-def _sheet_axes(n: int) -> np.ndarray:
-    """Axes (n, 2) of a sheet of pairs, two pairs per row."""
+def _sheet_axes(n: int, columns: int) -> np.ndarray:
+    """Axes (n, columns) of a sheet of photographs, two per row."""
     rows = -(-n // 2)
-    shares = (1, 1, 0.06, 1, 1)
-    size = (7.4, 1.9 * rows + 0.2)
-    _, axes = plt.subplots(rows, 5, figsize=size, width_ratios=shares, squeeze=False)
+    shares = [1] * columns
+    shares = [*shares, 0.12 / columns, *shares]
+    size = (7.4, 3.8 * rows / columns + 0.2)
+    _, axes = plt.subplots(rows, len(shares), figsize=size, width_ratios=shares, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    return axes[:, [0, 1, 3, 4]].reshape(-1, 2)
+    return np.delete(axes, columns, axis=1).reshape(-1, columns)
+
+
+# %% ../nbs/07_results.ipynb #chosen-points
+def chosen_points(run: str | Path | Run, split: str = "test", data_dir=None) -> pd.DataFrame:
+    """Thresholds by class (`working_points`) chosen on val; 0.5 where val was not predicted."""
+    run = Run(run)
+    if run.has_predictions("val"):
+        return working_points(run.annotations("val", data_dir), run.predictions("val"))
+    names = [c["name"] for c in run.annotations(split, data_dir)["categories"]]
+    return pd.DataFrame({"class": names, "threshold": 0.5})
 
 
 # %% ../nbs/07_results.ipynb #prediction-sheet
@@ -310,11 +330,13 @@ def prediction_sheet(
     split: str = "test",
     data_dir: str | Path | None = None,
     language: str = "en",
+    others: dict[str, Run] | None = None,
 ) -> plt.Figure:
-    """Photographs by id in pairs: annotations on the left, predictions on the right.
+    """Photographs by id: annotations on the left, predictions on the right.
 
     Predictions are those with a score of at least `threshold`, or of the thresholds by class
-    (`points`, see `working_points`).
+    (`points`, see `working_points`). others: {title: run} of more columns, each at thresholds that
+    were chosen on val.
     """
     run = Run(run)
     coco = run.annotations(split, data_dir)
@@ -322,16 +344,19 @@ def prediction_sheet(
     classes = [c["name"] for c in categories]
     if points is None:
         points = pd.DataFrame({"class": classes, "threshold": threshold})
-    found = kept_results(coco, run.predictions(split), points)
-    found = sorted(found, key=lambda r: r["score"])
+    columns = {"annotated": coco["annotations"]}
+    columns["predicted"] = kept_results(coco, run.predictions(split), points)
+    for title, other in (others or {}).items():
+        own = chosen_points(other, split, data_dir)
+        columns[title] = kept_results(coco, Run(other).predictions(split), own)
     labels = {c["id"]: k for k, c in enumerate(categories)}
     names = short_titles(classes, language)
     folder = Path(data_dir or run.data_dir) / split / "images"
     files = {i["id"]: folder / i["file_name"] for i in coco["images"]}
-    for image_id, pair in zip(images, _sheet_axes(len(images)), strict=False):
-        columns = (("annotated", coco["annotations"]), ("predicted", found))
-        for ax, (title, boxes) in zip(pair, columns, strict=True):
+    for image_id, row in zip(images, _sheet_axes(len(images), len(columns)), strict=False):
+        for ax, (title, boxes) in zip(row, columns.items(), strict=True):
             own = [b for b in boxes if b["image_id"] == image_id]
+            own.sort(key=lambda b: b.get("score", 1))
             photograph = Image.open(files[image_id])
             ax.imshow(_drawn(photograph, own, labels, names))
             ax.set_title(gettext(title, language), pad=2)
@@ -466,11 +491,13 @@ def _sample_models(groups: list[list[Judged]], draws: int, seed: int) -> list[_M
 
 # %% ../nbs/07_results.ipynb #compare-own
 def _own_columns(model: _Model, seed: int, without: tuple) -> dict:
-    """What a model's row says of itself: counts, AP and AP50, and AP without some classes."""
+    """What a model's row says of itself: counts, metrics, and AP without some classes."""
     tables = model.judged[0].tables
     counts = np.stack([t.objects for t in tables])
     columns = {"images": counts.shape[1], "objects": int(counts.sum())}
     columns |= _ap_columns(model.sampled, seed=seed)
+    for name in ("AP75", "AP_small", "AR100"):
+        columns[name] = np.mean([j.metrics[name] for j in model.judged])
     values = estimate(model.sampled, seed=seed).values
     columns["AP sd"] = values.std(ddof=1) if len(values) > 1 else np.nan
     if without:
@@ -557,3 +584,36 @@ def compare(
             row |= _against(model, models[0], draws, seed, without)
         rows.append(row | {"note": note})
     return _adjusted(pd.DataFrame(rows))
+
+
+# %% ../nbs/07_results.ipynb #class-comparison
+def class_comparison(runs: list | dict, split: str = "test", draws: int = 2000) -> pd.DataFrame:
+    """AP and AP50 of each class for each model, as means over seeds with 95 % intervals.
+
+    runs: as for `compare`. One row per model and class: model, class, objects, seeds, AP, AP50.
+    """
+    named = named_groups(runs)
+    groups = [judge_group(paths, split, None)[0] for paths in named.values()]
+    rows = []
+    for name, model in zip(named, _sample_models(groups, draws, 0), strict=True):
+        for table in model.judged[0].tables if model.judged else []:
+            about = {"model": name, "class": table.name, "objects": int(table.objects.sum())}
+            about["seeds"] = len(model.judged)
+            rows.append(about | _ap_columns(model.sampled, table.name))
+    return pd.DataFrame(rows)
+
+
+def plot_class_comparison(table: pd.DataFrame, language: str = "en") -> plt.Figure:
+    """AP of each class with its interval, one mark per model of a `class_comparison`."""
+    classes = list(table["class"].unique())
+    models = table.groupby("model", sort=False)
+    fig, ax = plt.subplots(figsize=(6.2, 0.16 * len(table) + 0.25 * len(classes) + 0.9))
+    shifts = np.linspace(-0.3, 0.3, len(models)) if len(models) > 1 else [0]
+    for k, (shift, (name, part)) in enumerate(zip(shifts, models, strict=True)):
+        style = {"fmt": "osD^v"[k % 5], "color": class_style(k)["color"], "markersize": 4}
+        style |= {"capsize": 2, "linewidth": 1, "label": caption_in(name, language)}
+        _draw_intervals(ax, part, "AP", part["class"].map(classes.index) + shift, style)
+    ax.set_yticks(range(len(classes)), [class_title(c, language) for c in classes])
+    _finish_intervals(ax, language)
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.2, 1), ncols=2)
+    return finish(fig, language)

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    'PLACES', 'KINDS_OF_RUN', 'PLOTS', 'Softmaxed', 'last_weights', 'old_protocol',
-    'top_score_precision', 'verdict_table', 'study_runs', 'images_seen', 'best_fusion',
-    'runs_table', 'results_table', 'render',
+    'PLACES', 'KINDS_OF_RUN', 'AXES', 'STEEL', 'MATERIALS', 'PLOTS', 'Softmaxed', 'last_weights',
+    'old_protocol', 'top_score_precision', 'verdict_table', 'study_runs', 'images_seen',
+    'best_fusion', 'head_groups', 'runs_table', 'results_table', 'learning_curves', 'plot_curves',
+    'telling_photographs', 'text_attention', 'plot_attention', 'class_sources', 'render',
 ]  # fmt: skip
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from deimv2_tfg.decisions import (
     at_working_points,
@@ -40,17 +44,31 @@ from deimv2_tfg.evaluation import (
 )
 from deimv2_tfg.figures import (
     caption_in,
+    class_style,
+    class_title,
+    finish,
     for_print,
+    format_number,
+    gettext,
     read_provenance,
     to_latex,
 )
+from deimv2_tfg.results import (
+    chosen_points,
+    compare,
+    group_seeds,
+    named_groups,
+    plot_class_comparison,
+    plot_per_class,
+    plot_precision_recall,
+)
 
-from .core import Study, atomic_write
+from .core import Study, atomic_write, read_json
 from .data import load_dataset, plot_classes
-from .errors import plot_budget, plot_found
+from .errors import plot_budget, plot_found, worst_photographs
 from .input_size import plot_shares
-from .multimodal import plot_text_effects
-from .results import compare, group_seeds, plot_per_class, plot_precision_recall
+from .multimodal import fusion_data, head_logits, load_head, plot_text_effects
+from .recipes import FusionConfig
 from .runs import Run, find_runs, load_state
 from .stability import plot_grid, plot_main_effects
 
@@ -189,14 +207,18 @@ def images_seen(run: Run) -> int | None:
 
 
 # %% ../nbs/07c_thesis.ipynb #best-fusion
+def _with_text(runs: list[Run]) -> list[list[Run]]:
+    """Fusion runs with the true text and no class held out, those of one configuration together."""
+    asked = [r for r in runs if r.config.get("text") == "true" and not r.config.get("held_out")]
+    return [[Run(r) for r in group] for group in group_seeds(asked)]
+
+
 def best_fusion(runs: list[Run]) -> list[Run]:
     """The seeds of the head that does best on val, among the heads with the most seeds.
 
     Only runs with the true text and no class held out are asked.
     """
-    with_text = [r for r in runs if r.config.get("text") == "true"]
-    asked = [r for r in with_text if not r.config.get("held_out")]
-    groups = [[Run(r) for r in group] for group in group_seeds(asked)]
+    groups = _with_text(runs)
     most = max(map(len, groups), default=0)
     fullest = [g for g in groups if len(g) == most]
 
@@ -204,6 +226,15 @@ def best_fusion(runs: list[Run]) -> list[Run]:
         return np.mean([r.result.get("best_val_AP", 0.0) for r in group])
 
     return max(fullest, key=on_val, default=[])
+
+
+# %% ../nbs/07c_thesis.ipynb #head-groups
+def head_groups(runs: list[Run]) -> dict[str, list[Run]]:
+    """The seeds of each kind of head with the true text: "head: <kind>" to its largest group."""
+    groups = {}
+    for group in sorted(_with_text(runs), key=len):
+        groups[f"head: {group[0].config['head']}"] = group
+    return groups
 
 
 # %% ../nbs/07c_thesis.ipynb #study-rows-3
@@ -244,6 +275,141 @@ def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.Da
     return table[first + [c for c in table.columns if c not in first]]
 
 
+# %% ../nbs/07c_thesis.ipynb #learning-curves
+def learning_curves(runs: list | dict, measure: str = "val/AP") -> pd.DataFrame:
+    """A measure over the training of each run: columns model, run, epoch, images seen, measure.
+
+    runs: as for `compare`; those without that measure in their metrics are left out.
+    """
+    tables = []
+    for name, group in named_groups(runs).items():
+        for run in map(Run, group):
+            log = run.metrics().reindex(columns=["epoch", "step", measure]).dropna()
+            images = log.pop("step") * run.config.get("batch_size", np.nan)
+            log.insert(0, "model", name)
+            log.insert(1, "run", run.name)
+            tables.append(log.assign(**{"images seen": images, measure: log.pop(measure)}))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+# %% ../nbs/07c_thesis.ipynb #plot-curves
+AXES = {"images seen": "images seen", "epoch": "epoch", "val/AP": "AP on val"}
+AXES["train/loss_mal"] = "weighted loss"
+
+
+def plot_curves(table: pd.DataFrame, language: str = "en") -> plt.Figure:
+    """`learning_curves`, one line per run, one style per model: AP by images, a loss by epoch."""
+    y = table.columns[-1]
+    x = "images seen" if y.startswith("val/") else "epoch"
+    fig, ax = plt.subplots(figsize=(6.2, 2.8))
+    for k, (name, part) in enumerate(table.groupby("model", sort=False)):
+        style = class_style(k) | {"linewidth": 1, "marker": "." if len(part) < 4 else None}
+        for j, (_, run) in enumerate(part.groupby("run")):
+            label = None if j else caption_in(name, language)
+            ax.plot(run[x], run[y], label=label, **style)
+    ax.set_xlabel(gettext(AXES[x], language))
+    ax.set_ylabel(gettext(AXES[y], language))
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=2)
+    return finish(fig, language)
+
+
+# %% ../nbs/07c_thesis.ipynb #telling
+def telling_photographs(run: str | Path | Run, split: str = "test") -> pd.DataFrame:
+    """The best and the worst photograph of each class: columns class, which, image_id, bad.
+
+    Best and worst are as in `worst_photographs`, at thresholds that were chosen on val.
+    """
+    run = Run(run)
+    coco = run.annotations(split)
+    order = worst_photographs(coco, run.predictions(split), chosen_points(run, split))
+    rows = []
+    for category in sorted(coco["categories"], key=lambda c: c["id"]):
+        objects = [a for a in coco["annotations"] if a["category_id"] == category["id"]]
+        shown = order[order["image_id"].isin([a["image_id"] for a in objects])]
+        for which, part in (("best", shown.tail(1)), ("worst", shown.head(1))):
+            about = part[["image_id", "bad"]].to_dict("records")
+            rows += [{"class": category["name"], "which": which, **row} for row in about]
+    return pd.DataFrame(rows)
+
+
+# %% ../nbs/07c_thesis.ipynb #attention
+def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataFrame:
+    """What the queries of photographs say of a class by a fusion head: one row per query.
+
+    photographs: `telling_photographs` of test. Columns class, which, image_id, x, y (in pixels),
+    value (the cosine to the class's text, of a head without one the score), score.
+    """
+    run = Run(run)
+    here = {"run": str(run.path.parent / Path(run.config["run"]).name)}
+    config = run.config | here | {"runs_dir": str(run.path.parent)}
+    known = {field.name for field in dataclasses.fields(FusionConfig)}
+    data = fusion_data(FusionConfig(**{k: v for k, v in config.items() if k in known}))
+    head = load_head(run.best / "head.safetensors")[0]
+    tables = []
+    for row in photographs.to_dict("records"):
+        place = data.splits["test"].image_id.tolist().index(row["image_id"])
+        one = data.splits["test"][place : place + 1]
+        label = config["classes"].index(row["class"])
+        score = head_logits(head, one).sigmoid()[0, :, label].numpy()
+        value = score
+        if hasattr(head, "cosine"):
+            with torch.inference_mode():
+                value = head.cosine(one.embeddings.float())[0, :, label].numpy()
+        height, width = one.size[0].tolist()
+        x, y = one.boxes[0, :, :2].float().numpy().T * [[width], [height]]
+        tables.append(pd.DataFrame({**row, "x": x, "y": y, "value": value, "score": score}))
+    return pd.concat(tables, ignore_index=True)
+
+
+# %% ../nbs/07c_thesis.ipynb #plot-attention
+def plot_attention(table: pd.DataFrame, folder: Path, language: str = "en") -> plt.Figure:
+    """Queries of `text_attention` over their photographs: the darker, the nearer to the text.
+
+    folder: of the photographs' files, by `file_name` in the table.
+    """
+    panels = table.groupby(["class", "which"], sort=False)
+    rows = -(-len(panels) // 4)
+    fig, axes = plt.subplots(rows, 4, figsize=(7.4, 2.1 * rows), squeeze=False)
+    ends = {"vmin": table["value"].min(), "vmax": table["value"].max(), "cmap": "viridis"}
+    for ax, ((name, which), part) in zip(axes.flat, panels, strict=False):
+        ax.imshow(Image.open(folder / part["file_name"].iloc[0]).convert("L"), cmap="gray")
+        part = part.sort_values("value")
+        dots = ax.scatter(part["x"], part["y"], c=part["value"], s=5 + 60 * part["score"], **ends)
+        title = f"{class_title(name, language)}, {gettext(which, language)}"
+        score = format_number(part["score"].max(), 2, language)
+        ax.set_title(f"{title}\n{gettext('best score', language)} {score}", fontsize=7)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    fig.colorbar(dots, ax=axes, label=gettext("query and text", language), shrink=0.6)
+    return fig
+
+
+# %% ../nbs/07c_thesis.ipynb #sources
+STEEL = "crazing inclusion patches pitted_surface rolled-in_scale scratches".split()
+MATERIALS = dict.fromkeys(STEEL, "rolled steel (NEU)") | {"exp_num": "magnetic tile"}
+
+
+def _material(image: dict) -> str:
+    """What a photograph shows by its `source`: the name without its numbers, where unknown."""
+    stem = Path(str(image.get("source", ""))).stem
+    stem = re.sub(r"_*\d+", "", stem).strip("_")
+    return MATERIALS.get(stem, stem or "not told")
+
+
+def class_sources(data_dir: str | Path) -> pd.DataFrame:
+    """Objects by class and material in each split, and photographs: class, material, train, ..."""
+    counts = {}
+    for split in ("train", "val", "test"):
+        coco = read_json(Path(data_dir) / split / f"{split}.json")
+        material = {i["id"]: _material(i) for i in coco["images"]}
+        names = {c["id"]: c["name"] for c in coco["categories"]}
+        pairs = [(names[a["category_id"]], material[a["image_id"]]) for a in coco["annotations"]]
+        counts[split] = pd.Series(pairs, dtype=object).value_counts()
+    table = pd.DataFrame(counts).fillna(0).astype(int)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["class", "material"])
+    return table.sort_index(level=0, sort_remaining=True).reset_index()
+
+
 # %% ../nbs/07c_thesis.ipynb #plots
 def _plot_confusion(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_confusion(table.set_index(table.columns[0]), language)
@@ -263,11 +429,14 @@ def _plot_classes(table: pd.DataFrame, language: str) -> plt.Figure:
 
 
 PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
+    "ap_by_images": plot_curves,
+    "class_comparison": plot_class_comparison,
     "class_distribution": _plot_classes,
     "confusion": _plot_confusion,
     "error_budget": plot_budget,
     "grid_effects_plot": plot_main_effects,
     "grid_plot": plot_grid,
+    "head_curves": plot_curves,
     "input_size": plot_shares,
     "object_effects": plot_found,
     "per_class_intervals": plot_per_class,

@@ -141,3 +141,39 @@ def test_diagrams_follow_the_configuration(folder):
     drawn = " ".join(t.get_text() for t in figure.axes[0].texts)
     assert "consultas: 17" in drawn and "3 x 96 x 96" in drawn
     assert memoria.settings_of(folder, "detector") == {"model": "tiny", "image_size": "96"}
+
+
+def test_every_backbone_has_its_diagram():
+    drawn = {}
+    for name in ("small", "lite"):
+        figure = memoria.plot_detector(DetectorConfig.named(name, 6), 128, "es")
+        drawn[name] = " ".join(t.get_text() for t in figure.axes[0].texts).replace("\n", " ")
+    assert "ViT" in drawn["small"] and "adaptador" in drawn["small"]
+    assert "EfficientNet-Lite0" in drawn["lite"] and "ViT" not in drawn["lite"]
+    assert "etapas congeladas: 2" in drawn["lite"] and "codificador" in drawn["lite"]
+
+
+def test_the_text_names_networks_by_their_part(folder):
+    roles = memoria.roles(memoria.comparison(folder))
+    assert roles["cnn"] == {"run": "faster_rcnn-1", "model": "Faster R-CNN resnet18, 192 px"}
+    assert roles["detector"]["run"] == roles["detector_as_cnn"]["run"] == "detector-1"
+    assert "fusion" not in roles and "other_cnn" not in roles
+
+
+def test_no_section_names_a_run_or_a_network_of_one_study():
+    for path in memoria.TEXTS.glob("*/*.typ"):
+        text = path.read_text()
+        assert not re.search(r"(detector|fusion|faster_rcnn)-[0-9a-f]{10}", text), path
+        assert not re.search(r"\d px|resnet|efficientnet", text, re.I), path
+
+
+@pytest.mark.parametrize("head", ["concat", "cross_attention", "residual", "linear"])
+def test_captions_are_spanish_for_every_head_and_encoder(head):
+    caption = (
+        f"Effect on AP per class, interval over photographs and seeds, sign-flip p ({head} head)."
+    )
+    assert memoria.caption_in(caption, "es").startswith("Efecto en el AP por clase")
+    assert "cabezal" in memoria.caption_in(caption, "es")
+    caption = "A class that the contrastive head never saw, added by its text at inference: "
+    caption += "AP on test (encoder: siglip2)."
+    assert memoria.caption_in(caption, "es").endswith("AP en prueba (codificador: siglip2).")

@@ -251,3 +251,26 @@ def test_sheet_takes_classes_in_turn(root):
     assert len(set(chosen)) == 6 and page.sheet_images(coco, 6, seed=0) == chosen
     assert IMAGES[-1]["id"] in chosen  # the empty photograph is a class of its own
     assert len(page.sheet_images(coco, 100)) == 14
+
+
+def test_classes_of_all_networks_are_those_of_each(root):
+    runs = [make_run(root, "one"), make_run(root, "two", jitter=0.3, lr=1e-3)]
+    table = page.class_comparison(runs, draws=50)
+    for (_, part), run in zip(table.groupby("model", sort=False), runs, strict=True):
+        alone = page.per_class_table(run, draws=50).iloc[: len(CLASSES)]
+        assert part["AP"].tolist() == pytest.approx(alone["AP"].tolist())
+        assert part["AP low"].tolist() == pytest.approx(alone["AP low"].tolist())
+    figure = page.plot_class_comparison(table, "es")
+    assert len(figure.axes[0].containers) == 2
+    compared = page.compare(runs, draws=20)
+    metrics = coco_metrics(*guesses(root, 0.1, 0))
+    assert compared["AR100"][0] == pytest.approx(metrics["AR100"])
+    plt.close("all")
+
+
+def test_a_sheet_shows_other_networks_beside(root):
+    runs = [make_run(root, "one"), make_run(root, "two", jitter=0.3, lr=1e-3)]
+    sheet = page.prediction_sheet(runs[0], [0, 5, 10], others={"with text": runs[1]})
+    titles = [ax.get_title() for ax in sheet.axes if ax.images]
+    assert titles == ["annotated", "predicted", "with text"] * 3
+    plt.close("all")
