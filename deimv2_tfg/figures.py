@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    'LINES', 'LANGUAGES', 'CLASS_TITLES', 'MISSING', 'NUMBERS', 'EFFECTS', 'LEFT_OUT', 'LONG',
-    'WIDE', 'NOT_MAKERS', 'PACKAGE_STUDY', 'WHEN', 'SUMMARY', 'STATES', 'SECTIONS', 'class_style',
-    'catalogue', 'gettext', 'class_title', 'short_titles', 'format_number', 'caption_in',
-    'finish', 'place_labels', 'draw_boxes', 'for_print', 'to_latex', 'made_by', 'run_digest',
-    'read_provenance', 'source_of', 'note_runs', 'save_figure', 'save_table', 'of_package',
-    'check_figures', 'section_of', 'write_index', 'report_figures',
+    'LINES', 'LANGUAGES', 'CLASS_TITLES', 'MISSING', 'NUMBERS', 'HEADS', 'ENCODERS', 'LIFTED',
+    'EFFECTS', 'LEFT_OUT', 'LONG', 'WIDE', 'NOT_MAKERS', 'PACKAGE_STUDY', 'WHEN', 'SUMMARY',
+    'STATES', 'SECTIONS', 'class_style', 'catalogue', 'gettext', 'class_title', 'short_titles',
+    'format_number', 'caption_in', 'finish', 'place_labels', 'draw_boxes', 'for_print',
+    'to_latex', 'made_by', 'run_digest', 'read_provenance', 'source_of', 'note_runs',
+    'save_figure', 'save_table', 'of_package', 'check_figures', 'section_of', 'write_index',
+    'report_figures',
 ]  # fmt: skip
 
 # %% ../nbs/00d_figures.ipynb #imports
@@ -122,22 +123,25 @@ def format_number(value, digits: int = 3, language: str = "en", signed: bool = F
 
 # %% ../nbs/00d_figures.ipynb #number-in
 NUMBERS = re.compile(r"(?<![\w.])[+-]?(?:\d+(?:[.,]\d+)*|\.\d+)(?![\w])")
+HEADS = "(?:contrastive|residual|concat|cross[ _]attention|linear|cosine) head"
+ENCODERS = r"(?<=encoder: )\w+|(?<=head, )\w+(?=\))|(?<=training \()\w+(?=\))"
+LIFTED = re.compile(f"{NUMBERS.pattern}|{HEADS}|{ENCODERS}")
 
 
-def _number_in(text: str, language: str) -> str:
-    """A number as an English sentence has it (".5", "92,928") in a language."""
-    if language == "en":
-        return text
+def _lifted_in(text: str, language: str) -> str:
+    """A number as an English sentence has it (".5", "92,928") in a language; a head's name too."""
+    if language == "en" or not NUMBERS.fullmatch(text):
+        return gettext(text, language)
     text = text.translate(str.maketrans(".,", ",."))
     return text.replace(",", "0,", 1) if re.match(r"[+-]?,", text) else text
 
 
 # %% ../nbs/00d_figures.ipynb #caption-in
 def caption_in(caption: str, language: str = "en") -> str:
-    """A caption in a language: looked up as a whole, its numbers lifted out and put back."""
-    numbers = [_number_in(n, language) for n in NUMBERS.findall(caption)]
-    sentence = gettext(NUMBERS.sub("{}", caption), language)
-    return sentence.format(*numbers) if numbers else sentence
+    """A caption in a language: looked up as a whole, numbers and heads lifted out and put back."""
+    lifted = [_lifted_in(n, language) for n in LIFTED.findall(caption)]
+    sentence = gettext(LIFTED.sub("{}", caption), language)
+    return sentence.format(*lifted) if lifted else sentence
 
 
 # %% ../nbs/00d_figures.ipynb #finish
