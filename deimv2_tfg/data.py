@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = [
-    'DECODER', 'CACHES', 'coco_targets', 'cxcywh_to_xyxy', 'Photographs', 'PhotographsInMemory',
-    'CacheError', 'PhotographsOnDisk', 'photograph_cache', 'DetectionDataset', 'load_dataset',
-    'box_table', 'class_table', 'size_table', 'plot_classes', 'plot_sizes',
-    'photograph_statistics', 'in_words',
+    'DECODER', 'CACHES', 'coco_targets', 'cxcywh_to_xyxy', 'Reading', 'Photographs',
+    'PhotographsInMemory', 'CacheError', 'PhotographsOnDisk', 'spare_workers', 'photograph_cache',
+    'DetectionDataset', 'load_dataset', 'box_table', 'class_table', 'size_table', 'plot_classes',
+    'plot_sizes', 'photograph_statistics', 'in_words',
 ]  # fmt: skip
 
 # %% ../nbs/01_data.ipynb #95d39687
 import errno
-import io
+import math
+import os
 import shutil
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,6 +29,7 @@ import torch
 from PIL import Image, features
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
+from torchvision.transforms import v2
 
 from deimv2_tfg.doctor import (
     SPLITS,
@@ -71,22 +74,57 @@ def cxcywh_to_xyxy(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return box_convert(boxes, "cxcywh", "xyxy") * edges
 
 
+# %% ../nbs/01_data.ipynb #shrinking
+@dataclass(frozen=True)
+class Reading:
+    """How a photograph is read: as it is, or no larger than a training needs it.
+
+    `longest`: most pixels of its longer side, by which both are shrunk; `square`: the side of the
+    network's input to which it is resized, pixel for pixel as `to_pixel_values` does; 0: neither.
+    """
+
+    longest: int = 0
+    square: int = 0
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in which a photograph of this size is kept."""
+        if self.square:
+            return self.square, self.square
+        factor = min(1.0, self.longest / max(width, height)) if self.longest else 1.0
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+    def __call__(self, source, name="") -> Image.Image:
+        """A photograph in RGB. Raises as `read_photograph` does."""
+        photograph = read_photograph(source, name, self.longest)
+        size = self.size(*photograph.size)
+        if size == photograph.size:
+            return photograph
+        if self.longest:
+            return photograph.resize(size, Image.Resampling.BILINEAR)
+        pixels = v2.functional.resize(v2.functional.to_image(photograph), list(size))
+        return v2.functional.to_pil_image(pixels)
+
+
 # %% ../nbs/01_data.ipynb #photographs
 class Photographs:
-    """Opens photographs, and keeps none."""
+    """Opens photographs as `reading` says, and keeps none."""
 
-    def check(self, sizes: dict[Path, int]):
-        """Raises `CacheError` where the photographs (path: bytes when decoded) do not fit."""
+    def __init__(self, reading: Reading = Reading()):
+        self.reading = reading
+
+    def check(self, sizes: dict[Path, tuple[int, int]]):
+        """Raises `CacheError` where photographs, by path (width, height), do not fit."""
 
     def __call__(self, path: Path) -> Image.Image:
-        return read_photograph(path)
+        return self.reading(path)
 
 
 # %% ../nbs/01_data.ipynb #photographs-in-memory
 class PhotographsInMemory(Photographs):
     """Opens photographs and keeps them as long as the budget (bytes) lasts."""
 
-    def __init__(self, budget: int):
+    def __init__(self, budget: int, reading: Reading = Reading()):
+        super().__init__(reading)
         self.budget = budget
         self.used = 0
         self.kept = {}
@@ -94,7 +132,7 @@ class PhotographsInMemory(Photographs):
     def __call__(self, path: Path) -> Image.Image:
         if path in self.kept:
             return self.kept[path]
-        photograph = read_photograph(path)
+        photograph = self.reading(path)
         size = 3 * photograph.width * photograph.height
         if self.used + size <= self.budget:
             self.kept[path] = photograph
@@ -119,16 +157,29 @@ def _write_pixels(path: Path, photograph: Image.Image):
 
 
 # %% ../nbs/01_data.ipynb #read-pixels
-def _read_pixels(path: Path) -> Image.Image | None:
-    """The photograph in such a file; None where it is missing, or (with a warning) damaged."""
+def _signature(path) -> tuple:
+    """What changes where a file does, without a look at what it holds."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _read_pixels(path: Path, known: dict | None = None) -> Image.Image | None:
+    """The photograph in such a file; None where it is missing, or (with a warning) damaged.
+
+    known: `_signature` by path of the files whose checksum was right before; it is kept up.
+    """
+    known = {} if known is None else known
     try:
+        signature = _signature(path)
         raw = memoryview(path.read_bytes())
     except FileNotFoundError:
         return None
     if raw[:4] == b"RGB1" and len(raw) > 16:
         width, height, checksum = struct.unpack("<III", raw[4:16])
         whole = len(raw) == 16 + 3 * width * height
-        if whole and _checksum(raw[4:12], raw[16:]) == checksum:
+        right = known.get(path) == signature
+        if whole and (right or _checksum(raw[4:12], raw[16:]) == checksum):
+            known[path] = signature
             pixels = np.frombuffer(raw, np.uint8, offset=16)
             return Image.fromarray(pixels.reshape(height, width, 3))
     warnings.warn(f"{path} is damaged; the photograph is decoded again", stacklevel=2)
@@ -149,17 +200,30 @@ class PhotographsOnDisk(Photographs):
     """Opens photographs and keeps them in a folder that processes share.
 
     `budget`: bytes for all that is in the folder; `spare`: bytes of the disk that stay free.
+    `strict`: whether `check` refuses what does not fit; else what fits is kept.
     """
 
-    def __init__(self, folder, budget: int, spare: int = 2**28):
+    def __init__(self, folder, budget: int, reading=Reading(), spare: int = 2**28, strict=True):
+        super().__init__(reading)
+        self.strict = strict
+        self.files = {}  # path: (its signature, where its photograph is kept)
+        self.whole = {}  # see `_read_pixels`
         self.folder = Path(folder)
         self.budget = budget
         self.spare = spare
         self.full = False
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, content: bytes) -> Path:
-        return self.folder / f"{hash_bytes(content, DECODER, length=24)}.rgb"
+    def file(self, path: Path) -> Path:
+        """Where a photograph is kept: by what its own file holds, read anew where that changed."""
+        signature = _signature(path)
+        known, file = self.files.get(path, (None, None))
+        if known != signature:
+            how = repr(self.reading).encode() if self.reading != Reading() else b""
+            name = hash_bytes(path.read_bytes(), DECODER + how, length=24)
+            file = self.folder / f"{name}.rgb"
+            self.files[path] = signature, file
+        return file
 
     def used(self) -> int:
         return sum(p.stat().st_size for p in self.folder.glob("*.rgb"))
@@ -169,11 +233,10 @@ class PhotographsOnDisk(Photographs):
         return min(self.budget - self.used(), free - self.spare)
 
     def __call__(self, path: Path) -> Image.Image:
-        content = Path(path).read_bytes()
-        kept = self.file(content)
-        photograph = _read_pixels(kept)
+        kept = self.file(Path(path))
+        photograph = _read_pixels(kept, self.whole)
         if photograph is None:
-            photograph = read_photograph(io.BytesIO(content), path)
+            photograph = self.reading(path)
             self.keep(kept, photograph)
         return photograph
 
@@ -193,11 +256,11 @@ class PhotographsOnDisk(Photographs):
             message = f"{self.folder}: full; photographs that are not in it are decoded each time"
             warnings.warn(message, stacklevel=2)
 
-    def check(self, sizes: dict[Path, int]):
+    def check(self, sizes: dict[Path, tuple[int, int]]):
         needed = 0
-        for path, size in sizes.items():
-            if path.is_file() and not self.file(path.read_bytes()).exists():
-                needed += size
+        for path, size in sizes.items() if self.strict else ():
+            if path.is_file() and not self.file(path).exists():
+                needed += 3 * math.prod(self.reading.size(*size))
         if needed <= self.left():
             return
         free = shutil.disk_usage(self.folder).free
@@ -211,20 +274,31 @@ class PhotographsOnDisk(Photographs):
 
 
 # %% ../nbs/01_data.ipynb #photograph-cache
-CACHES = ("memory", "disk", "off")
+CACHES = ("auto", "memory", "disk", "off")
 
 
-def photograph_cache(kind: str = "memory", gib: float = 1.0, folder=None) -> Photographs:
+def spare_workers() -> int:
+    """Processes that load photographs in their order while a card computes; without one, none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, min(4, cores - 1)) if torch.cuda.is_available() else 0
+
+
+def photograph_cache(
+    kind: str = "memory", gib: float = 1.0, folder=None, reading=Reading(), workers: int = 0
+) -> Photographs:
     """What opens the photographs of a data set, with a budget in GiB.
 
-    `folder` (for `disk`): None is `runs/cache`, which all data sets share. Raises `CacheError`.
+    `auto`: `memory`, or where `workers` load, what of `disk` there is room for (memory is each
+    process's own). `folder` (of `disk`): None is `runs/cache`, which all data sets share. Raises
+    `CacheError`.
     """
     if kind not in CACHES:
         raise CacheError(f"cache={kind!r}: choose one of {', '.join(CACHES)}")
     budget = int(gib * 2**30)
-    if kind == "disk":
-        return PhotographsOnDisk(folder or project_root() / "runs" / "cache", budget)
-    return PhotographsInMemory(budget) if kind == "memory" else Photographs()
+    if kind == "disk" or (kind == "auto" and workers):
+        folder = folder or project_root() / "runs" / "cache"
+        return PhotographsOnDisk(folder, budget, reading, strict=kind == "disk")
+    return Photographs(reading) if kind == "off" else PhotographsInMemory(budget, reading)
 
 
 # %% ../nbs/01_data.ipynb #detectiondataset
@@ -247,7 +321,8 @@ class DetectionDataset(Dataset):
         self.classes = [c["name"] for c in categories]
         self.images = coco["images"]
         self.targets = self._targets()
-        self.cache.check({self.image_path(i): self._bytes(i) for i in range(len(self))})
+        sizes = [(image["width"], image["height"]) for image in self.images]
+        self.cache.check({self.image_path(i): size for i, size in enumerate(sizes)})
 
     def _targets(self) -> list[dict]:
         labels = {c: i for i, c in enumerate(self.category_ids)}
@@ -255,10 +330,6 @@ class DetectionDataset(Dataset):
         for a in self.coco["annotations"]:
             by_image[a["image_id"]].append(a)
         return [coco_targets(by_image[image["id"]], image, labels) for image in self.images]
-
-    def _bytes(self, i: int) -> int:
-        """Of photograph i when decoded."""
-        return 3 * self.images[i]["width"] * self.images[i]["height"]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -31,6 +31,7 @@ from .recipes import TrainConfig
 from .step import training_step
 from .synthetic import study_data
 from .training import DEIMV2
+from .transforms import normalised
 
 # %% ../nbs/04d_levers.ipynb #compile-static
 LEVERS = {
@@ -101,7 +102,8 @@ class BenchStep:
         for target in targets:
             tensors = {name: v.to(device) for name, v in target.items() if torch.is_tensor(v)}
             moved.append(target | tensors)
-        return pixels.to(device, non_blocking=True, **self.layout), moved
+        pixels = normalised(pixels.to(device, non_blocking=True))
+        return pixels.to(**self.layout), moved
 
     def plain(self, pixels, targets):
         terms = self.losses(self.model, pixels, targets, 0)

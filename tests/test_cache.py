@@ -2,22 +2,25 @@
 
 import dataclasses
 import errno
+import json
 import multiprocessing
 import os
 import random
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from deimv2_tfg import data
+from deimv2_tfg import data, training
 from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import (
     CACHES,
     CacheError,
     PhotographsInMemory,
     PhotographsOnDisk,
+    Reading,
     load_dataset,
     photograph_cache,
 )
@@ -25,6 +28,13 @@ from deimv2_tfg.photographs import read_photograph
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import load_state
 from deimv2_tfg.training import find_run, train
+from deimv2_tfg.transforms import (
+    MixingDataset,
+    TrainTransform,
+    collate,
+    eval_transform,
+    normalised,
+)
 
 
 @pytest.fixture
@@ -61,7 +71,7 @@ def test_the_same_weights_and_the_same_run_from_all_three(smoke_data, tmp_path):
         weights.append(load_state(run)["model"])
     for other in weights[1:]:
         assert all(torch.equal(weights[0][k], other[k]) for k in other)
-    assert len(list(folder.glob("*.rgb"))) == 12 + 6
+    assert len(list(folder.glob("*.rgb"))) == 12 + 6  # train, and val at the input's size
 
 
 def test_a_damaged_file_is_told_of_and_made_again(on_disk, photograph):
@@ -104,7 +114,7 @@ def test_a_budget_is_checked_before_anything_is_decoded(smoke_data, tmp_path, mo
     ):
         load_dataset(smoke_data, "train", cache=photograph_cache("disk", 1, tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*.rgb"))
-    with pytest.raises(CacheError, match="memory, disk, off"):
+    with pytest.raises(CacheError, match="auto, memory, disk, off"):
         photograph_cache("ram")
 
 
@@ -174,6 +184,105 @@ def test_processes_share_a_folder(smoke_data, tmp_path):
     assert sorted(
         p.suffix for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")
     ) == 12 * [".rgb"]
+
+
+@pytest.fixture
+def large(smoke_data, tmp_path):
+    "A data set of JPEGs of three times the side that a training at 64 px asks for."
+    root = tmp_path / "large"
+    for split in ("train", "val", "test"):
+        (root / split / "images").mkdir(parents=True)
+        coco = json.loads((smoke_data / split / f"{split}.json").read_text())
+        for image in coco["images"]:
+            photograph = Image.open(smoke_data / split / "images" / image["file_name"])
+            image["file_name"] = image["file_name"].rpartition(".")[0] + ".jpg"
+            sides = (4 * image["width"], 4 * image["height"])
+            image["width"], image["height"] = sides
+            photograph.resize(sides).save(root / split / "images" / image["file_name"])
+        for a in coco["annotations"]:
+            a["bbox"] = [4 * side for side in a["bbox"]]
+            a["area"] = 16 * a.get("area", 1)
+        (root / split / f"{split}.json").write_text(json.dumps(coco))
+    return root
+
+
+def test_workers_read_each_photograph_once_and_train_the_same(large, tmp_path, monkeypatch):
+    "Whatever reads, how many there are, and where it was cut off."
+    small = {"model": "tiny", "image_size": 64, "epochs": 3, "batch_size": 4, "lr": 1e-3}
+    config = TrainConfig(str(large), cache_dir=str(tmp_path / "cache"), multi_scale=0.5, **small)
+    ordinary = data.read_photograph
+
+    def read(source, *rest):
+        with (tmp_path / f"reads{kind}").open("a") as file:
+            file.write(f"{source}\n")
+        return ordinary(source, *rest)
+
+    monkeypatch.setattr(data, "read_photograph", read)
+    weights = []
+    for kind, workers in (("one", 0), ("workers", 2), ("cut", 2)):
+        run = {"runs_dir": str(tmp_path / kind), "num_workers": workers}
+        run = dataclasses.replace(config, cache_dir=str(tmp_path / f"cache{kind}"), **run)
+        if kind == "cut":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(training, "train_batch", cut_at(4, training.train_batch))
+                train(run)
+        weights.append(load_state(train(run))["model"])
+        reads = [
+            line for line in (tmp_path / f"reads{kind}").read_text().split() if "train" in line
+        ]
+        assert len(reads) == 12
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][k], other[k]) for k in other)
+
+
+def cut_at(step, ordinary):
+    def batch(trainer, *rest):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return ordinary(trainer, *rest)
+
+    return batch
+
+
+@pytest.mark.parametrize("sides", [(1600, 1200), (1601, 1200), (400, 300)])
+def test_a_photograph_is_shrunk_and_its_boxes_stay(tmp_path, sides):
+    "A bright square in the middle of the left half, wherever the decoder may save work or not."
+    photograph = Image.new("RGB", sides)
+    x, y = sides[0] / 4, sides[1] / 2
+    photograph.paste((255, 255, 255), (round(x - 40), round(y - 40), round(x + 40), round(y + 40)))
+    photograph.save(tmp_path / "p.jpg", quality=95)
+    found = Reading(longest=500)(tmp_path / "p.jpg")
+    assert found.size == {1600: (500, 375), 1601: (500, 375), 400: (400, 300)}[sides[0]]
+    pixels = np.asarray(found.convert("L"), dtype=float)
+    rows, columns = np.indices(pixels.shape)
+    centre = (
+        ((columns + 0.5) * pixels).sum() / pixels.sum(),
+        ((rows + 0.5) * pixels).sum() / pixels.sum(),
+    )
+    assert centre == pytest.approx((found.width / 4, found.height / 2), abs=0.3)
+
+
+def test_val_is_read_as_evaluation_sees_it(large):
+    plain = load_dataset(large, "val", eval_transform(64))
+    kept = photograph_cache(reading=Reading(square=64))
+    square = load_dataset(large, "val", eval_transform(64), cache=kept)
+    for i in range(len(plain)):
+        assert torch.equal(plain[i][0], square[i][0])
+    assert kept.used == len(plain) * 3 * 64 * 64
+
+
+def test_bytes_are_the_same_numbers(smoke_data):
+    sets = []
+    for as_bytes in (False, True):
+        change = TrainTransform(64, as_bytes=as_bytes)
+        mixing = MixingDataset(load_dataset(smoke_data, "train"), change, 64, mixup=0.5)
+        torch.manual_seed(1)
+        sets.append(collate([mixing[i] for i in range(12)])[0])
+    assert torch.equal(*sets)
+    torch.manual_seed(1)
+    mixing.chances["mixup"] = 0.0
+    pixels, _ = collate([mixing[i] for i in range(4)])
+    assert pixels.dtype == torch.uint8 and normalised(pixels).dtype == torch.float32
 
 
 def test_workers_give_the_batches_of_one_process(smoke_data, tmp_path):

@@ -21,7 +21,7 @@ from deimv2_tfg import training
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
 from deimv2_tfg.step import training_step
-from deimv2_tfg.training import DEIMV2, Trainer, batches_of, in_parts, set_rate, train, validate
+from deimv2_tfg.training import DEIMV2, Trainer, in_parts, set_rate, train, validate
 
 data, out = sys.argv[1], Path(sys.argv[2])
 config = TrainConfig(
@@ -45,7 +45,7 @@ trainer.model.train()
 for m in trainer.model.modules():
     if isinstance(m, torch.nn.BatchNorm2d):
         m.eval()
-parts = in_parts(trainer, *next(iter(batches_of(trainer, 0))))
+parts = in_parts(trainer, *next(iter(trainer.batches.of(0))))
 set_rate(trainer)
 
 

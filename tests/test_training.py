@@ -27,6 +27,7 @@ from deimv2_tfg.training import (
     finished_before,
     train,
 )
+from deimv2_tfg.transforms import normalised
 
 
 @pytest.fixture
@@ -205,6 +206,7 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
     config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=6)
     view = augmented(load_dataset(config.data_dir, "train"), config)
     x, targets = next(iter(epoch_batches(view, config, 0)))
+    x = normalised(x)
     assert len({len(t["labels"]) for t in targets}) > 1
     model = DEIMV2.build(config, 6).train()
     losses = DEIMV2.losses(config, 6)
