@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'augmented', 'EpochView', 'epoch_batches', 'size_of_step', 'share_of',
+    'augmented', 'EpochView', 'Epochs', 'Places', 'Batches', 'epoch_batches', 'size_of_step',
+    'share_of',
 ]  # fmt: skip
 
 # %% ../nbs/03h_batches.ipynb #batches-imports
@@ -14,14 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from .core import hash_bytes
 from .data import DetectionDataset
 from .recipes import PLAIN_INPUT, TrainConfig
-from .transforms import MixingDataset, TrainTransform, collate
+from .transforms import MixingDataset, TrainTransform, at_fraction, collate
 
 
 # %% ../nbs/03h_batches.ipynb #augmented
 def augmented(dataset: DetectionDataset, config: TrainConfig) -> MixingDataset:
-    """The training photographs as the configuration augments and mixes them."""
+    """The training photographs as the configuration augments and mixes them, as bytes."""
     change = TrainTransform(
         config.image_size,
+        as_bytes=True,
         plain=config.model in PLAIN_INPUT,
         vertical=config.vertical_flips,
         quarter_turns=config.quarter_turns,
@@ -63,36 +65,82 @@ class EpochView(Dataset):
             return self.dataset[i]
 
 
-# %% ../nbs/03h_batches.ipynb #epoch-batches
-def _batch_indices(images: int, batch: int, first=0, rank=0, processes=1) -> list[list[int]]:
-    """Places in the epoch's order of this process's part of each batch, from `first` on."""
-    batch = min(batch, images)
-    if batch % processes:
-        raise ValueError(f"a batch of {batch} does not divide among {processes} processes")
-    indices = []
-    for start in range(first * batch, images - batch + 1, batch):
-        indices.append(list(range(start + rank, start + batch, processes)))
-    return indices
+# %% ../nbs/03h_batches.ipynb #epochs
+class Epochs(Dataset):
+    """All epochs of a training as one data set: item (epoch, k) is item k of that `EpochView`.
 
-
-# %% ../nbs/03h_batches.ipynb #epoch-batches-2
-def epoch_batches(
-    dataset: Dataset, config: TrainConfig, epoch: int, first=0, rank=0, processes=1
-) -> DataLoader:
-    """The batches of one epoch, from batch `first` on, as `collate` gives them.
-
-    Of several processes, each gets every `processes`-th photograph of a batch. There is always one
-    batch. Raises `ValueError` for a batch that does not divide among them.
+    The view's mixtures and augmentation are those of the epoch's place in the training.
     """
-    share = _batch_indices(len(dataset), config.batch_size, first, rank, processes)
-    return DataLoader(
-        EpochView(dataset, config.seed, epoch),
-        batch_sampler=share,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-    )
+
+    def __init__(self, view: MixingDataset, config: TrainConfig):
+        self.view = view
+        self.config = config
+        self.current = EpochView(view, config.seed, 0)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, dict]:
+        epoch, k = place
+        config = self.config
+        if epoch != self.current.epoch:
+            self.current = EpochView(self.view, config.seed, epoch)
+        self.view.on = at_fraction(epoch / config.epochs, config.plain, config.mix_until)
+        return self.current[k]
+
+
+# %% ../nbs/03h_batches.ipynb #places
+class Places:
+    """The places (epoch, k) of this process's part of each batch of `epoch`, from `first` on.
+
+    There is always one batch. Raises `ValueError` for a batch that does not divide among processes.
+    """
+
+    def __init__(self, images: int, batch_size: int, rank: int = 0, processes: int = 1):
+        self.images = images
+        self.batch = min(batch_size, images)
+        self.rank = rank
+        self.processes = processes
+        self.epoch = 0
+        self.first = 0
+        if self.batch % processes:
+            what = f"a batch of {self.batch} does not divide among {processes} processes"
+            raise ValueError(what)
+
+    def __len__(self) -> int:
+        return self.images // self.batch - self.first
+
+    def __iter__(self):
+        for i in range(self.first, self.images // self.batch):
+            places = range(i * self.batch + self.rank, (i + 1) * self.batch, self.processes)
+            yield [(self.epoch, k) for k in places]
+
+
+# %% ../nbs/03h_batches.ipynb #batches
+class Batches:
+    """A training's batches, epoch after epoch, from one set of worker processes."""
+
+    def __init__(self, view: MixingDataset, config: TrainConfig, rank=0, processes=1):
+        self.places = Places(len(view), config.batch_size, rank, processes)
+        self.loader = DataLoader(
+            Epochs(view, config),
+            batch_sampler=self.places,
+            collate_fn=collate,
+            num_workers=config.num_workers,
+            persistent_workers=config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+
+    def of(self, epoch: int, first: int = 0) -> DataLoader:
+        """The batches of an epoch from batch `first` on, as `collate` gives them; one at a time."""
+        self.places.epoch = epoch
+        self.places.first = first
+        return self.loader
+
+
+def epoch_batches(
+    view: MixingDataset, config: TrainConfig, epoch: int, first=0, rank=0, processes=1
+) -> DataLoader:
+    """The batches of one epoch alone, from batch `first` on."""
+    return Batches(view, config, rank, processes).of(epoch, first)
 
 
 # %% ../nbs/03h_batches.ipynb #size-of-step

@@ -33,7 +33,7 @@ from deimv2_tfg.metrics import (  # noqa: F401  (whoever evaluates needs these, 
 )
 
 from .core import read_json
-from .data import load_dataset
+from .data import load_dataset, spare_workers
 from .detector import load_detector, postprocess
 from .runs import Run
 from .splits import bind_data
@@ -113,12 +113,13 @@ def predict(
     was_training = model.training
     model.to(device).eval()
     shown = _Evaluated(dataset, image_size, takes_plain_input(model))
-    loader = DataLoader(shown, batch_size=batch_size, collate_fn=collate)
+    how = {"num_workers": spare_workers(), "pin_memory": device.type == "cuda"}
+    loader = DataLoader(shown, batch_size=batch_size, collate_fn=collate, **how)
     results = []
     for pixel_values, targets in tqdm(loader, f"predict {dataset.split}", disable=not progress):
         sizes = [torch.as_tensor(t["size"]) for t in targets]
         sizes = torch.stack(sizes).to(device)
-        found = detections(model, pixel_values.to(device), sizes)
+        found = detections(model, pixel_values.to(device, non_blocking=True), sizes)
         image_ids = [t["image_id"] for t in targets]
         results += to_coco_results(found, image_ids, dataset.category_ids)
     model.train(was_training)

@@ -46,7 +46,7 @@ from deimv2_tfg.evaluation import (
 
 from .batches import EpochView
 from .criterion import assign, mal_loss, matching_cost
-from .data import load_dataset
+from .data import load_dataset, spare_workers
 from .detector import DetectorOutput, load_detector, postprocess
 from .recipes import TEXT_KINDS
 from .runs import Run, code_hash, data_hash
@@ -226,7 +226,7 @@ def _query_loader(run, model, data_dir, split, view, seed, batch_size) -> DataLo
         dataset = load_dataset(data_dir, split, TrainTransform(*size, **_augmentation(run)))
         shown = EpochView(dataset, seed, view)
     check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
-    return DataLoader(shown, batch_size, collate_fn=collate)
+    return DataLoader(shown, batch_size, collate_fn=collate, num_workers=spare_workers())
 
 
 # %% ../nbs/04c_fusion.ipynb #cached-queries-function

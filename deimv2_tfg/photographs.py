@@ -184,11 +184,23 @@ def _orientation(image) -> int:
     return tag if tag in UPRIGHT else 1
 
 
+# %% ../nbs/00a_photographs.ipynb #draft
+def _draft(image: Image.Image, longest: int):
+    """Let a JPEG be decoded at an eighth, quarter or half: where that divides it and is enough."""
+    for scale in (8, 4, 2):
+        size = image.width // scale, image.height // scale
+        divided = (size[0] * scale, size[1] * scale) == image.size
+        if divided and max(size) >= longest:
+            image.draft(None, size)
+            return
+
+
 # %% ../nbs/00a_photographs.ipynb #read-photograph
-def read_photograph(source, name="") -> Image.Image:
+def read_photograph(source, name="", longest: int = 0) -> Image.Image:
     """A photograph in RGB, 8 bits a channel, turned as viewers show it; of several pages the first.
 
-    `source`: a path or an open binary file (`name` is then what a message calls it). Raises
+    `source`: a path or an open binary file (`name` is then what a message calls it). `longest`:
+    pixels of the longer side that are enough; the file may be decoded smaller down to that. Raises
     `PhotographError` for a file that is empty, damaged, too large or deeper than 8 bits, and
     `FileNotFoundError`.
     """
@@ -199,6 +211,8 @@ def read_photograph(source, name="") -> Image.Image:
             opened = True
             if kind := _deep(image):
                 raise PhotographError(file, kind, DEEP[kind])
+            if longest:
+                _draft(image, longest)
             image.load()
             orientation = _orientation(image)
             rgb = image.convert("RGB")

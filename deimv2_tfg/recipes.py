@@ -116,7 +116,8 @@ TRAIN_RANGES = {
     "device": DEVICES,
     "lr_rule": tuple(LR_RULES),
     "precision": PRECISIONS,
-    "cache": ("memory", "disk", "off"),
+    "cache": ("auto", "memory", "disk", "off"),
+    "shrink": NOT_NEGATIVE,
     "image_size": Within(32, step=32),
     "lr": POSITIVE,
     "ema": Within(0, 10),
@@ -181,8 +182,11 @@ class TrainConfig:
     compile: bool = False  # run the network by torch.compile: the same up to rounding
     cuda_graphs: bool = False  # run backbone and encoder as one CUDA graph
     seed: int = 0
-    num_workers: int = 0
-    cache: str = "memory"  # where decoded photographs are kept: "memory", "disk" or "off"
+    shrink: float = 2.0  # photographs are kept at most at this many times image_size; 0: whole
+    num_workers: int = 0  # processes that load photographs
+    cache: str = (
+        "auto"  # of decoded photographs: "memory", "disk", "off"; "auto": what workers need
+    )
     cache_gb: float = 1.0  # budget of that, GiB: in memory per split, on disk for the whole folder
     cache_dir: str | None = None  # folder of the cache on disk; None: runs/cache
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = [
     'DEIMV2', 'COUNTERS', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family', 'Trainer', 'set_rate',
-    'batches_of', 'in_parts', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch',
-    'train_epoch', 'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields',
-    'find_run', 'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train',
-    'finished_before', 'phase1_config', 'phase1_run',
+    'in_parts', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch', 'train_epoch',
+    'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields', 'find_run',
+    'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'finished_before',
+    'phase1_config', 'phase1_run',
 ]  # fmt: skip
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, gather_object
-from torch.utils.data import DataLoader
 
 from deimv2_tfg.core import (
     Study,
@@ -38,6 +37,13 @@ from deimv2_tfg.core import (
     progress,
     project_root,
     seed_everything,
+)
+from deimv2_tfg.data import (
+    Reading,
+    load_dataset,
+    photograph_cache,
+    require_dataset,
+    spare_workers,
 )
 from deimv2_tfg.guard import (
     Diverged,
@@ -59,6 +65,14 @@ from deimv2_tfg.optim import (
     pick_precision,
     recompute,
     start_accelerator,
+)
+from deimv2_tfg.recipes import (
+    MODELS,
+    PLAIN_INPUT,
+    TrainConfig,
+    check_recipe,
+    frozen_stages,
+    lr_factor,
 )
 
 # %% ../nbs/04_training_stability.ipynb #imports-of-the-runs
@@ -83,19 +97,17 @@ from deimv2_tfg.runs import (
 )
 
 # %% ../nbs/04_training_stability.ipynb #imports-of-the-package
-from .batches import augmented, epoch_batches, share_of, size_of_step
+from .batches import Batches, augmented, share_of, size_of_step
 from .criterion import build_criterion
-from .data import load_dataset, photograph_cache, require_dataset
 from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
 from .evaluation import coco_metrics, predict
 from .graphs import faster
 from .journal import end_lines, epoch_line, nearby, row_of, say, summarise_steps
-from .recipes import MODELS, TrainConfig, check_recipe, frozen_stages, lr_factor
 from .splits import bind_data
 from .step import count_boxes, training_step
 from .synthetic import study_data
-from .transforms import at_fraction, at_size, input_sizes
+from .transforms import at_fraction, at_size, input_sizes, normalised
 from .weights import LoadReport, init_weights
 
 
@@ -197,10 +209,14 @@ COUNTERS = {
 def _open_data(trainer):
     """The photographs of a training, and how long it is."""
     config = trainer.config
-    for split in ("train", "val"):
-        cache = photograph_cache(config.cache, config.cache_gb, config.cache_dir)
-        setattr(trainer, f"{split}_set", load_dataset(config.data_dir, split, cache=cache))
-    trainer.view = augmented(trainer.train_set, config)
+    enough = Reading(longest=round(config.shrink * config.image_size))
+    workers = {"train": config.num_workers, "val": spare_workers()}
+    for split, reading in (("train", enough), ("val", Reading(square=config.image_size))):
+        kept = (config.cache, config.cache_gb, config.cache_dir, reading, workers[split])
+        dataset = load_dataset(config.data_dir, split, cache=photograph_cache(*kept))
+        setattr(trainer, f"{split}_set", dataset)
+    place = (trainer.accelerator.process_index, trainer.accelerator.num_processes)
+    trainer.batches = Batches(augmented(trainer.train_set, config), config, *place)
     trainer.sizes = input_sizes(config.image_size, config.multi_scale)
     trainer.steps_per_epoch = max(1, len(trainer.train_set) // config.batch_size)
     trainer.total = trainer.steps_per_epoch * config.epochs
@@ -275,14 +291,6 @@ def set_rate(trainer: Trainer):
         group["lr"] = rate * factor
 
 
-# %% ../nbs/04_training_stability.ipynb #batches-of
-def batches_of(trainer: Trainer, epoch: int, first: int = 0) -> DataLoader:
-    """This process's batches of an epoch, from batch `first` on."""
-    accelerator = trainer.accelerator
-    place = (accelerator.process_index, accelerator.num_processes)
-    return epoch_batches(trainer.view, trainer.config, epoch, first, *place)
-
-
 # %% ../nbs/04_training_stability.ipynb #targets-on
 def _targets_on(targets: list[dict], device) -> list[dict]:
     """The targets on a device: one copy of all labels and one of all boxes, none waited for."""
@@ -297,12 +305,18 @@ def _targets_on(targets: list[dict], device) -> list[dict]:
 
 
 # %% ../nbs/04_training_stability.ipynb #in-parts
-def in_parts(trainer: Trainer, pixel_values: torch.Tensor, targets: list[dict]) -> list[tuple]:
-    """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets)."""
+def in_parts(trainer: Trainer, pixels: torch.Tensor, targets: list, size: int = 0) -> list[tuple]:
+    """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets).
+
+    pixels: of a loader, uint8 or float32; there they are normalised and brought to side `size`
+    (0: as they are).
+    """
     device = trainer.accelerator.device
     moved = _targets_on(targets, device)
     n = trainer.micro or len(targets)
-    split = pixel_values.to(device, non_blocking=True).split(n)
+    plain = trainer.config.model in PLAIN_INPUT
+    pixel_values = normalised(pixels.to(device, non_blocking=True), plain)
+    split = at_size(pixel_values, size or pixel_values.shape[-1]).split(n)
     return [(part, moved[i * n : (i + 1) * n]) for i, part in enumerate(split)]
 
 
@@ -346,8 +360,7 @@ def restore(trainer: Trainer, leave=()) -> bool:
 # %% ../nbs/04_training_stability.ipynb #fit-micro-batch
 def _try_part(trainer: Trainer, images, targets, n: int):
     trainer.micro = n
-    largest = at_size(images, trainer.sizes[-1])
-    part = in_parts(trainer, largest, targets)[0]
+    part = in_parts(trainer, images, targets, trainer.sizes[-1])[0]
     losses = trainer.compute_losses(trainer.model, *part, 0)
     trainer.accelerator.backward(sum(losses.values()))
 
@@ -358,7 +371,7 @@ def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
 
     `attempt(n)` stands in for the forward and backward pass. Nothing but gradients is changed.
     """
-    images, targets = next(iter(batches_of(trainer, 0)))
+    images, targets = next(iter(trainer.batches.of(0)))
     attempt = attempt or functools.partial(_try_part, trainer, images, targets)
     size = 2 * len(targets)
 
@@ -391,10 +404,9 @@ def train_batch(trainer: Trainer, pixel_values: torch.Tensor, targets: list[dict
     config = trainer.config
     set_rate(trainer)
     random_numbers = random_state()
-    size = config.image_size
-    if trainer.view.on["strength"]:
-        size = size_of_step(config, trainer.sizes, trainer.step)
-    parts = in_parts(trainer, at_size(pixel_values, size), targets)
+    on = at_fraction(trainer.epoch / config.epochs, config.plain, config.mix_until)
+    size = size_of_step(config, trainer.sizes, trainer.step) if on["strength"] else 0
+    parts = in_parts(trainer, pixel_values, targets, size)
     step = training_step(
         trainer.model,
         trainer.compute_losses,
@@ -423,8 +435,7 @@ def train_epoch(trainer: Trainer, stop=lambda: False) -> dict | None:
     config = trainer.config
     first = len(trainer.rows)
     trainer.model.train()
-    trainer.view.on = at_fraction(trainer.epoch / config.epochs, config.plain, config.mix_until)
-    batches = batches_of(trainer, trainer.epoch, first)
+    batches = trainer.batches.of(trainer.epoch, first)
     waited = 0.0
     started = asked = time.perf_counter()
     name = f"epoch {trainer.epoch + 1}/{config.epochs}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'IMAGE_MEAN', 'IMAGE_STD', 'CLEAN', 'QUARTER_TURNS', 'LIGHT', 'to_pixel_values',
+    'IMAGE_MEAN', 'IMAGE_STD', 'CLEAN', 'QUARTER_TURNS', 'LIGHT', 'normalised', 'to_pixel_values',
     'as_photograph', 'on_canvas', 'in_pixels', 'in_fractions', 'augmentation', 'EvalTransform',
     'eval_transform', 'TrainTransform', 'mosaic', 'mixup', 'copy_blend', 'at_fraction',
     'MixingDataset', 'input_sizes', 'at_size', 'collate',
@@ -24,6 +24,14 @@ from torchvision.transforms import v2
 # %% ../nbs/01c_transforms.ipynb #to-pixel-values
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+def normalised(pixels: torch.Tensor, plain: bool = False) -> torch.Tensor:
+    """Bytes (..., 3, H, W) as the float32 that `to_pixel_values` gives; what is float stays so."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    return scaled if plain else v2.functional.normalize(scaled, list(IMAGE_MEAN), list(IMAGE_STD))
 
 
 def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.Compose:
@@ -143,11 +151,15 @@ class TrainTransform:
 
     Target in: `boxes` (n, 4) cxcywh in [0, 1] or torchvision's type, `labels` (n,).
     Out: `pixel_values` (3, S, S), and the target with `boxes` cxcywh in [0, 1]. `strength` 0
-    leaves only flips and quarter turns (for the last epochs).
+    leaves only flips and quarter turns (for the last epochs). `as_bytes`: `pixel_values` are uint8,
+    a quarter of the memory; `normalised` makes of them what they else are.
     """
 
-    def __init__(self, image_size: int, plain: bool = False, **kinds):
+    def __init__(self, image_size: int, plain: bool = False, as_bytes: bool = False, **kinds):
+        self.plain = plain
         self.pixels = to_pixel_values(image_size, plain)
+        if as_bytes:
+            self.pixels = v2.Compose(self.pixels.transforms[:2])
         self.strength = 1
         self.strong = augmentation(**kinds)
         off = {"photometric": 0, "zoom_out": 0, "iou_crop": 0}
@@ -351,11 +363,16 @@ class MixingDataset(Dataset):
             sample = copy_blend(*sample, *self.dataset[self._other()])
         return self.transform(*sample)
 
+    def _numbers(self, i: int) -> tuple[torch.Tensor, dict]:
+        pixels, target = self._one(i)
+        return normalised(pixels, self.transform.plain), target
+
     def __getitem__(self, i: int) -> tuple[torch.Tensor, dict]:
         self.transform.strength = self.on["strength"]
         if self._drawn("mixup"):
-            return mixup(*self._one(i), *self._one(self._other()))
-        return self._one(i)
+            return mixup(*self._numbers(i), *self._numbers(self._other()))
+        mixing = self.on["mixup"] and self.chances["mixup"]  # then a batch is numbers, not bytes
+        return self._numbers(i) if mixing else self._one(i)
 
 
 # %% ../nbs/01c_transforms.ipynb #input-sizes
