@@ -25,7 +25,7 @@ from deimv2_tfg.detector import (
     save_detector,
 )
 from deimv2_tfg.evaluation import takes_plain_input
-from deimv2_tfg.recipes import MODELS, PLAIN_INPUT
+from deimv2_tfg.recipes import MODELS, PLAIN_INPUT, RECIPES, check_recipe, fractions_of
 from deimv2_tfg.transforms import to_pixel_values
 from deimv2_tfg.weights import PUBLISHED_DETECTORS, WeightsError, init_weights, stored_blocks
 
@@ -219,7 +219,7 @@ def test_a_backbone_alone_is_read(reference):
         pytest.skip("one file serves all")
     start = "backbone."
     alone = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-    unlike = {"n": 0, "atto": 3 + 5}  # smaller kernels; the last convolution and its batch norm
+    unlike = {"n": 0, "atto": 3 + 2 * 5}  # kernels; the last two convolutions with batch norms
     for name, count in unlike.items():
         model = build_detector(getattr(DetectorConfig, name)())
         backbone = model.model.conv_encoder.backbone
@@ -228,3 +228,22 @@ def test_a_backbone_alone_is_read(reference):
         assert len(report.ignored) == len(alone) - report.loaded
         stem = backbone.embedder.stem1.convolution.weight
         assert torch.equal(stem, state["backbone.stem.stem1.conv.weight"])
+
+
+@pytest.mark.parametrize(
+    "name, rate, backbone, flat, plain, change",
+    [
+        ("atto", 2e-3, 0.5, 0.5, 0.2, 0.9),
+        ("femto", 1.6e-3, 0.5, 0.5, 0.2, 0.9),
+        ("pico", 1.6e-3, 0.5, 0.5, 0.2, 0.9),
+        ("n", 8e-4, 0.5, 1.0, 12 / 160, 0.85),
+        ("l", 5e-4, 0.025, 0.5, 8 / 68, 50 / 68),
+        ("x", 5e-4, 0.02, 0.5, 8 / 58, 45 / 58),
+    ],
+)
+def test_the_recipe_of_a_network_in_fractions(name, rate, backbone, flat, plain, change):
+    config = fractions_of(RECIPES[f"{name}, COCO"], 118_287)
+    assert config.model == name and not check_recipe(config, 118_287)
+    numbers = (config.lr, config.backbone_lr, config.flat, config.plain, config.matcher_change)
+    assert numbers == pytest.approx((rate, backbone, flat, plain, change))
+    assert (config.mixup == config.copy_blend == 0) == (name in ("atto", "femto", "pico"))
