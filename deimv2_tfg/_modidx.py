@@ -1164,6 +1164,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                     'deimv2_tfg.recipes.Within': ('recipes.html#within', 'deimv2_tfg/recipes.py'),
                                     'deimv2_tfg.recipes.Within.__contains__': ('recipes.html#within.__contains__', 'deimv2_tfg/recipes.py'),
                                     'deimv2_tfg.recipes.Within.__str__': ('recipes.html#within.__str__', 'deimv2_tfg/recipes.py'),
+                                    'deimv2_tfg.recipes._on_coco': ('recipes.html#_on_coco', 'deimv2_tfg/recipes.py'),
                                     'deimv2_tfg.recipes._problem': ('recipes.html#_problem', 'deimv2_tfg/recipes.py'),
                                     'deimv2_tfg.recipes._type_problem': ('recipes.html#_type_problem', 'deimv2_tfg/recipes.py'),
                                     'deimv2_tfg.recipes.check_fields': ('recipes.html#check_fields', 'deimv2_tfg/recipes.py'),

@@ -333,6 +333,32 @@ RECIPES = {
     "thesis, 1024 px": IterationRecipe(epochs=300, image_size=1024, model="thesis_m"),
 }
 
+# %% ../nbs/03f_recipes.ipynb #family-recipes
+_PLAIN = {"zoom_out": 0.5, "iou_crop": 0.8, "mosaic": 0.5, "lr_end": 0.5, "vertical_flips": False}
+_LATE = _PLAIN | {"matcher_change": 450 / 500}
+_ATTO = _LATE | {"mosaic": 0.3}
+_N = _PLAIN | {"lr_end": 1.0, "matcher_change": 136 / 160, "mix_until": 78 / 160}
+_N |= {"mixup": 0.5, "copy_blend": 0.4}
+_L = _COCO | {"lr_end": 0.5, "weight_decay": 1.25e-4, "matcher_change": 50 / 68}
+_X = _L | {"matcher_change": 45 / 58}
+_SLOW = _STEPS | {"warmup_steps": 4000}
+
+
+def _on_coco(model, numbers, image_size=640, steps=_STEPS, **augmentation):
+    return IterationRecipe(
+        *numbers, image_size=image_size, model=model, augmentation=augmentation, **steps
+    )
+
+
+RECIPES |= {  # batch, epochs, rate, the backbone's, epochs at the full rate, last plain ones
+    "atto, COCO": _on_coco("atto", (128, 500, 2e-3, 1e-3, 250, 100), 320, _SLOW, **_ATTO),
+    "femto, COCO": _on_coco("femto", (128, 500, 1.6e-3, 8e-4, 250, 100), 416, _SLOW, **_LATE),
+    "pico, COCO": _on_coco("pico", (128, 500, 1.6e-3, 8e-4, 250, 100), 640, _SLOW, **_LATE),
+    "n, COCO": _on_coco("n", (32, 160, 8e-4, 4e-4, 160, 12), **_N),
+    "l, COCO": _on_coco("l", (32, 68, 5e-4, 1.25e-5, 34, 8), **_L),
+    "x, COCO": _on_coco("x", (32, 58, 5e-4, 1e-5, 29, 8), **_X),
+}
+
 
 # %% ../nbs/03f_recipes.ipynb #fractions-of
 def fractions_of(
