@@ -37,7 +37,7 @@ memoria: env
 
 # The notebooks are stored with the outputs of the demo: after `make thesis`, this copies them into nbs/.
 pages: env
-	$(BIN)/python -c "from deimv2_tfg.cli import store_pages; store_pages('runs/demo/pages')"
+	$(BIN)/python tools/pages.py runs/demo/pages
 	$(BIN)/python -c "from deimv2_tfg.figures import write_index; write_index('thesis_figures/package')"
 	$(BIN)/nbdev_clean
 
@@ -49,12 +49,12 @@ test: lint
 
 # Lines as ruff writes them: notebooks, package, tests (rules in ruff.toml).
 lint: env
-	$(BIN)/ruff format --check nbs tests deimv2_tfg
-	$(BIN)/ruff check nbs tests deimv2_tfg
+	$(BIN)/ruff format --check nbs tests tools studies deimv2_tfg
+	$(BIN)/ruff check nbs tests tools studies deimv2_tfg
 
 format: env
-	$(BIN)/ruff check --fix-only --select I nbs tests
-	$(BIN)/ruff format nbs tests
+	$(BIN)/ruff check --fix-only --select I nbs tests tools studies
+	$(BIN)/ruff format nbs tests tools studies
 
 # The package from its notebooks, formatted as they are.
 export: env

@@ -11,11 +11,10 @@ __all__ = [
     'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
     'convert_command', 'run_row', 'runs_command', 'compare_command', 'report_command',
     'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told', 'main',
-    'sources_fingerprint', 'lighter', 'told_outputs', 'store_pages', 'narrow_exports',
+    'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
-import base64
 import contextlib
 import dataclasses
 import difflib
@@ -26,7 +25,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import textwrap
 import tokenize
 from collections.abc import Callable, Sequence
@@ -47,7 +45,7 @@ from deimv2_tfg.recipes import (
     Within,
 )
 
-from .core import PROFILES, project_root, read_json, to_jsonable, write_json
+from .core import PROFILES, project_root, to_jsonable
 
 
 # %% ../nbs/08_cli.ipynb #field-comments
@@ -690,54 +688,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"deimv2-tfg: {e}", file=sys.stderr)
         return 1
-
-
-# %% ../nbs/08_cli.ipynb #store-pages
-def sources_fingerprint(notebook: dict) -> str:
-    """Hash of a notebook's cell sources, outputs left out."""
-    from deimv2_tfg.core import hash_bytes
-
-    return hash_bytes(*("".join(cell["source"]).encode() for cell in notebook["cells"]))
-
-
-def lighter(output: dict, most: int = 150_000) -> dict:
-    """A cell's output whose large PNG pictures (base64 characters over `most`) became JPEG."""
-    from PIL import Image
-
-    data = output.get("data", {})
-    if len(data.get("image/png", "")) > most:
-        drawn = io.BytesIO()
-        picture = Image.open(io.BytesIO(base64.b64decode(data.pop("image/png"))))
-        picture.convert("RGB").save(drawn, "JPEG", quality=80)
-        data["image/jpeg"] = base64.b64encode(drawn.getvalue()).decode()
-    return output
-
-
-def told_outputs(cell: dict) -> list[dict]:
-    """A cell's outputs as they are stored: without warnings, widgets and this machine's folders."""
-    outputs = [o for o in cell["outputs"] if o.get("name") != "stderr"]
-    widget = "application/vnd.jupyter.widget-view+json"
-    kept = [lighter(o) for o in outputs if widget not in o.get("data", {})]
-    told = json.dumps(kept).replace(f"{project_root()}/", "")
-    return json.loads(re.sub(rf"{tempfile.gettempdir()}/tmp\w+/", "", told))
-
-
-def store_pages(executed: str | Path):
-    """Copy the outputs of executed pages into `nbs/`. Raises `ValueError` for other sources."""
-    for path in sorted(Path(executed).glob("*.ipynb")):
-        ran = {cell["id"]: cell for cell in read_json(path)["cells"]}
-        stored = project_root() / "nbs" / path.name
-        page = read_json(stored)
-        cells = [ran.get(cell["id"], {"source": ""}) for cell in page["cells"]]
-        fingerprint = sources_fingerprint({"cells": cells})
-        if fingerprint != sources_fingerprint(page):
-            raise ValueError(f"{path}: executed from other sources than nbs/; run `make thesis`")
-        for cell in page["cells"]:
-            if cell["cell_type"] == "code":
-                cell["outputs"] = told_outputs(ran[cell["id"]])
-        study = Path(executed).resolve().parent.name
-        page["metadata"]["stored_outputs"] = {"study": study, "sources": fingerprint}
-        write_json(stored, page)
 
 
 # %% ../nbs/08_cli.ipynb #narrow-exports

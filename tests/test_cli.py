@@ -13,6 +13,7 @@ import pytest
 
 from deimv2_tfg import cli
 from deimv2_tfg.recipes import FusionConfig, TrainConfig
+from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "import sys; from deimv2_tfg.cli import main; sys.exit(main())"
@@ -235,7 +236,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(smoke_data, tmp_path):
 
 
 def test_stored_pages_come_only_from_the_same_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(pages, "project_root", lambda: tmp_path)
     executed = tmp_path / "runs/demo/pages"
     executed.mkdir(parents=True)
     (tmp_path / "nbs").mkdir()
@@ -249,11 +250,11 @@ def test_stored_pages_come_only_from_the_same_sources(tmp_path, monkeypatch):
 
     (tmp_path / "nbs/a.ipynb").write_text(page("1 + 1", []))
     (executed / "a.ipynb").write_text(page("1 + 1", [noise, output]))
-    cli.store_pages(executed)
+    pages.store_pages(executed)
     stored = json.loads((tmp_path / "nbs/a.ipynb").read_text())
     assert stored["cells"][0]["outputs"] == [output]
-    fingerprint = cli.sources_fingerprint(stored)
+    fingerprint = pages.sources_fingerprint(stored)
     assert stored["metadata"]["stored_outputs"] == {"study": "demo", "sources": fingerprint}
     (executed / "a.ipynb").write_text(page("1 + 2", [output]))
     with pytest.raises(ValueError, match="a.ipynb"):
-        cli.store_pages(executed)
+        pages.store_pages(executed)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deimv2_tfg.cli import sources_fingerprint
+from tools.pages import sources_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
