@@ -24,11 +24,12 @@ from deimv2_tfg.findings import (
     box_numbers,
     error_kind,
     id_key,
+    read_coco,
     warning_kind,
 )
 
 from .core import progress
-from .photographs import read_json_file, whole_number
+from .photographs import whole_number
 
 # %% ../nbs/00h_annotations.ipynb #box-kinds
 error_kind("box-malformed", "give the box as four numbers x, y, width, height")
@@ -150,7 +151,8 @@ def mended_box(annotation: dict, size: tuple | None, trusted: bool = True, clip:
         return box if problem[0] in ("box-tiny", "box-over-edge") else LEAVE
     if problem[0] in ("box-malformed", "box-nan", "box-empty"):
         if not annotation.get("segmentation"):
-            return None
+            says_something = problem[0] == "box-malformed" and box
+            return LEAVE if says_something else None
         facts = mask_facts(annotation["segmentation"], size)
         usable = facts and box_problem(facts[0], *size) in (None, "box-over-edge", "box-tiny")
         return facts[0] if usable else LEAVE
@@ -164,13 +166,15 @@ def mended_box(annotation: dict, size: tuple | None, trusted: bool = True, clip:
 def _as_corners(sheet: Sheet) -> tuple[str, int, int, int]:
     """Are a split's boxes two corners: "sure", "doubt" or "", and how many stick out of how many.
 
-    The last is the index of the first that sticks out.
+    The last is the index of the first that sticks out. Boxes that lie outside are no corners of
+    anything: several of them and the split's boxes are measured otherwise, in per cent for one.
     """
-    rows = []
+    rows, outside = [], 0
     for i, a in enumerate(sheet.coco["annotations"]):
         entry = sheet.images.get(id_key(a.get("image_id"))) if isinstance(a, dict) else None
         box = box_numbers(a.get("bbox")) if entry and entry.size and entry.trusted else None
         problem = box_problem(box, *entry.size) if box is not None else ("",)
+        outside += problem is not None and problem[0] == "box-outside"
         if problem is None or problem[0] == "box-over-edge":  # others are evidence for nothing
             rows.append((i, *box, *entry.size))
     if not rows:
@@ -178,8 +182,9 @@ def _as_corners(sheet: Sheet) -> tuple[str, int, int, int]:
     index, x, y, w, h, width, height = np.array(rows, float).T
     over = (x + w > width + 1) | (y + h > height + 1)
     corners = (x < w) & (w <= width + 1) & (y < h) & (h <= height + 1)
-    answer = "doubt" if over.any() and corners.mean() > 0.5 else ""
-    if corners.all() and over.sum() >= max(2, len(rows) / 4):
+    otherwise = outside >= max(2, len(rows) / 20)
+    answer = "doubt" if over.any() and (corners.mean() > 0.5 or otherwise) else ""
+    if corners.all() and over.sum() >= max(2, len(rows) / 4) and not otherwise:
         answer = "sure"
     return answer, int(over.sum()), len(rows), int(index[over.argmax()])
 
@@ -319,7 +324,7 @@ def _say_parent(sheet: Sheet, name: str):
 # %% ../nbs/00h_annotations.ipynb #few-objects
 def few_objects(root, split: str = "test", few: int = FEW) -> dict[str, int]:
     """Classes with fewer than `few` objects in a split, with their number: an AP to be flagged."""
-    counts = objects_by_class(read_json_file(annotation_file(root, split)))
+    counts = objects_by_class(read_coco(annotation_file(root, split)))
     return {name: n for name, n in counts.items() if n < few}
 
 
@@ -480,8 +485,10 @@ def _check_annotation(at: Place, a, ids: _Ids, corners: str):
         at.set("box-corners", "bbox", as_corners)
     edge = entry.size or (math.inf, math.inf)
     problem = box_problem(a.get("bbox"), *edge)
-    trusted = entry.trusted and (corners != "sure" or bool(as_corners))
     clip = corners != "doubt"
+    trusted = entry.trusted and (corners != "sure" or bool(as_corners))
+    if problem and problem[0] == "box-outside":
+        trusted = trusted and clip
     box = mended_box(a, entry.size, trusted, clip) if problem else a["bbox"]
     if problem:
         at.say(problem[0], "bbox", problem[1])

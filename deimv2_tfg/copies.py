@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'FINE', 'COARSE', 'ORIENTATIONS', 'SAME', 'NOWHERE', 'CANDIDATE', 'NEIGHBOURS', 'WORDS',
-    'AUGMENTED', 'ROBOFLOW', 'COPIES', 'open_pixels', 'detail', 'turned', 'fingerprints',
+    'FINE', 'COARSE', 'FAINT', 'ORIENTATIONS', 'SAME', 'NOWHERE', 'CANDIDATE', 'NEIGHBOURS',
+    'WORDS', 'AUGMENTED', 'ROBOFLOW', 'COPIES', 'open_pixels', 'detail', 'turned', 'fingerprints',
     'similarity', 'same_pairs', 'clusters', 'base_name', 'is_augmented', 'copies_by_name',
     'pair_sheet', 'planted', 'copy_recall',
 ]  # fmt: skip
@@ -16,6 +16,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,10 +37,20 @@ from .core import progress
 
 # %% ../nbs/00f_copies.ipynb #detail
 FINE, COARSE = 0.8, 2.5  # deviations of the two Gaussians, pixels of the thumbnail
+FAINT = np.float32(1e-3)  # keeps a mean over no pixel from being a division by zero
+
+
+@cache
+def _gaussian(deviation: float) -> np.ndarray:
+    """Matrix (64, 64) that blurs the columns of a thumbnail; its edges are repeated."""
+    columns = ndimage.gaussian_filter1d(np.eye(SIDE), deviation, axis=0, mode="nearest")
+    return columns.astype(np.float32)
 
 
 def _blur(x, deviation: float) -> np.ndarray:
-    return ndimage.gaussian_filter(x, (0, deviation, deviation), mode="nearest")
+    """Thumbnails (..., 64, 64) float32 under a Gaussian."""
+    matrix = _gaussian(deviation)
+    return matrix @ x @ matrix.T
 
 
 def open_pixels(thumbnails) -> np.ndarray:
@@ -49,19 +60,19 @@ def open_pixels(thumbnails) -> np.ndarray:
 
 # %% ../nbs/00f_copies.ipynb #detail-whole
 def detail(thumbnails, weights) -> np.ndarray:
-    """The part of a photograph that survives copying, (n, 64, 64) float32.
+    """The part of a photograph that survives copying, (..., 64, 64) float32.
 
-    `thumbnails`: (n, 64, 64) grey; `weights`: (n, 64, 64), 1 where a pixel counts, else 0.
+    `thumbnails`: (..., 64, 64) grey; `weights`: the same, 1 where a pixel counts, else 0.
     """
     grey = weights * thumbnails
-    fine = _blur(grey, FINE) / (_blur(weights, FINE) + 1e-3)
-    coarse = _blur(grey, COARSE) / (_blur(weights, COARSE) + 1e-3)
+    fine = _blur(grey, FINE) / (_blur(weights, FINE) + FAINT)
+    coarse = _blur(grey, COARSE) / (_blur(weights, COARSE) + FAINT)
     band = fine - coarse
-    d = np.sign(band) * np.sqrt(np.abs(band))
-    for axis in (1, 2, 1, 2):
-        weight = weights.sum(axis, keepdims=True) + 1e-3
-        d = d - (d * weights).sum(axis, keepdims=True) / weight
-    return d * weights
+    d = np.sign(band) * np.sqrt(np.abs(band)) * weights
+    for axis in (-2, -1, -2, -1):
+        total = weights.sum(axis, keepdims=True) + FAINT
+        d -= weights * (d.sum(axis, keepdims=True) / total)
+    return d
 
 
 # %% ../nbs/00f_copies.ipynb #turned
@@ -119,17 +130,16 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     worst: the 10 % quantile of the correlations in 8 x 8 blocks, of those that are half open.
     """
     weights = open_pixels(a) * open_pixels(b)
-    x = detail(a, weights)
-    y = detail(b, weights)
-    product, power_x, power_y = (z.sum((1, 2)) for z in (x * y, x * x, y * y))
-    overall = product / np.sqrt(power_x * power_y + SIDE)  # SIDE: nothing is not like nothing
-    powers = (_blocks(x * x) + 3) * (_blocks(y * y) + 3)
-    local = _blocks(x * y) / np.sqrt(powers)
+    x, y = detail(np.stack([a, b]), weights)
+    product, power_x, power_y = _blocks(x * y), _blocks(x * x), _blocks(y * y)
+    whole = np.sqrt(power_x.sum(1) * power_y.sum(1) + SIDE)  # SIDE: nothing is not like nothing
+    overall = product.sum(1) / whole
+    local = product / np.sqrt((power_x + 3) * (power_y + 3))
     half_open = _blocks(weights) > SIDE / 2
     counted = np.sort(np.where(half_open, local, np.inf))
-    tenth = np.isfinite(counted).sum(1) // 10
+    tenth = half_open.sum(1) // 10
     at = np.minimum(tenth, counted.shape[1] - 1)
-    worst = np.nan_to_num(counted[np.arange(len(a)), at], posinf=0)
+    worst = np.nan_to_num(np.take_along_axis(counted, at[:, None], 1)[:, 0], posinf=0)
     return np.where(weights.mean((1, 2)) < 0.1, 0, overall), worst
 
 
@@ -221,10 +231,9 @@ def _alike(thumbnails, least: float):
     """(i, j, orientation, similarity) of different thumbnails (n, 64, 64) that show the same."""
     share = np.array([open_pixels(t).mean() for t in thumbnails])
     pairs = _candidates(fingerprints(thumbnails), share)
-    parts = np.array_split(pairs, max(1, len(pairs) // 64))
-    for some in progress(parts, "comparing candidates", delay=2, unit="64 pairs"):
-        if not len(some):
-            continue
+    # Eight at a time: their arrays are small enough for malloc to keep, four times as fast.
+    for start in progress(range(0, len(pairs), 8), "comparing candidates", delay=2, unit="8 pairs"):
+        some = pairs[start : start + 8]
         others = np.stack([turned(thumbnails[j], k) for _, j, k in some])
         overall, worst = similarity(thumbnails[some[:, 0]], others)
         same = (overall >= least) & (worst >= NOWHERE)

@@ -48,6 +48,7 @@ from deimv2_tfg.findings import (
     error_kind,
     id_key,
     labels_and_boxes,
+    read_coco,
     read_sheet,
     warning_kind,
 )
@@ -57,7 +58,6 @@ from deimv2_tfg.photographs import (
     Photograph,
     header_of,
     look_at_all,
-    read_json_file,
 )
 
 from .copies import copies_by_name, pair_sheet, same_pairs
@@ -458,7 +458,7 @@ def _apply(out: Path, mends: list[Mend]) -> list[tuple]:
         its = [m for m in mends if m.split == split]
         if not its:
             continue
-        coco, made = mended(read_json_file(annotation_file(out, split)), its)
+        coco, made = mended(read_coco(annotation_file(out, split)), its)
         if made:
             atomic_write(annotation_file(out, split), dumps(coco, ensure_ascii=False) + "\n")
         changes += made
@@ -552,7 +552,7 @@ def changes_as_text(changes: pd.DataFrame, out: Path) -> str:
 # %% ../nbs/00i_doctor.ipynb #bare-images
 def _bare_images(out: Path, split: str, gone: pd.DataFrame, most: int = 10) -> list[str]:
     """Names of images of the copy that lost all their annotations, the first `most`."""
-    coco = read_json_file(annotation_file(out, split))
+    coco = read_coco(annotation_file(out, split))
     lost = set()
     for entry in gone.loc[gone["field"].str.startswith("annotations"), "before"]:
         a = loads(entry)

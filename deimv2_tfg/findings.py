@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = [
     'SPLITS', 'LAYOUT', 'ERROR', 'WARNING', 'KINDS', 'PARTS', 'LEFT_BEHIND', 'NEEDED',
-    'annotation_file', 'error_kind', 'warning_kind', 'Finding', 'Mend', 'Report', 'Place',
-    'Sheet', 'id_key', 'read_sheet', 'Entry', 'box_numbers', 'labels_and_boxes', 'check_images',
+    'annotation_file', 'read_coco', 'error_kind', 'warning_kind', 'Finding', 'Mend', 'Report',
+    'Place', 'Sheet', 'id_key', 'read_sheet', 'Entry', 'box_numbers', 'labels_and_boxes',
+    'check_images',
 ]  # fmt: skip
 
 # %% ../nbs/00g_findings.ipynb #imports
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,17 @@ LAYOUT = """Expected layout:
 def annotation_file(root, split: str) -> Path:
     """The COCO file of a split."""
     return Path(root) / split / f"{split}.json"
+
+
+def read_coco(path):
+    """What a COCO file holds; `annotations: null`, as some tools write none, is an empty list.
+
+    Raises `ValueError` that names the file and the place.
+    """
+    coco = read_json_file(path)
+    if isinstance(coco, dict) and coco.get("annotations", ()) is None:
+        coco["annotations"] = []
+    return coco
 
 
 # %% ../nbs/00g_findings.ipynb #kinds
@@ -202,11 +215,9 @@ def read_sheet(report: Report, split: str) -> Sheet | None:
         hint = f"; rename {', '.join(others)}?" if others else ""
         return report.add("json-missing", name, "", f"the file is missing{hint}")
     try:
-        coco = read_json_file(path)
+        coco = read_coco(path)
     except ValueError as e:
         return report.add("json-invalid", name, "", str(e).replace(f"{path}: ", ""))
-    if isinstance(coco, dict) and coco.get("annotations", ()) is None:
-        coco["annotations"] = []  # how some tools write that there is none
     lists = coco if isinstance(coco, dict) else {}
     absent = [part for part in PARTS if not isinstance(lists.get(part), list)]
     if absent:
@@ -221,7 +232,9 @@ error_kind("folder-missing", "put the split's photographs into this folder")
 error_kind(
     "file-outside", "name a file in the split's images folder, without a path that leads out"
 )
-error_kind("file-name-case", "write the name as the file has it: case counts on most machines")
+error_kind(
+    "file-name-case", "write the name as the file has it: case and accents count on most machines"
+)
 error_kind("file-missing", "put the file there, or take the entry out")
 warning_kind("orphan", "list it (without annotations, if it shows nothing), or take it out")
 LEFT_BEHIND = ("Thumbs.db", "desktop.ini")
@@ -239,13 +252,18 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 # %% ../nbs/00g_findings.ipynb #meant
+def _plain(name) -> str:
+    """A name as it is compared: in small letters, an accent being one sign with its letter."""
+    return unicodedata.normalize("NFC", str(name)).lower()
+
+
 def _meant(name: str, files, tails: dict) -> list[str]:
-    """Files that a name can mean: by its path with slashes, else by its last part, in any case."""
+    """Files that a name can mean: by its path with slashes, else by its last part; see `_plain`."""
     forward = name.replace("\\", "/")
     if forward in files:
         return [forward]
-    same_tail = tails.get(forward.lower().rsplit("/")[-1], [])
-    whole = [file for file in same_tail if file.lower() == forward.lower()]
+    same_tail = tails.get(_plain(forward).rsplit("/")[-1], [])
+    whole = [file for file in same_tail if _plain(file) == _plain(forward)]
     return whole or same_tail
 
 
@@ -269,7 +287,7 @@ def _check_file_names(sheet: Sheet) -> dict[int, Path]:
     files = _files_in(sheet.folder)
     tails = defaultdict(list)
     for file in files:
-        tails[file.lower().rsplit("/")[-1]].append(file)
+        tails[_plain(file).rsplit("/")[-1]].append(file)
     found, refused, meant = {}, {}, {}
     claims = Counter()
     for at, image in sheet.places("images"):
@@ -283,8 +301,12 @@ def _check_file_names(sheet: Sheet) -> dict[int, Path]:
             continue
         meant[at.index] = _meant(name, files, tails) if isinstance(name, str) else []
         claims.update(meant[at.index])
+    all_claimed = len(claims) == len(files)  # else one that is not listed may be meant
     for i, candidates in meant.items():
-        file = _resolve_name(Place(sheet, "images", i), refused[i], candidates, claims)
+        at = Place(sheet, "images", i)
+        file = _resolve_name(at, refused[i], candidates, claims)
+        if all_claimed and not candidates:
+            at.take_out("file-outside" if refused[i] else "file-missing")
         if file:
             found[i] = file
     _check_orphans(sheet, files, set(found.values()))
@@ -295,10 +317,9 @@ def _check_file_names(sheet: Sheet) -> dict[int, Path]:
 def _check_orphans(sheet: Sheet, files, found: set):
     """Files that no entry names."""
     images = [image for image in sheet.coco["images"] if isinstance(image, dict)]
-    known = {str(image.get("file_name")).lower() for image in images}
-    known |= {file.lower() for file in found}
+    known = {_plain(name) for name in (*found, *(image.get("file_name") for image in images))}
     for file in files:
-        if file.lower() not in known:
+        if _plain(file) not in known:
             place = f"{sheet.split}/images/{file}"
             sheet.report.add("orphan", place, "", f"the file is not listed in {sheet.split}.json")
 
@@ -311,7 +332,7 @@ def _resolve_name(at: Place, refused: str, candidates: list, claims: Counter) ->
     folder = f"{at.sheet.split}/images"
     if refused:
         kind, message = "file-outside", refused
-    elif only and only.lower() == name.lower():
+    elif only and _plain(only) == _plain(name):
         kind, message = "file-name-case", f"{name!r} is not in {folder}, but {only!r} is"
     else:
         hint = f"; {only!r} is" if only else ""
@@ -321,8 +342,6 @@ def _resolve_name(at: Place, refused: str, candidates: list, claims: Counter) ->
     at.say(kind, "file_name", message)
     if only:
         at.set(kind, "file_name", only)
-    elif not candidates:
-        at.take_out(kind)
     return only
 
 

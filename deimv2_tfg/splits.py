@@ -21,15 +21,16 @@ import pandas as pd
 from .copies import clusters, copies_by_name
 from .core import append_line, hash_bytes, read_json, write_json
 from .data import SPLITS, DatasetError, annotation_file, check_dataset, require_dataset
-from .doctor import Report
-from .photographs import read_json_file, safe_path
+from .doctor import LAYOUT, Report
+from .findings import read_coco
+from .photographs import number, safe_path
 from .runs import file_digest
 
 
 # %% ../nbs/01e_splits.ipynb #split-table
 def _read(root, split: str) -> dict:
     """The COCO dict of a split."""
-    return read_json_file(annotation_file(root, split))
+    return read_coco(annotation_file(root, split))
 
 
 # %% ../nbs/01e_splits.ipynb #split-table-2
@@ -113,7 +114,10 @@ def _equal(values: list) -> np.ndarray:
 
 # %% ../nbs/01e_splits.ipynb #deal
 def deal(counts, shares, seed: int = 0) -> np.ndarray:
-    """Share of each group, (g,) int: every column of `counts` (g, c) is divided like `shares`."""
+    """Share of each group, (g,) int: every column of `counts` (g, c) is divided like `shares`.
+
+    A share that would get none is given the smallest group of the share with the most groups.
+    """
     counts = np.asarray(counts, float)
     shares = np.asarray(shares, float)
     wanted = np.outer(shares / shares.sum(), counts.sum(0))
@@ -126,6 +130,12 @@ def deal(counts, shares, seed: int = 0) -> np.ndarray:
         cost = (after - (have - wanted) ** 2) / np.maximum(wanted, 1)
         given[group] = cost.sum(1).argmin()
         have[given[group]] += counts[group]
+    size = counts.sum(1)
+    for share in range(len(shares)):
+        held = np.bincount(given, minlength=len(shares))
+        if not held[share] and held.max() > 1:
+            most = np.flatnonzero(given == held.argmax())
+            given[most[size[most].argmin()]] = share
     return given
 
 
@@ -166,8 +176,8 @@ def _require_shares(table: pd.DataFrame, n: int, by):
     first = table[table["group"] == sizes.index[0]].iloc[0]
     names = [SPLITS[k] if n == len(SPLITS) else f"share {k}" for k in empty]
     message = (
-        f"{' and '.join(names)} would be empty: {sizes.iloc[0]} of {len(table)} photographs belong"
-        f" together, {first['split']}/{first['file_name']} among them ({len(sizes)} groups in all)"
+        f"{' and '.join(names)} would be empty: {len(sizes)} groups for {n} shares; {sizes.iloc[0]}"
+        f" of {len(table)} photographs are in the largest, {first['file_name']!r} for one"
     )
     if "look" in by and sizes.iloc[0] > 1:
         message += (
@@ -224,14 +234,14 @@ def _write_rows(root: Path, folder: Path, rows: pd.DataFrame, cocos: dict):
     boxes = {split: _boxes_by_image(coco) for split, coco in cocos.items()}
     images, annotations = [], []
     (folder / "images").mkdir(parents=True)
-    for number, row in enumerate(rows.itertuples(), 1):
+    for k, row in enumerate(rows.itertuples(), 1):
         entry = cocos[row.split]["images"][row.entry]
         name = _new_name(row)
         _link(root / row.split / "images" / row.file_name, folder / "images" / name)
         source = {"source_split": row.split, "source_name": row.file_name}
-        images.append(source | entry | {"id": number, "file_name": name})
+        images.append(source | entry | {"id": k, "file_name": name})
         for a in boxes[row.split].get(entry["id"], []):
-            annotations.append(a | {"id": len(annotations) + 1, "image_id": number})
+            annotations.append(a | {"id": len(annotations) + 1, "image_id": k})
     categories = next(iter(cocos.values()))["categories"]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     write_json(folder / f"{folder.name}.json", coco)
@@ -351,7 +361,8 @@ def bind_data(run, data_dir, allow_changed: bool = False) -> str:
 # %% ../nbs/01e_splits.ipynb #one-split
 def _folder_of(file: Path, images: str = "") -> Path:
     """The folder with the photographs of a COCO file: the first that has all of them."""
-    names = [image["file_name"] for image in read_json_file(file)["images"]]
+    images_listed = [image for image in read_coco(file)["images"] if isinstance(image, dict)]
+    names = [image["file_name"] for image in images_listed if image.get("file_name") is not None]
     here, above = file.parent, file.parent.parent
     near = [here / "images", here, above / "images", above]
     folders = [Path(images)] if images else near
@@ -384,14 +395,28 @@ def _source(data_dir, images: str, staging: Path) -> tuple[Path, tuple[str, ...]
     data_dir = Path(data_dir)
     present = tuple(split for split in SPLITS if annotation_file(data_dir, split).is_file())
     files = [data_dir] if data_dir.is_file() else sorted(data_dir.glob("*.json"))
-    if present or len(files) != 1:
+    if present or not files:
         return data_dir, present or SPLITS
-    coco = read_json_file(files[0])
+    if len(files) > 1:
+        found = ", ".join(file.name for file in files)
+        raise DatasetError(f"{data_dir} holds {found}: give the one that is to be split")
+    coco = read_coco(files[0])
     if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
         raise DatasetError(f"{files[0]} is no COCO file: it has no list of images")
     write_json(annotation_file(staging, "all"), coco)
     (staging / "all" / "images").symlink_to(_folder_of(files[0], images))
+    _require_sound(files[0], staging)
     return staging, ("all",)
+
+
+def _require_sound(file: Path, staging: Path):
+    """Raises `DatasetError` that names the file itself, and not its place in the staged set."""
+    try:
+        require_dataset(staging, ("all",))
+    except DatasetError as e:
+        said = str(e).removesuffix(LAYOUT).replace(str(staging), file.name)
+        way_out = "Make a data set of it first (`deimv2-tfg import`), or export it again."
+        raise DatasetError(said.replace("all/all.json", file.name) + way_out) from None
 
 
 # %% ../nbs/01e_splits.ipynb #split-command
@@ -410,7 +435,7 @@ def split(
     With `folds`, k data sets for cross-validation. `images`: the folder of a COCO file's
     photographs, where it is not beside the file. Raises `ValueError` where a share would be empty.
     """
-    wanted = [float(share) for share in shares.split(",")]
+    wanted = [number(share) or 0 for share in shares.split(",")]
     reasons = tuple(reason for reason in by.split(",") if reason)
     if unknown := set(reasons) - {"look", "name"}:
         unknown = ", ".join(sorted(unknown))
@@ -430,7 +455,10 @@ def split(
     freeze(made, about | {"column": column, "seed": seed})
     counts = np.bincount(table["share"], minlength=3)
     parts = [f"{n} {name}" for n, name in zip(counts, SPLITS, strict=True)]
-    print(f"{made}: {', '.join(parts)}; {table['group'].nunique()} groups")
+    sizes = table["group"].value_counts()
+    print(f"{made}: {', '.join(parts)}; {len(sizes)} groups")
+    if (counts / counts.sum() < np.array(wanted) / sum(wanted) / 2).any():
+        print(f"less than half of what was asked: {sizes.iloc[0]} photographs belong together")
 
 
 # %% ../nbs/01e_splits.ipynb #split-quality

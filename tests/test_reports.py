@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def every_box(coco):
 # --fix guesses nothing -------------------------------------------------------------------------
 
 
+@pytest.mark.finding("data.md:F1")
 @pytest.mark.parametrize("factor", [2, 0.5])
 def test_F1_photographs_resized_after_annotation_are_left_to_a_person(photographs, factor):
     before = {name: read(photographs, name) for name in SPLITS}
@@ -75,6 +77,7 @@ def test_F1_photographs_resized_after_annotation_are_left_to_a_person(photograph
     assert changes.empty and coco == before and {f.kind for f in left} == {"size-differs"}
 
 
+@pytest.mark.finding("data.md:F2")
 def test_F2_names_in_sub_folders_are_sound(photographs):
     for name in SPLITS:
         (photographs / name / "images" / "batch0").mkdir()
@@ -86,6 +89,7 @@ def test_F2_names_in_sub_folders_are_sound(photographs):
     assert check_dataset(photographs).errors == [] and fixed(photographs)[1].empty
 
 
+@pytest.mark.finding("data.md:F3")
 def test_F3_ids_as_floats_become_whole_numbers(photographs):
     def change(coco):
         for a in coco["annotations"]:
@@ -100,6 +104,7 @@ def test_F3_ids_as_floats_become_whole_numbers(photographs):
     assert {type(v) for pair in ids for v in pair} == {int}
 
 
+@pytest.mark.finding("data.md:F3b")
 @pytest.mark.parametrize("where", ["images", "both", "annotations", "words"])
 def test_F3b_ids_as_text_are_converted_or_numbered_anew(photographs, where):
     def change(coco):
@@ -119,6 +124,7 @@ def test_F3b_ids_as_text_are_converted_or_numbered_anew(photographs, where):
     assert all(names[a["image_id"]] == a["image_uid"] for a in coco["val"]["annotations"])
 
 
+@pytest.mark.finding("data.md:F4")
 @pytest.mark.parametrize("kind", ["polygon", "rle"])
 def test_F4_a_missing_box_is_taken_from_the_segmentation(photographs, kind):
     def change(coco):
@@ -138,6 +144,7 @@ def test_F4_a_missing_box_is_taken_from_the_segmentation(photographs, kind):
     assert all(np.allclose(box, truth) for box, truth in every_box(coco))
 
 
+@pytest.mark.finding("data.md:F5")
 def test_F5_numbers_as_text_are_numbers(photographs):
     edit(
         photographs,
@@ -147,6 +154,7 @@ def test_F5_numbers_as_text_are_numbers(photographs):
     assert left == [] and all(box == truth for box, truth in every_box(coco))
 
 
+@pytest.mark.finding("data.md:F6")
 def test_F6_fractions_are_left_to_a_person(photographs):
     def change(coco):
         for a in coco["annotations"]:
@@ -159,11 +167,13 @@ def test_F6_fractions_are_left_to_a_person(photographs):
     assert changes.empty and coco == before and {f.kind for f in left} == {"box-fraction"}
 
 
+@pytest.mark.finding("data.md:F6b")
 def test_F6b_one_pixel_is_a_slip_of_the_mouse(photographs):
     edit(photographs, lambda c: c["annotations"][0].update(bbox=[0, 0, 1, 1], area=1), ["train"])
     assert "box-tiny" in kinds(check_dataset(photographs)) and fixed(photographs)[1].empty
 
 
+@pytest.mark.finding("data.md:F7")
 def test_F7_two_photographs_under_one_name_are_not_merged(photographs):
     def change(coco):
         coco["images"][1]["file_name"] = coco["images"][0]["file_name"]
@@ -176,6 +186,7 @@ def test_F7_two_photographs_under_one_name_are_not_merged(photographs):
     assert changes.empty and "file-name-twice" in {f.kind for f in left}
 
 
+@pytest.mark.finding("data.md:F8")
 def test_F8_a_name_that_two_entries_may_mean_is_left_and_backslashes_are_slashes(photographs):
     def flattened(coco):
         coco["images"][0]["file_name"] = "cam0/train2.png"
@@ -201,6 +212,68 @@ def test_F8_a_name_that_two_entries_may_mean_is_left_and_backslashes_are_slashes
     ]
 
 
+@pytest.mark.finding("data.md:F5")
+@pytest.mark.parametrize("kind", ["text", "dictionary", "nested", "decimal commas", "three"])
+def test_a_box_that_says_something_is_never_taken_out(photographs, kind):
+    ways = {
+        "text": lambda box: ",".join(map(str, box)),
+        "dictionary": lambda box: dict(zip("xywh", box, strict=True)),
+        "nested": lambda box: [box],
+        "decimal commas": lambda box: [f"{v},0" for v in box],
+        "three": lambda box: box[:3],
+    }
+
+    def change(coco):
+        coco["annotations"][0]["bbox"] = ways[kind](coco["annotations"][0]["bbox"])
+        coco["annotations"][0].pop("segmentation", None)
+
+    edit(photographs, change)
+    before = {name: read(photographs, name) for name in SPLITS}
+    coco, changes, left = fixed(photographs)
+    assert changes.empty and coco == before and {f.kind for f in left} == {"box-malformed"}
+
+
+@pytest.mark.finding("data.md:F6")
+def test_boxes_in_per_cent_are_no_corners(photographs):
+    def change(coco):
+        for a in coco["annotations"]:
+            a.pop("segmentation", None)
+            a["bbox"] = [100 * v / side for v, side in zip(a["bbox"], SIZE * 2, strict=True)]
+            a["area"] = a["bbox"][2] * a["bbox"][3]
+
+    edit(photographs, change, ["val", "test"])
+    before = {name: read(photographs, name) for name in SPLITS}
+    coco, changes, left = fixed(photographs)
+    assert changes.empty and coco == before and {f.kind for f in left} == {"box-outside"}
+
+
+@pytest.mark.finding("data.md:F8")
+def test_accents_written_in_two_ways_are_one_name(photographs):
+    """macOS stores an accent apart from its letter, most tools write both as one sign."""
+    for file in (photographs / "val" / "images").glob("*.png"):
+        file.rename(file.with_name(unicodedata.normalize("NFD", f"baño {file.name}")))
+    edit(
+        photographs,
+        lambda c: [i.update(file_name=f"baño {i['file_name']}") for i in c["images"]],
+        ["val"],
+    )
+    assert {f.kind for f in check_dataset(photographs).errors} == {"file-name-case"}
+    coco, changes, left = fixed(photographs)
+    assert left == [] and not changes["after"].isna().any()
+
+
+@pytest.mark.finding("data.md:F8")
+@pytest.mark.parametrize("name", ["train0.jpg", "train0", "1f3a-train0.png", "train%30.png"])
+def test_no_entry_goes_while_a_file_that_is_not_listed_may_be_meant(photographs, name):
+    edit(photographs, lambda c: c["images"][0].update(file_name=name), ["train"])
+    coco, changes, left = fixed(photographs)
+    assert changes.empty and {f.kind for f in left} == {"file-missing"}
+    (photographs / "train" / "images" / "train0.png").unlink()
+    coco, changes, left = fixed(photographs)
+    assert left == [] and [i["uid"] for i in coco["train"]["images"]] == ["train1", "train2"]
+
+
+@pytest.mark.finding("data.md:F4")
 def test_what_is_taken_out_is_said_per_split(photographs, capsys):
     edit(
         photographs,
@@ -231,6 +304,7 @@ def test_the_loss_of_a_last_box_is_said(photographs):
     assert "left without any object, look at them: val0.png" in changes_as_text(changes, out)
 
 
+@pytest.mark.finding("data.md:F3")
 def test_a_wrong_export_is_not_emptied(photographs):
     edit(
         photographs,
@@ -243,6 +317,7 @@ def test_a_wrong_export_is_not_emptied(photographs):
 # Reading ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.finding("data.md:B1")
 def test_B1_a_byte_order_mark_is_read_everywhere(photographs):
     for name in SPLITS:
         file = annotation_file(photographs, name)
@@ -271,6 +346,7 @@ def saved(tmp_path, array, name):
     return tmp_path / name
 
 
+@pytest.mark.finding("data.md:R1", "data.md:R2")
 def test_R1_what_is_deeper_than_8_bits_is_refused(tmp_path):
     deep = np.full((40, 50), 3000, np.uint16)
     (tmp_path / "colours.png").write_bytes(png_of_16_bits(50, 40))
@@ -286,6 +362,7 @@ def test_R1_what_is_deeper_than_8_bits_is_refused(tmp_path):
         assert e.value.kind == kind and e.value.file == str(file)
 
 
+@pytest.mark.finding("data.md:R1b")
 def test_R1b_a_16_bit_set_is_not_trained_on(photographs):
     for file in (photographs / "train" / "images").glob("*.png"):
         Image.fromarray(np.full(SIZE[::-1], 3000, np.uint16)).save(file)
@@ -293,6 +370,7 @@ def test_R1b_a_16_bit_set_is_not_trained_on(photographs):
         load_dataset(photographs)
 
 
+@pytest.mark.finding("data.md:R3")
 @pytest.mark.parametrize("tag", [2, 3, 4, 5, 6, 7, 8])
 def test_R3_a_photograph_is_upright(tmp_path, tag):
     upright = np.zeros((30, 40), np.uint8)
@@ -305,6 +383,7 @@ def test_R3_a_photograph_is_upright(tmp_path, tag):
     assert read_photograph(tmp_path / "p.png").tobytes() == expected.tobytes()
 
 
+@pytest.mark.finding("data.md:I6")
 def test_EXIF_with_boxes_is_an_error_and_without_a_note(photographs):
     exif = Image.Exif()
     exif[274] = 3
@@ -339,9 +418,19 @@ def test_a_link_that_leads_out_is_refused(photographs, tmp_path):
         load_dataset(photographs)
 
 
+@pytest.mark.finding("data.md:B1", "data.md:X3")
+def test_a_list_of_annotations_that_is_null_is_empty_for_every_reader(photographs, tmp_path):
+    edit(photographs, lambda c: c.update(annotations=None), ["test"])
+    assert check_dataset(photographs).errors == [] and fixed(photographs)[1].empty
+    assert [len(target["boxes"]) for _, target in load_dataset(photographs, "test")] == [0] * 3
+    split(str(photographs), str(tmp_path / "anew"), by="name")
+    assert len(split_table(tmp_path / "anew")) == 9
+
+
 # Entries ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.finding("data.md:V2")
 def test_V2_sizes_of_zero_are_the_files_and_make_no_false_errors(photographs):
     edit(photographs, lambda c: [i.update(width=0, height=0) for i in c["images"]])
     assert {f.kind for f in check_dataset(photographs).errors} == {"image-size-invalid"}
@@ -349,6 +438,7 @@ def test_V2_sizes_of_zero_are_the_files_and_make_no_false_errors(photographs):
     assert left == [] and {(i["width"], i["height"]) for i in coco["val"]["images"]} == {SIZE}
 
 
+@pytest.mark.finding("data.md:X1")
 def test_X1_a_heading_is_no_class(photographs):
     def change(coco):
         for c in coco["categories"]:
@@ -363,6 +453,7 @@ def test_X1_a_heading_is_no_class(photographs):
     assert [c["name"] for c in coco["train"]["categories"]] == ["dent", "scratch"] and left == []
 
 
+@pytest.mark.finding("data.md:X2")
 def test_X2_masks_that_are_all_crowds_are_an_error(photographs):
     edit(photographs, lambda c: [a.update(iscrowd=1) for a in c["annotations"]])
     assert "crowd-most" in {f.kind for f in check_dataset(photographs).errors}
@@ -370,6 +461,7 @@ def test_X2_masks_that_are_all_crowds_are_an_error(photographs):
         load_dataset(photographs)
 
 
+@pytest.mark.finding("data.md:X3")
 def test_X3_sizes_as_floats_and_no_list_of_annotations(photographs):
     edit(photographs, lambda c: [i.update(width=float(i["width"])) for i in c["images"]])
     edit(photographs, lambda c: c.update(annotations=None), ["test"])
@@ -403,6 +495,7 @@ def boards(root: Path, n=16):
     return root / "instances_default.json"
 
 
+@pytest.mark.finding("data.md:S1")
 def test_S1_a_share_is_never_empty(tmp_path, capsys):
     file = boards(tmp_path / "export")
     with pytest.raises(ValueError, match="val and test would be empty.*--by name"):
@@ -416,6 +509,7 @@ def test_S1_a_share_is_never_empty(tmp_path, capsys):
     assert sizes.min() >= 1 and sizes.sum() == 16
 
 
+@pytest.mark.finding("data.md:G2")
 @pytest.mark.parametrize("place", ["images", "beside", "elsewhere", "folder"])
 def test_G2_one_json_is_split(tmp_path, place):
     file = boards(tmp_path / "export")
@@ -431,6 +525,7 @@ def test_G2_one_json_is_split(tmp_path, place):
     assert len(load_dataset(tmp_path / "out")) > 8
 
 
+@pytest.mark.finding("data.md:G2")
 def test_one_json_without_its_photographs_is_refused(tmp_path):
     file = boards(tmp_path / "export")
     shutil.rmtree(file.parent / "images")
@@ -438,6 +533,64 @@ def test_one_json_without_its_photographs_is_refused(tmp_path):
         split(str(file), str(tmp_path / "out"), by="name")
 
 
+@pytest.mark.finding("data.md:S1")
+def test_as_many_groups_as_shares_are_one_each(tmp_path, capsys):
+    file = boards(tmp_path / "export", 9)
+    coco = read_json_file(file)
+    for k, image in enumerate(coco["images"]):
+        image["part"] = k // 3
+    file.write_text(json.dumps(coco))
+    split(str(file), str(tmp_path / "out"), by="name", column="part")
+    assert split_table(tmp_path / "out").groupby("split").size().to_dict() == {
+        "train": 3,
+        "val": 3,
+        "test": 3,
+    }
+    for image in coco["images"]:
+        image["part"] = min(image["id"], 3)
+    file.write_text(json.dumps(coco))
+    capsys.readouterr()
+    split(str(file), str(tmp_path / "uneven"), "0.4,0.3,0.3", by="name", column="part")
+    assert "less than half of what was asked: 7 photographs" in capsys.readouterr().out
+
+
+@pytest.mark.finding("data.md:G2")
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (lambda c: c["images"][0].pop("file_name"), r"box.json: images\[0\]: file_name missing"),
+        (lambda c: c["images"].append("x"), r"box.json: images\[6\]: id, file_name"),
+        (lambda c: c["images"][0].update(id="1"), r"box.json: images\[0\].id: '1' is not a whole"),
+        (lambda c: c["images"][0].update(file_name="../x.png"), "photographs are not in"),
+        (lambda c: c["images"].clear(), "no image is listed"),
+        (lambda c: c.pop("images"), "it has no list of images"),
+    ],
+)
+def test_what_is_wrong_with_one_json_is_said_by_its_name(tmp_path, change, said):
+    file = boards(tmp_path / "export", 6).rename(tmp_path / "export" / "box.json")
+    coco = read_json_file(file)
+    change(coco)
+    file.write_text(json.dumps(coco))
+    with pytest.raises(DatasetError, match=said) as e:
+        split(str(file), str(tmp_path / "out"), by="name")
+    assert "all.json" not in str(e.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.finding("data.md:G2")
+def test_of_two_jsons_one_must_be_named(tmp_path):
+    file = boards(tmp_path / "export", 6)
+    shutil.copy(file, file.with_name("other.json"))
+    with pytest.raises(DatasetError, match="holds instances_default.json, other.json"):
+        split(str(file.parent), str(tmp_path / "out"), by="name")
+
+
+@pytest.mark.parametrize("shares", ["1,0,0", "a,b,c", "nan,1,1", "inf,1,1", "1,1", "0.8"])
+def test_shares_are_three_numbers(photographs, tmp_path, shares):
+    with pytest.raises(ValueError, match="three numbers over 0"):
+        split(str(photographs), str(tmp_path / "out"), shares)
+
+
+@pytest.mark.finding("data.md:S3")
 def test_S3_copies_count_where_the_original_is_there():
     exports = [f"a_{word}.rf.{k}{k}11aa22bb33.jpg" for k, word in enumerate(("tif", "webp", "jpg"))]
     assert set(copies_by_name([*exports, "b.jpg"])) == set(exports[1:])
