@@ -43,7 +43,8 @@ from deimv2_tfg.doctor import (
 
 from .core import atomic_write, hash_bytes, one_at_a_time, project_root
 from .figures import class_style, class_title, finish, gettext
-from .photographs import read_json_file, read_photograph
+from .findings import read_coco
+from .photographs import read_photograph
 
 
 # %% ../nbs/01_data.ipynb #coco-targets
@@ -360,7 +361,7 @@ def load_dataset(
     Raises `DatasetError` with every problem, `CacheError` where a cache on disk has no room.
     """
     root = require_dataset(root, dict.fromkeys((*splits, split)))
-    coco = read_json_file(annotation_file(root, split))
+    coco = read_coco(annotation_file(root, split))
     return DetectionDataset(root, split, coco, transform, cache)
 
 
