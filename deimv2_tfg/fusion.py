@@ -8,8 +8,7 @@ __all__ = [
     'run_queries', 'detector_hash', 'query_key', 'cached_queries', 'queries_in_batches',
     'query_results', 'ClassText', 'orthogonal_rows', 'class_text_of', 'Head', 'LinearHead',
     'ContrastiveHead', 'CosineHead', 'ConcatHead', 'ResidualHead', 'CrossAttentionHead',
-    'build_head', 'parameter_count', 'fusion_loss', 'training_pass', 'random_queries',
-    'bench_heads',
+    'build_head', 'fusion_loss', 'training_pass', 'random_queries', 'bench_heads',
 ]  # fmt: skip
 
 # %% ../nbs/04c_fusion.ipynb #fusion-imports
@@ -47,7 +46,7 @@ from deimv2_tfg.evaluation import (
 from .batches import EpochView
 from .criterion import assign, mal_loss, matching_cost
 from .data import load_dataset, spare_workers
-from .detector import DetectorOutput, load_detector, postprocess
+from .detector import DetectorOutput, count_parameters, load_detector, postprocess
 from .recipes import TEXT_KINDS
 from .runs import Run, code_hash, data_hash
 from .text import TextEmbeddings, class_texts, encode_texts, random_words
@@ -552,12 +551,6 @@ def build_head(kind: str, width: int, text: ClassText, seed=0) -> Head:
     return head
 
 
-# %% ../nbs/04c_fusion.ipynb #parameter-count
-def parameter_count(head: Head) -> int:
-    """Numbers that a head learns."""
-    return sum(p.numel() for p in head.parameters())
-
-
 # %% ../nbs/04c_fusion.ipynb #fusion-loss
 def fusion_loss(logits, part: Queries, classes: torch.Tensor | None = None) -> torch.Tensor:
     """Matching-aware loss (a scalar) of logits (B, Q, C) over the number of objects.
@@ -648,7 +641,7 @@ def bench_heads(
     for kind in HEADS:
         head = build_head(kind, width, text)
         seconds = _seconds_per_epoch(head, cache, batch_size, repeats)
-        row = {"head": kind, "parameters": parameter_count(head)}
+        row = {"head": kind, "parameters": count_parameters(head)}
         row["seconds an epoch"] = seconds
         row[f"seconds of {epochs} epochs"] = epochs * seconds
         row["threads"] = torch.get_num_threads()

@@ -58,7 +58,6 @@ from deimv2_tfg.fusion import (
     cached_queries,
     class_text_of,
     detector_hash,
-    parameter_count,
     queries_in_batches,
     query_quality,
     query_results,
@@ -66,7 +65,7 @@ from deimv2_tfg.fusion import (
 )
 
 from .data import load_dataset
-from .detector import detect, encode, load_detector, save_detector
+from .detector import count_parameters, detect, encode, load_detector, save_detector
 from .figures import finish, gettext
 from .recipes import FusionConfig, Schedule, TrainConfig, lr_factor
 from .runs import Log, Run, code_hash, data_hash, environment, run_directory
@@ -309,7 +308,7 @@ def _train_frozen(run: Path, config: FusionConfig, text: ClassText) -> None:
     log("val", steps, config.epochs, {f"val/{k}": v for k, v in metrics["val"].items()})
     result = {"epochs": config.epochs, "steps": steps, "seconds": seconds}
     result["seconds_in_all"] = time.perf_counter() - start
-    result["parameters"] = parameter_count(head)
+    result["parameters"] = count_parameters(head)
     result["val_AP"] = metrics["val"]["AP"]
     Run(run).write("result.json", result)
 

@@ -6,7 +6,7 @@
 __all__ = [
     'PUBLISHED_NAMES', 'ARMS', 'unlabelled', 'Unlabelled', 'without_copies', 'random_mask',
     'MaskedViT', 'vit_state', 'save_vit', 'PretrainConfig', 'find_pretraining', 'pretrain_epoch',
-    'pretrain', 'arm_configs', 'train_arms',
+    'pretrain', 'arm_configs',
 ]  # fmt: skip
 
 # %% ../nbs/09_pretraining.ipynb #exports
@@ -369,15 +369,3 @@ def arm_configs(base: TrainConfig, pretraining: Path, seeds) -> dict:
         start = dataclasses.replace(base, init=str(Path(pretraining) / file), backbone_lr=1.0)
         configs[arm] = [dataclasses.replace(start, seed=seed) for seed in seeds]
     return configs
-
-
-# %% ../nbs/09_pretraining.ipynb #train-arms
-def train_arms(configs: dict) -> dict:
-    """`{arm: [run of each seed]}`; what is not there yet is trained, and judged on test."""
-    runs = {}
-    for arm, trainings in configs.items():
-        runs[arm] = [train(config) for config in trainings]
-        for config, run in zip(trainings, runs[arm], strict=True):
-            if not Run(run).has_predictions("test"):
-                evaluate(run, config.data_dir, "test", device=default_device())
-    return runs

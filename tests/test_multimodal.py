@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from deimv2_tfg import fusion, multimodal
 from deimv2_tfg.criterion import Criterion, assign, matching_cost, pack_targets
 from deimv2_tfg.data import load_dataset
-from deimv2_tfg.detector import load_detector
+from deimv2_tfg.detector import count_parameters, load_detector
 from deimv2_tfg.evaluation import coco_metrics, evaluate, open_detector, predict
 from deimv2_tfg.fusion import (
     ClassText,
@@ -21,7 +21,6 @@ from deimv2_tfg.fusion import (
     class_text_of,
     fusion_loss,
     orthogonal_rows,
-    parameter_count,
     query_key,
     query_results,
     random_queries,
@@ -187,7 +186,7 @@ def test_the_thesis_concatenation_cannot_know_whose_text_is_whose(material):
 
 def test_controls_have_the_same_parameters_and_other_texts():
     kinds = {k: class_text_of(k, CLASSES, "minilm", seed=3) for k in fusion.TEXTS}
-    counts = {parameter_count(build_head("residual", 48, text)) for text in kinds.values()}
+    counts = {count_parameters(build_head("residual", 48, text)) for text in kinds.values()}
     assert len(counts) == 1
     true = kinds["true"].pooled
     permuted = kinds["permuted"].pooled
