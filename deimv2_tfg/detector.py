@@ -142,21 +142,11 @@ class DetectorConfig:
 
     @classmethod
     def named(cls, name: str, num_classes: int = 6, **overrides) -> "DetectorConfig":
-        """A variant by its name: `DetectorConfig.named("m", 3)` is `DetectorConfig.m(3)`."""
-        return cls(num_classes, **VARIANTS[name] | overrides)
+        """A variant by its name: `DetectorConfig.named("m", 3)` is `DetectorConfig.m(3)`.
 
-    m = partialmethod(named, "m")
-    thesis_m = partialmethod(named, "thesis_m")
-    s = partialmethod(named, "s")
-    small = partialmethod(named, "small")
-    tiny = partialmethod(named, "tiny")
-    lite = partialmethod(named, "lite")
-    atto = partialmethod(named, "atto")
-    femto = partialmethod(named, "femto")
-    pico = partialmethod(named, "pico")
-    n = partialmethod(named, "n")
-    l = partialmethod(named, "l")  # noqa: E741
-    x = partialmethod(named, "x")
+        So are atto, femto, pico, n, s, l, x, thesis_m, lite, small and tiny.
+        """
+        return cls(num_classes, **VARIANTS[name] | overrides)
 
     @classmethod
     def of(cls, stored: dict) -> "DetectorConfig":
@@ -174,6 +164,10 @@ class DetectorConfig:
         trained = dataclasses.replace(self, frozen=0)
         same = [name for name in VARIANTS if self.named(name, frozen=0, **own) == trained]
         return same[0] if same else None
+
+
+for _name in VARIANTS:
+    setattr(DetectorConfig, _name, partialmethod(vars(DetectorConfig)["named"], _name))
 
 
 # %% ../nbs/03_detector.ipynb #tfgdeimv2config

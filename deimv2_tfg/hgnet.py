@@ -19,12 +19,11 @@ from .backbone import plain_gradient
 
 # %% ../nbs/02d_hgnet.ipynb #hgnet-config
 _FIRST = [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3)]  # in, middle, out channels; blocks; kernel
-HGNET_STAGES = {
-    "hgnet_atto": [*_FIRST, (256, 64, 256, 1, 3)],
-    "hgnet_femto": [*_FIRST, (256, 64, 512, 1, 5)],
-    "hgnet_pico": [*_FIRST, (256, 64, 512, 2, 5)],
-    "hgnet_b0": [*_FIRST, (256, 64, 512, 2, 5), (512, 128, 1024, 1, 5)],
-}
+HGNET_STAGES = {}
+HGNET_STAGES["hgnet_atto"] = [*_FIRST, (256, 64, 256, 1, 3)]
+HGNET_STAGES["hgnet_femto"] = [*_FIRST, (256, 64, 512, 1, 5)]
+HGNET_STAGES["hgnet_pico"] = [*_FIRST, (256, 64, 512, 2, 5)]
+HGNET_STAGES["hgnet_b0"] = [*HGNET_STAGES["hgnet_pico"], (512, 128, 1024, 1, 5)]
 
 
 def hgnet_config(name: str) -> HGNetV2Config:
@@ -33,23 +32,17 @@ def hgnet_config(name: str) -> HGNetV2Config:
     Maps leave after the third stage (stride 16) and, in B0, the fourth (stride 32).
     """
     before, middle, after, blocks, kernels = zip(*HGNET_STAGES[name], strict=True)
-    count = len(blocks)
-    return HGNetV2Config(
-        embedding_size=16,
-        stem_channels=[3, 16, 16],
-        depths=blocks,
-        hidden_sizes=after,
-        stage_in_channels=before,
-        stage_mid_channels=middle,
-        stage_out_channels=after,
-        stage_num_blocks=blocks,
-        stage_kernel_size=kernels,
-        stage_downsample=[i > 0 for i in range(count)],
-        stage_light_block=[i > 1 for i in range(count)],
-        stage_numb_of_layers=[3] * count,
-        use_learnable_affine_block=True,
-        out_indices=list(range(3, count + 1)),
-    )
+    size = {"embedding_size": 16, "stem_channels": [3, 16, 16]}
+    size |= {"depths": blocks, "hidden_sizes": after}
+    size |= {"stage_in_channels": before, "stage_mid_channels": middle}
+    size |= {"stage_out_channels": after, "stage_num_blocks": blocks}
+    places = range(len(blocks))
+    size["stage_kernel_size"] = kernels
+    size["stage_numb_of_layers"] = [3 for _ in places]
+    size["stage_downsample"] = [i > 0 for i in places]
+    size["stage_light_block"] = [i > 1 for i in places]
+    size["out_indices"] = [i + 1 for i in places if i > 1]
+    return HGNetV2Config(use_learnable_affine_block=True, **size)
 
 
 # %% ../nbs/02d_hgnet.ipynb #hgnet-backbone
@@ -61,8 +54,9 @@ class HGNetBackbone(nn.Module):
         self.backbone = HGNetV2Backbone(config.backbone_config)
         width = config.encoder_hidden_dim
         channels = self.backbone.channels
-        levels = [Deimv2ConvNormLayer(config, count, width, 1, 1) for count in channels]
-        self.projections = nn.ModuleList(levels)
+        self.projections = nn.ModuleList()
+        for count in channels:
+            self.projections.append(Deimv2ConvNormLayer(config, count, width, 1, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Maps (B, width, H/s, W/s), s = 16 (B0: 16, 32), of images (B, 3, H, W) in [0, 1]."""
@@ -71,8 +65,8 @@ class HGNetBackbone(nn.Module):
         for stage in self.backbone.encoder.stages:
             x = stage(x)
             maps.append(x)
-        last = maps[-len(self.projections) :]
-        pairs = zip(self.projections, last, strict=True)
+        levels = len(self.projections)
+        pairs = zip(self.projections, maps[-levels:], strict=True)
         return [plain_gradient(project(m)) for project, m in pairs]
 
 
