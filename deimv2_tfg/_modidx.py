@@ -570,6 +570,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                                                                   'deimv2_tfg/evaluation.py'),
                                        'deimv2_tfg.evaluation.trained_image_size': ( 'evaluation.html#trained_image_size',
                                                                                      'deimv2_tfg/evaluation.py')},
+            'deimv2_tfg.family': { 'deimv2_tfg.family._family_row': ('family.html#_family_row', 'deimv2_tfg/family.py'),
+                                   'deimv2_tfg.family.family_table': ('family.html#family_table', 'deimv2_tfg/family.py')},
             'deimv2_tfg.figures': { 'deimv2_tfg.figures._LocalFormatter': ('figures.html#_localformatter', 'deimv2_tfg/figures.py'),
                                     'deimv2_tfg.figures._LocalFormatter.__call__': ( 'figures.html#_localformatter.__call__',
                                                                                      'deimv2_tfg/figures.py'),
