@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = [
-    'LEFTOVERS', 'MASK_WORDS', 'KIND_WORDS', 'SPLIT_NAMES', 'NO_LABELS', 'CVAT_SIDES',
-    'write_coco', 'write_split', 'Item', 'Foreign', 'whole_size', 'photograph_size', 'balance',
-    'require_balance', 'folder_words', 'key', 'split_of', 'files_of', 'by_key', 'PhotographIndex',
-    'pictures_by_key', 'VocFile', 'xml_root', 'read_voc_file', 'read_voc', 'read_lists',
-    'read_voc_set', 'write_voc', 'read_yolo', 'yolo_classes', 'read_yolo_set', 'write_yolo',
-    'coco_box', 'is_coco', 'read_coco_set', 'read_cvat', 'read_labelme',
+    'LEFTOVERS', 'MASK_WORDS', 'KIND_WORDS', 'SPLIT_NAMES', 'NO_LABELS', 'CVAT_SIDES', 'Item',
+    'write_coco', 'Foreign', 'whole_size', 'photograph_size', 'balance', 'require_balance',
+    'folder_words', 'key', 'split_of', 'files_of', 'by_key', 'PhotographIndex', 'pictures_by_key',
+    'coco_box', 'is_coco', 'read_coco_set', 'VocFile', 'xml_root', 'read_voc_file', 'read_lists',
+    'read_voc_set', 'set_to_write', 'write_voc', 'read_yolo', 'yolo_classes', 'read_yolo_set',
+    'write_yolo', 'read_cvat', 'read_labelme',
 ]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -43,62 +44,6 @@ from .data import SPLITS, annotation_file, load_dataset
 from .findings import ERROR, KINDS, box_numbers, id_key
 
 
-# %% ../nbs/01b_formats.ipynb #write-split
-def _copy(file: Path, target: Path) -> None:
-    """Copy a photograph; one that EXIF turns is written upright where `target` is a PNG."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".png" and header_of(file).orientation > 1:
-        read_photograph(file).save(target)
-    else:
-        shutil.copyfile(file, target)
-
-
-def _annotation(box: tuple, ids: Mapping[str, int], image_id: int, own: int) -> dict:
-    """One COCO annotation of a box (class name, x, y, w, h) or (..., iscrowd)."""
-    name, x, y, w, h, *crowd = box
-    one = {"id": own, "image_id": image_id, "category_id": ids[name], "bbox": [x, y, w, h]}
-    return one | {"area": w * h, "iscrowd": int(bool(crowd and crowd[0]))}
-
-
-# %% ../nbs/01b_formats.ipynb #write-coco
-def write_coco(
-    path: Path, photographs: list, boxes: list, classes: Iterable[str] | Mapping
-) -> Path:
-    """Write a COCO json, and its photographs to `images/` beside it.
-
-    The arguments are those of `write_split`.
-    """
-    ids = classes if isinstance(classes, Mapping) else {c: i for i, c in enumerate(classes)}
-    names = [p[3] if len(p) > 3 else Path(p[0]).name for p in photographs]
-    if twice := [name for name, n in Counter(names).items() if n > 1]:
-        raise ValueError(f"{path.stem}: several photographs are named {', '.join(twice[:5])}")
-    (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
-    for k, (name, (file, w, h, *_), its) in enumerate(
-        zip(names, photographs, boxes, strict=True), 1
-    ):
-        _copy(Path(file), path.parent / "images" / name)
-        images.append({"id": k, "file_name": name, "width": w, "height": h})
-        for box in its:
-            annotations.append(_annotation(box, ids, k, len(annotations) + 1))
-    categories = [{"id": k, "name": name} for name, k in ids.items()]
-    coco = {"images": images, "annotations": annotations, "categories": categories}
-    return write_json(path, coco)
-
-
-# %% ../nbs/01b_formats.ipynb #write-split-2
-def write_split(
-    root: str | Path, split: str, photographs: list, boxes: list, classes: Iterable[str] | Mapping
-) -> Path:
-    """Write one split in the thesis's layout; its json file.
-
-    `photographs`: (path, width, height) or (path, width, height, file name) of each; `boxes`: for
-    each a list of (class name, x, y, w, h) in pixels; `classes`: names in label order, or
-    {name: category id}. Raises `ValueError` for two photographs of one name.
-    """
-    return write_coco(annotation_file(root, split), photographs, boxes, classes)
-
-
 # %% ../nbs/01b_formats.ipynb #item
 @dataclass
 class Item:
@@ -117,6 +62,47 @@ class Item:
         return str(own.with_suffix(".png") if turned else own)
 
 
+# %% ../nbs/01b_formats.ipynb #write-coco
+def _copy(file: Path, target: Path) -> None:
+    """Copy a photograph; one that EXIF turns is written upright where `target` is a PNG."""
+    if target.suffix == ".png" and header_of(file).orientation > 1:
+        read_photograph(file).save(target)
+    else:
+        shutil.copyfile(file, target)
+
+
+def _annotation(box: tuple, classes: Mapping[str, int], image_id: int, own: int) -> dict:
+    """One COCO annotation of a box (class name, x, y, w, h) or (..., iscrowd)."""
+    name, x, y, w, h, *crowd = box
+    one = {"id": own, "image_id": image_id, "category_id": classes[name], "bbox": [x, y, w, h]}
+    return one | {"area": w * h, "iscrowd": int(bool(crowd and crowd[0]))}
+
+
+# %% ../nbs/01b_formats.ipynb #write-coco-2
+def write_coco(path: Path, items: Iterable[Item], classes: Mapping[str, int]) -> Path:
+    """Write a COCO json, and its photographs to `images/` beside it; its path.
+
+    `classes`: {name: category id}. Raises `ValueError` for two photographs of one name.
+    """
+    items = list(items)
+    names = Counter(item.file_name() for item in items)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise ValueError(f"{path.stem}: several photographs are named {', '.join(twice[:5])}")
+    folder = path.parent / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for own, (name, item) in enumerate(zip(names, items, strict=True), 1):
+        _copy(item.path, folder / name)
+        width, height = item.size
+        images.append({"id": own, "file_name": name, "width": width, "height": height})
+        for box in item.boxes:
+            annotations.append(_annotation(box, classes, own, len(annotations) + 1))
+    categories = [{"id": k, "name": name} for name, k in classes.items()]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    return write_json(path, coco)
+
+
+# %% ../nbs/01b_formats.ipynb #foreign
 LEFTOVERS = {
     "unlabelled": "photographs without a label file",
     "labels": "label files without a photograph",
@@ -127,7 +113,6 @@ LEFTOVERS = {
 }
 
 
-# %% ../nbs/01b_formats.ipynb #foreign
 @dataclass
 class Foreign:
     """What a reader found in a foreign set."""
@@ -150,18 +135,26 @@ class Foreign:
         """Note a leftover, one of LEFTOVERS."""
         self.left[kind].append(self.named(path) if isinstance(path, Path) else path)
 
+    @contextmanager
+    def noting(self, path: Path, what: str = ""):
+        """What a file lacks becomes a problem with its name; what follows the block goes on."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            said = f"no {error}" if isinstance(error, KeyError) else str(error)
+            said = said.replace(f"{path}: ", "").replace(f"{self.root}/", "")
+            self.problems.append(f"{self.named(path)}: {what}{said}"[:300])
+
     def sized(self, path: Path, declared: tuple | None = None) -> tuple[int, int] | None:
         """Width and height of a photograph; None, and a problem, where it cannot be used.
 
         `declared`: the size that the annotation gives, where it gives one.
         """
-        try:
+        size = None
+        with self.noting(path):
             size = photograph_size(path, declared)
-        except (PhotographError, ValueError) as error:
-            self.problems.append(f"{self.named(path)}: {str(error).replace(f'{path}: ', '')}")
-            return None
-        if header_of(path).frames > 1:
-            self.counts["photographs of several pages: the first is taken"] += 1
+            if header_of(path).frames > 1:
+                self.counts["photographs of several pages: the first is taken"] += 1
         return size
 
     def number_classes(self) -> None:
@@ -201,13 +194,11 @@ def photograph_size(path: Path, declared: tuple | None = None) -> tuple[int, int
 # %% ../nbs/01b_formats.ipynb #balance
 def balance(found: Foreign) -> list[str]:
     """What was used, what was counted and what was left over, one line each."""
-    with_boxes = sum(bool(item.boxes) for item in found.items)
-    boxes = sum(len(item.boxes) for item in found.items)
-    lines = [
-        f"{found.format}: {len(found.items)} photographs, {with_boxes} with boxes, "
-        f"{len(found.items) - with_boxes} without; {boxes} boxes of {len(found.classes)} classes: "
-        + ", ".join(found.classes)
-    ]
+    numbers = [len(item.boxes) for item in found.items]
+    bare = numbers.count(0)
+    shown = f"{len(numbers) - bare} with boxes, {bare} without"
+    objects = f"{sum(numbers)} boxes of {len(found.classes)} classes: {', '.join(found.classes)}"
+    lines = [f"{found.format}: {len(numbers)} photographs, {shown}; {objects}"]
     lines += [f"{n} {what}" for what, n in found.counts.items()]
     for kind, files in found.left.items():
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
@@ -361,6 +352,129 @@ def pictures_by_key(found: Foreign) -> dict[tuple, Path]:
     return by_key(set(pictures) - set(masks), found.root)
 
 
+# %% ../nbs/01b_formats.ipynb #coco-box
+def _turned(box: tuple, degrees: float) -> tuple:
+    """The box (x, y, w, h) around a box that is turned about its middle."""
+    x, y, w, h = box
+    turn = np.deg2rad(degrees)
+    wide = abs(w * np.cos(turn)) + abs(h * np.sin(turn))
+    high = abs(w * np.sin(turn)) + abs(h * np.cos(turn))
+    around = (x + (w - wide) / 2, y + (h - high) / 2, wide, high)
+    return tuple(round(float(side), 3) for side in around) if degrees else box
+
+
+def coco_box(annotation: dict, size: tuple) -> list[float]:
+    """[x, y, w, h] of an annotation of an image of `size` (width, height).
+
+    From its outline where it has no box; around it, where CVAT notes that it is turned. Raises
+    `ValueError`.
+    """
+    box = annotation.get("bbox")
+    if not box and annotation.get("segmentation"):
+        box, _ = mask_facts(annotation["segmentation"], size) or (None, 0)
+    values = box_numbers(box)
+    if values is None or not np.isfinite(values).all():
+        raise ValueError(f"annotation {annotation.get('id')}: box {box} is not four numbers")
+    attributes = annotation.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else 0
+    values = _turned(values, number(rotation) or 0)
+    return [int(v) if v.is_integer() else v for v in values]
+
+
+def is_coco(content) -> bool:
+    """Whether a json's content is a COCO data set; no annotations, or null, are none."""
+    if not isinstance(content, dict):
+        return False
+    content["annotations"] = content.get("annotations") or []
+    names = ("images", "annotations", "categories")
+    return all(isinstance(content.get(name), list) for name in names)
+
+
+# %% ../nbs/01b_formats.ipynb #coco-classes
+def _by_id(found: Foreign, path: Path, entries: list, what: str) -> dict:
+    """{id: entry} of a json's images or categories; one that has no id, or another's, is wrong."""
+    by_id = {}
+    for entry in entries:
+        own = id_key(entry.get("id")) if isinstance(entry, dict) else None
+        if own is None or own == "None" or own in by_id:
+            found.problems.append(f"{found.named(path)}: {what} {entry}: no id, or one given twice")
+        else:
+            by_id[own] = entry
+    return by_id
+
+
+def _coco_names(found: Foreign, path: Path, coco: dict) -> dict:
+    """{category id: name} of the categories with objects of their own; ids as text are numbers."""
+    categories = _by_id(found, path, coco["categories"], "category")
+    used = {id_key(a.get("category_id")) for a in coco["annotations"] if isinstance(a, dict)}
+    parents = {str(c.get("supercategory")) for c in categories.values()}
+    names = {}
+    for own, category in categories.items():
+        name = str(category.get("name") or "")
+        if own not in used and name in parents and len(categories) > 1:
+            found.counts[f"category {name!r}, parent of others without objects: left out"] = 1
+            continue
+        names[own] = name
+        wanted = own if isinstance(own, int) else len(found.classes)
+        if found.classes.setdefault(name, wanted) != wanted:
+            found.problems.append(f"class {name!r} has two ids: {found.classes[name]}, {wanted}")
+    return names
+
+
+# %% ../nbs/01b_formats.ipynb #add-coco
+def _coco_boxes(found: Foreign, path: Path, coco: dict, images: dict) -> dict:
+    """{image id: boxes} of a COCO json."""
+    names = _coco_names(found, path, coco)
+    boxes = defaultdict(list)
+    for annotation in coco["annotations"]:
+        with found.noting(path, f"annotation {annotation}: "[:150]):
+            image = id_key(annotation["image_id"])
+            category = id_key(annotation["category_id"])
+            if image not in images or category not in names:
+                raise ValueError(f"no image {image}, or no category {category}")
+            size = whole_size(images[image].get("width"), images[image].get("height"))
+            box = coco_box(annotation, size or (0, 0))
+            crowd = [True] if annotation.get("iscrowd") else []
+            boxes[image].append((names[category], *box, *crowd))
+    return boxes
+
+
+def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) -> None:
+    """Add the photographs of one COCO json."""
+    images = _by_id(found, path, coco["images"], "image")
+    boxes = _coco_boxes(found, path, coco, images)
+    for own, image in images.items():
+        with found.noting(path):
+            photograph = index.find(image.get("file_name"), path.parent)
+            size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
+            if size is not None:
+                found.items.append(Item(photograph, size, boxes[own], split_of(path, found.root)))
+
+
+# %% ../nbs/01b_formats.ipynb #read-coco-set
+def read_coco_set(root: str | Path, photographs: str | Path | None = None) -> Foreign:
+    """A COCO set: one json, or one per split; `root` may be the json itself.
+
+    `photographs`: the folder where they lie, if it is not in the set's own.
+    """
+    root = Path(root)
+    found = Foreign(root if root.is_dir() else root.parent, "COCO")
+    index = PhotographIndex(Path(photographs) if photographs else found.root)
+    jsons = files_of(root, [".json"]) if root.is_dir() else [root]
+    for path in jsons:
+        content = read_json_file(path)
+        if is_coco(content):
+            _add_coco(found, path if not photographs else index.root / path.name, content, index)
+    taken = Counter(item.path for item in found.items)
+    for path, n in taken.items():
+        if n > 1:
+            found.problems.append(f"{found.named(path)} is listed {n} times")
+    for path in index.paths:
+        if path not in taken:
+            found.leave("unlisted", path)
+    return found
+
+
 # %% ../nbs/01b_formats.ipynb #read-voc
 @dataclass
 class VocFile:
@@ -418,13 +532,6 @@ def read_voc_file(path: Path) -> VocFile:
     return found
 
 
-# %% ../nbs/01b_formats.ipynb #read-voc-2
-def read_voc(path: str | Path) -> tuple[tuple[str, int, int], list]:
-    """(file name, width, height) of a VOC file and its boxes (class, x, y, w, h)."""
-    found = read_voc_file(Path(path))
-    return (found.name, *(found.size or (0, 0))), found.boxes()
-
-
 # %% ../nbs/01b_formats.ipynb #read-lists
 def read_lists(found: Foreign, stems: Mapping[str, Iterable]) -> dict[str, str]:
     """{stem: split} of the lists `train.txt`, `val.txt` (or `valid`), `test.txt` of a set.
@@ -467,10 +574,8 @@ def read_voc_set(root: str | Path) -> Foreign:
         if own not in pictures:
             found.leave("labels", path)
             continue
-        try:
+        with found.noting(path):
             read[own] = read_voc_file(path)
-        except ValueError as error:
-            found.problems.append(str(error).replace(f"{found.root}/", ""))
     first = _first_pixel(found, read.values())
     listed = read_lists(found, {own[-1]: path for own, path in pictures.items()})
     for own, path in pictures.items():
@@ -514,29 +619,28 @@ def _add_voc(found: Foreign, path: Path, file: VocFile | None, first: int, split
 
 
 # %% ../nbs/01b_formats.ipynb #write-voc
-def _voc_tree(image: dict, annotations: list, titles: dict) -> ElementTree.Element:
-    """The XML of one photograph of a COCO set."""
+def set_to_write(root: str | Path) -> Foreign:
+    """A data set in the thesis's layout, to be written in another format. Raises `ValueError`."""
+    found = read_coco_set(root)
+    require_balance(found, allow=["unlisted"])
+    return found
+
+
+def _voc_tree(item: Item) -> ElementTree.Element:
+    """The XML of one photograph."""
     tree = ElementTree.Element("annotation")
-    ElementTree.SubElement(tree, "filename").text = Path(image["file_name"]).name
+    ElementTree.SubElement(tree, "filename").text = item.path.name
     size = ElementTree.SubElement(tree, "size")
-    for tag, value in (("width", image["width"]), ("height", image["height"]), ("depth", 3)):
+    for tag, value in zip(("width", "height", "depth"), (*item.size, 3), strict=True):
         ElementTree.SubElement(size, tag).text = str(value)
-    for annotation in annotations:
-        x, y, w, h = annotation["bbox"]
+    for name, x, y, w, h, *_ in item.boxes:
         thing = ElementTree.SubElement(tree, "object")
-        ElementTree.SubElement(thing, "name").text = titles[annotation["category_id"]]
+        ElementTree.SubElement(thing, "name").text = name
         box = ElementTree.SubElement(thing, "bndbox")
         corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
         for tag, value in corners.items():
             ElementTree.SubElement(box, tag).text = f"{value:.10g}"
     return tree
-
-
-def _annotations_by_image(coco: dict) -> dict[int, list[dict]]:
-    by_image = defaultdict(list)
-    for annotation in coco["annotations"]:
-        by_image[annotation["image_id"]].append(annotation)
-    return by_image
 
 
 # %% ../nbs/01b_formats.ipynb #write-voc-set
@@ -550,20 +654,17 @@ def write_voc(root: str | Path, out: str | Path) -> Path:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     pictures, labels, lists = folders
-    names = set()
-    for split in SPLITS:
-        dataset = load_dataset(root, split)
-        titles = dict(zip(dataset.category_ids, dataset.classes, strict=True))
-        annotations = _annotations_by_image(dataset.coco)
-        stems = [Path(image["file_name"]).stem for image in dataset.images]
-        if twice := names.intersection(stems):
-            raise ValueError(f"{min(twice)}: the name is used twice, VOC has one folder for all")
-        names.update(stems)
-        for k, image in enumerate(dataset.images):
-            shutil.copyfile(dataset.image_path(k), pictures / Path(image["file_name"]).name)
-            tree = _voc_tree(image, annotations[image["id"]], titles)
-            ElementTree.ElementTree(tree).write(labels / f"{stems[k]}.xml", encoding="utf-8")
-        (lists / f"{split}.txt").write_text("\n".join(stems) + "\n", encoding="utf-8")
+    stems = defaultdict(list)
+    for item in set_to_write(root).items:
+        stem = item.path.stem
+        if (labels / f"{stem}.xml").exists():
+            raise ValueError(f"{stem}: the name is used twice, VOC has one folder for all")
+        shutil.copyfile(item.path, pictures / item.path.name)
+        tree = ElementTree.ElementTree(_voc_tree(item))
+        tree.write(labels / f"{stem}.xml", encoding="utf-8")
+        stems[item.split].append(stem + "\n")
+    for split, lines in stems.items():
+        (lists / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     return out
 
 
@@ -682,10 +783,8 @@ def read_yolo_set(root: str | Path) -> Foreign:
             continue
         item = Item(path, size, split=listed.get(own[-1]) or split_of(path, found.root))
         if own in labels:
-            try:
+            with found.noting(labels[own]):
                 item.boxes = read_yolo(read_text(labels[own]), *size, names, keypoints)
-            except ValueError as error:
-                found.problems.append(f"{found.named(labels[own])}: {error}")
         found.items.append(item)
     _yolo_backgrounds(found, labels)
     return found
@@ -704,165 +803,35 @@ def _yolo_backgrounds(found: Foreign, labels: dict) -> None:
 
 
 # %% ../nbs/01b_formats.ipynb #write-yolo
-def _yolo_lines(image: dict, annotations: list, category_ids: list) -> str:
-    """The text file of one photograph."""
-    w, h = image["width"], image["height"]
+def _yolo_lines(item: Item, classes: list[str]) -> str:
+    """The text file of one photograph; crowds are none of YOLO's objects."""
+    width, height = item.size
     lines = []
-    for annotation in annotations:
-        if annotation.get("iscrowd"):
-            continue
-        x, y, bw, bh = annotation["bbox"]
-        values = ((x + bw / 2) / w, (y + bh / 2) / h, bw / w, bh / h)
+    for name, x, y, w, h, *crowd in item.boxes:
+        values = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
         numbers = " ".join(f"{value:.10g}" for value in values)
-        lines.append(f"{category_ids.index(annotation['category_id'])} {numbers}\n")
+        if not crowd:
+            lines.append(f"{classes.index(name)} {numbers}\n")
     return "".join(lines)
 
 
 def write_yolo(root: str | Path, out: str | Path) -> Path:
     """A data set in the thesis's layout as YOLO: images, labels and `data.yaml`."""
     out = Path(out)
-    for split in SPLITS:
-        dataset = load_dataset(root, split)
-        annotations = _annotations_by_image(dataset.coco)
-        for folder in ("images", "labels"):
-            (out / folder / split).mkdir(parents=True, exist_ok=True)
-        for k, image in enumerate(dataset.images):
-            name = Path(image["file_name"])
-            shutil.copyfile(dataset.image_path(k), out / "images" / split / name.name)
-            lines = _yolo_lines(image, annotations[image["id"]], dataset.category_ids)
-            (out / "labels" / split / f"{name.stem}.txt").write_text(lines, encoding="utf-8")
+    found = set_to_write(root)
+    classes = sorted(found.classes, key=found.classes.get)
+    for item in found.items:
+        picture = out / "images" / item.split / item.path.name
+        label = out / "labels" / item.split / f"{item.path.stem}.txt"
+        for file in (picture, label):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(item.path, picture)
+        label.write_text(_yolo_lines(item, classes), encoding="utf-8")
     content = {split: f"images/{split}" for split in SPLITS}
-    content["names"] = dict(enumerate(dataset.classes))
+    content["names"] = dict(enumerate(classes))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (out / "data.yaml").write_text(text, encoding="utf-8")
     return out
-
-
-# %% ../nbs/01b_formats.ipynb #coco-box
-def _turned(box: tuple, degrees: float) -> tuple:
-    """The box (x, y, w, h) around a box that is turned about its middle."""
-    x, y, w, h = box
-    turn = np.deg2rad(degrees)
-    wide = abs(w * np.cos(turn)) + abs(h * np.sin(turn))
-    high = abs(w * np.sin(turn)) + abs(h * np.cos(turn))
-    around = (x + (w - wide) / 2, y + (h - high) / 2, wide, high)
-    return tuple(round(float(side), 3) for side in around) if degrees else box
-
-
-def coco_box(annotation: dict, size: tuple) -> list[float]:
-    """[x, y, w, h] of an annotation of an image of `size` (width, height).
-
-    From its outline where it has no box; around it, where CVAT notes that it is turned. Raises
-    `ValueError`.
-    """
-    box = annotation.get("bbox")
-    if not box and annotation.get("segmentation"):
-        box, _ = mask_facts(annotation["segmentation"], size) or (None, 0)
-    values = box_numbers(box)
-    if values is None or not np.isfinite(values).all():
-        raise ValueError(f"annotation {annotation.get('id')}: box {box} is not four numbers")
-    attributes = annotation.get("attributes")
-    rotation = attributes.get("rotation") if isinstance(attributes, dict) else 0
-    values = _turned(values, number(rotation) or 0)
-    return [int(v) if v.is_integer() else v for v in values]
-
-
-def is_coco(content) -> bool:
-    """Whether a json's content is a COCO data set; no annotations, or null, are none."""
-    if not isinstance(content, dict):
-        return False
-    content["annotations"] = content.get("annotations") or []
-    names = ("images", "annotations", "categories")
-    return all(isinstance(content.get(name), list) for name in names)
-
-
-# %% ../nbs/01b_formats.ipynb #coco-classes
-def _by_id(found: Foreign, path: Path, entries: list, what: str) -> dict:
-    """{id: entry} of a json's images or categories; one that has no id, or another's, is wrong."""
-    by_id = {}
-    for entry in entries:
-        own = id_key(entry.get("id")) if isinstance(entry, dict) else None
-        if own is None or own == "None" or own in by_id:
-            found.problems.append(f"{found.named(path)}: {what} {entry}: no id, or one given twice")
-        else:
-            by_id[own] = entry
-    return by_id
-
-
-def _coco_names(found: Foreign, path: Path, coco: dict) -> dict:
-    """{category id: name} of the categories with objects of their own; ids as text are numbers."""
-    categories = _by_id(found, path, coco["categories"], "category")
-    used = {id_key(a.get("category_id")) for a in coco["annotations"] if isinstance(a, dict)}
-    parents = {str(c.get("supercategory")) for c in categories.values()}
-    names = {}
-    for own, category in categories.items():
-        name = str(category.get("name") or "")
-        if own not in used and name in parents and len(categories) > 1:
-            found.counts[f"category {name!r}, parent of others without objects: left out"] = 1
-            continue
-        names[own] = name
-        wanted = own if isinstance(own, int) else len(found.classes)
-        if found.classes.setdefault(name, wanted) != wanted:
-            found.problems.append(f"class {name!r} has two ids: {found.classes[name]}, {wanted}")
-    return names
-
-
-# %% ../nbs/01b_formats.ipynb #add-coco
-def _coco_boxes(found: Foreign, path: Path, coco: dict, images: dict) -> dict:
-    """{image id: boxes} of a COCO json."""
-    names = _coco_names(found, path, coco)
-    boxes = defaultdict(list)
-    for annotation in coco["annotations"]:
-        try:
-            image, category = (id_key(annotation[k]) for k in ("image_id", "category_id"))
-            if image not in images or category not in names:
-                raise ValueError(f"no image {image}, or no category {category}")
-            size = whole_size(images[image].get("width"), images[image].get("height"))
-            box = coco_box(annotation, size or (0, 0))
-            crowd = [True] if annotation.get("iscrowd") else []
-            boxes[image].append((names[category], *box, *crowd))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            found.problems.append(f"{found.named(path)}: annotation {annotation}: {error}"[:300])
-    return boxes
-
-
-def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) -> None:
-    """Add the photographs of one COCO json."""
-    images = _by_id(found, path, coco["images"], "image")
-    boxes = _coco_boxes(found, path, coco, images)
-    for own, image in images.items():
-        try:
-            photograph = index.find(image.get("file_name"), path.parent)
-        except ValueError as error:
-            found.problems.append(f"{found.named(path)}: {error}")
-            continue
-        size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
-        if size is not None:
-            found.items.append(Item(photograph, size, boxes[own], split_of(path, found.root)))
-
-
-# %% ../nbs/01b_formats.ipynb #read-coco-set
-def read_coco_set(root: str | Path, photographs: str | Path | None = None) -> Foreign:
-    """A COCO set: one json, or one per split; `root` may be the json itself.
-
-    `photographs`: the folder where they lie, if it is not in the set's own.
-    """
-    root = Path(root)
-    found = Foreign(root if root.is_dir() else root.parent, "COCO")
-    index = PhotographIndex(Path(photographs) if photographs else found.root)
-    jsons = files_of(root, [".json"]) if root.is_dir() else [root]
-    for path in jsons:
-        content = read_json_file(path)
-        if is_coco(content):
-            _add_coco(found, path if not photographs else index.root / path.name, content, index)
-    taken = Counter(item.path for item in found.items)
-    for path, n in taken.items():
-        if n > 1:
-            found.problems.append(f"{found.named(path)} is listed {n} times")
-    for path in index.paths:
-        if path not in taken:
-            found.leave("unlisted", path)
-    return found
 
 
 # %% ../nbs/01b_formats.ipynb #read-cvat
@@ -913,10 +882,8 @@ def read_cvat(root: str | Path) -> Foreign:
         if tree.tag == "annotations" and tree.find("track") is not None:
             found.problems.append(f"{found.named(path)}: tracks of a video; export for images")
         for image in tree.iter("image"):
-            try:
+            with found.noting(path, f"{image.get('name')}: "):
                 _add_cvat(found, path, image, index)
-            except (TypeError, ValueError) as error:
-                found.problems.append(f"{found.named(path)}: {image.get('name')}: {error}")
     _finish_tool(found, index)
     return found
 
@@ -955,15 +922,12 @@ def read_labelme(root: str | Path) -> Foreign:
         content = read_json_file(path)
         if not isinstance(content, dict) or "shapes" not in content:
             continue
-        try:
+        with found.noting(path):
             photograph = index.find(content["imagePath"], path.parent)
             boxes = [(str(s["label"] or ""), *_labelme_box(s)) for s in content["shapes"]]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            found.problems.append(f"{found.named(path)}: {error}")
-            continue
-        declared = whole_size(content.get("imageWidth"), content.get("imageHeight"))
-        size = found.sized(photograph, declared)
-        if size is not None:
-            found.items.append(Item(photograph, size, boxes, split_of(photograph, found.root)))
+            declared = whole_size(content.get("imageWidth"), content.get("imageHeight"))
+            size = found.sized(photograph, declared)
+            if size is not None:
+                found.items.append(Item(photograph, size, boxes, split_of(photograph, found.root)))
     _finish_tool(found, index)
     return found

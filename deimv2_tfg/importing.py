@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = [
     'FEW_VALUES', 'VOID', 'MASK_ENDING', 'SOUND', 'READERS', 'SHARES', 'mask_values', 'is_smooth',
-    'marked', 'mask_parts', 'mask_boxes', 'mask_key', 'split_masks', 'value_names', 'MaskReader',
-    'read_masks', 'read_folders', 'format_of', 'every_nth', 'fill_split', 'looks_of',
-    'groups_of_items', 'deal_items', 'settle_splits', 'write_items', 'read_foreign',
+    'marked', 'mask_parts', 'mask_key', 'split_masks', 'value_names', 'class_layers',
+    'MaskReader', 'read_masks', 'read_folders', 'format_of', 'every_nth', 'fill_split',
+    'looks_of', 'groups_of_items', 'deal_items', 'settle_splits', 'write_items', 'read_foreign',
     'import_dataset',
 ]  # fmt: skip
 
@@ -129,11 +129,6 @@ def mask_parts(mask: np.ndarray, merge: int = 6) -> list[tuple[tuple, int]]:
     return found
 
 
-def mask_boxes(mask: np.ndarray, min_pixels: int = 12, merge: int = 6) -> list[tuple]:
-    """Boxes (x, y, w, h) of the parts of a mask (H, W) with at least `min_pixels`."""
-    return [box for box, size in mask_parts(mask, merge) if size >= min_pixels]
-
-
 # %% ../nbs/01f_importing.ipynb #is-mask
 MASK_ENDING = re.compile(r"[-_ ](mask|gt|label)$", re.I)
 SOUND = {"good", "ok", "normal", "free", "none", "background", "negative", "no_defect", "sound"}
@@ -194,6 +189,16 @@ def value_names(root: Path, masks: Sequence[Path], classes: Sequence[str]) -> di
     return {value: known[value] for value in values}
 
 
+# %% ../nbs/01f_importing.ipynb #class-layers
+def class_layers(values: np.ndarray, folder: str, names: dict, smooth: bool) -> dict:
+    """{class: its pixels (H, W)} of a mask; `folder`: its class, or "" and `names` of values."""
+    if folder:
+        return {folder: marked(values, smooth)}
+    if smooth:
+        return {names[VOID]: marked(values, smooth)}
+    return {name: values == value for value, name in names.items()}
+
+
 # %% ../nbs/01f_importing.ipynb #mask-reader
 @dataclass
 class MaskReader:
@@ -224,11 +229,7 @@ class MaskReader:
     def boxes(self, mask: Path, folder: str) -> list[tuple]:
         """(class, x, y, w, h) of the parts of a mask that are large enough."""
         values = mask_values(mask)
-        layers = {folder: marked(values, folder in self.smooth)}
-        if not folder and self.smooth:
-            layers = {self.names[VOID]: layers[folder]}
-        elif not folder:
-            layers = {name: values == value for value, name in self.names.items()}
+        layers = class_layers(values, folder, self.names, folder in self.smooth)
         if values.any() and (sum(layers.values()) > 0).mean() > 0.5:
             self.found.leave("inverted", mask)
         boxes = []
@@ -253,17 +254,14 @@ class MaskReader:
         if size is None:
             return
         item = Item(path, size, split=split_of(path, self.found.root))
-        try:
+        with self.found.noting(mask or path):
             if mask:
                 item.boxes = self.boxes(mask, folder)
             elif folder and folder == self.whole:
                 item.boxes = [(folder, 0, 0, *size)]
             elif folder.lower() not in SOUND:
                 self.found.leave("unlabelled", path)
-        except ValueError as error:
-            self.found.problems.append(f"{self.found.named(mask)}: {error}")
-            return
-        self.found.items.append(item)
+            self.found.items.append(item)
 
 
 # %% ../nbs/01f_importing.ipynb #read-masks
@@ -293,12 +291,9 @@ def read_masks(
         if len(same) != 1:
             found.leave("masks", mask)
             continue
-        try:
+        with found.noting(mask):
             mask_values(mask)
-        except ValueError as error:
-            found.problems.append(f"{found.named(mask)}: {error}")
-            continue
-        of_photograph[same[0]] = mask
+            of_photograph[same[0]] = mask
     reader = MaskReader(found, min_pixels, merge, whole, classes)
     reader.prepare(of_photograph)
     for path in photographs:
@@ -497,9 +492,8 @@ def write_items(found: Foreign, out: Path) -> None:
     """Write the splits of a set; one without splits as `annotations.json`, for `split` to deal."""
     for split in sorted({item.split for item in found.items}):
         items = [item for item in found.items if item.split == split]
-        photographs = [(item.path, *item.size, item.file_name()) for item in items]
         path = annotation_file(out, split) if split else out / "annotations.json"
-        write_coco(path, photographs, [item.boxes for item in items], found.classes)
+        write_coco(path, items, found.classes)
 
 
 def _write_whole(found: Foreign, out: Path) -> None:

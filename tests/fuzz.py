@@ -228,8 +228,11 @@ def try_photograph(folder: Path, rng: random.Random, sound: list) -> str:
 
 def try_text(folder: Path, rng: random.Random) -> str:
     """Readers of text, JSON, class names, YOLO lines, numbers and file names."""
-    (folder / "x.json").write_bytes(harmed(json.dumps(coco_json()).encode(), rng))
-    (folder / "data.yaml").write_bytes(harmed_text(b"names: {0: dent, 1: scratch}\n", rng))
+    json_text = json.dumps(coco_json()).encode()
+    way = harmed if rng.random() < 0.5 else harmed_json
+    (folder / "x.json").write_bytes(way(json_text, rng))
+    names = b"names: {0: dent, 1: scratch}\n"
+    (folder / "data.yaml").write_bytes(harmed_text(names, rng) if rng.random() < 0.5 else names)
     lines = harmed_text(b"0 .5 .5 .1 .1\n1 .1 .1 .2 .2 .3 .3\n", rng).decode()
     outcome = "accepted"
     for file, read in (("x.json", read_json_file), ("x.json", read_text), ("", yolo_classes)):
