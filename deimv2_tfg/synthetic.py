@@ -70,12 +70,15 @@ THESIS_COUNTS = {
 # %% ../nbs/00e_synthetic.ipynb #apportion
 def apportion(weights: Sequence[float], total: int, least: int = 0) -> list[int]:
     """Whole numbers in proportion to `weights` that add up to `total`, none under `least`."""
-    share = np.asarray(weights, float) * total / np.sum(weights)
-    seats = np.maximum(np.floor(share), least).astype(int)
+    whole = np.sum(weights)
+    share = np.asarray(weights, float) * total / whole
+    floor = np.floor(share)
+    seats = np.maximum(floor, least).astype(int)
     while seats.sum() < total:
         seats[np.argmax(share - seats)] += 1
     while seats.sum() > total:
-        spare = np.where(seats > least, seats - share, -np.inf)
+        over = seats - share
+        spare = np.where(seats > least, over, -np.inf)
         seats[np.argmax(spare)] -= 1
     return seats.tolist()
 
@@ -84,7 +87,8 @@ def images_with_class(split: str, n: int) -> list[int]:
     """Of `n` images of a split, how many show each class, in the thesis's shares."""
     full = THESIS_COUNTS[split]
     with_two = sum(full.images_with) - full.images
-    total = n + round(n * with_two / full.images)
+    pairs = round(n * with_two / full.images)
+    total = n + pairs
     least = 1 if n >= len(CLASSES) else 0
     return apportion(full.images_with, total, least)
 
@@ -104,8 +108,10 @@ def _pairs(rng: Rng, left: np.ndarray, n: int) -> list[list[int]]:
     is_defect = np.arange(len(left)) > 0
     pairs = []
     for _ in range(n):
-        weight = np.where(is_defect, np.maximum(left - 1, 0), 0)
-        pair = rng.choice(len(left), 2, replace=False, p=weight / weight.sum())
+        spare = np.maximum(left - 1, 0)
+        weight = np.where(is_defect, spare, 0)
+        chance = weight / weight.sum()
+        pair = rng.choice(len(left), 2, replace=False, p=chance)
         left[pair] -= 1
         pairs.append(sorted(pair.tolist()))
     return pairs
@@ -121,7 +127,8 @@ def _add_boxes(rng: Rng, plan: list[list[int]], extra: int) -> None:
                 weight[i] = EXTRA_WEIGHT[boxes[-1]]
         if not weight.any():
             return
-        boxes = plan[rng.choice(len(plan), p=weight / weight.sum())]
+        chance = weight / weight.sum()
+        boxes = plan[rng.choice(len(plan), p=chance)]
         boxes.append(boxes[-1])
 
 
@@ -129,12 +136,14 @@ def plan_split(split: str, n: int, seed: int = 0) -> list[tuple[int, ...]]:
     """The class of every box of every image of a split of `n` images: `[(0,), (3, 3), (2, 5)]`."""
     rng = _generator(seed, split, 0, 1)
     left = np.array(images_with_class(split, n))
-    plan = _pairs(rng, left, int(left.sum()) - n)
+    with_two = int(left.sum()) - n
+    plan = _pairs(rng, left, with_two)
     for label, count in enumerate(left):
         plan += [[label] for _ in range(count)]
     full = THESIS_COUNTS[split]
     planned = sum(map(len, plan))
-    _add_boxes(rng, plan, round(n * full.boxes / full.images) - planned)
+    wanted = round(n * full.boxes / full.images)
+    _add_boxes(rng, plan, wanted - planned)
     return [tuple(plan[i]) for i in rng.permutation(n)]
 
 
@@ -152,6 +161,12 @@ def smooth_noise(rng: Rng, shape: Shape, cells: float) -> np.ndarray:
     return np.asarray(_enlarged(rng, grid, shape[::-1]))
 
 
+def _window(top: int, left: int, shape: Shape) -> tuple[slice, slice]:
+    """The part of an array that begins at (top, left) and has a shape."""
+    bottom, right = top + shape[0], left + shape[1]
+    return slice(top, bottom), slice(left, right)
+
+
 def streaks(rng: Rng, shape: Shape, angle: float, across: float, along: float) -> np.ndarray:
     """Noise `(H, W)` drawn out at `angle` (degrees).
 
@@ -159,11 +174,13 @@ def streaks(rng: Rng, shape: Shape, angle: float, across: float, along: float) -
     """
     side = math.ceil(math.hypot(*shape))
     scale = side / min(shape)
-    grid = (min(side, round(across * scale)), max(2, round(along * scale)))
-    turned = _enlarged(rng, grid, (side, side)).rotate(angle, Image.BILINEAR)
+    rows = min(side, round(across * scale))
+    columns = max(2, round(along * scale))
+    drawn = _enlarged(rng, (rows, columns), (side, side))
+    turned = np.asarray(drawn.rotate(angle, Image.BILINEAR))
     top = (side - shape[0]) // 2
     left = (side - shape[1]) // 2
-    return np.asarray(turned.crop((left, top, left + shape[1], top + shape[0])))
+    return turned[_window(top, left, shape)]
 
 
 # %% ../nbs/00e_synthetic.ipynb #canvas
@@ -188,8 +205,8 @@ def _tinted(rng: Rng, palette: Sequence, pattern: np.ndarray) -> np.ndarray:
     """A colour of the palette, a little off, times a pattern (H, W) around 1: (H, W, 3)."""
     colour = np.array(_drawn(rng, palette), np.float32)
     colour += rng.normal(0, 0.015, 3).astype(np.float32)
-    tinted = np.clip(colour * pattern[..., None], 0, 1)
-    return tinted.astype(np.float32)
+    tinted = colour * pattern[..., None]
+    return np.clip(tinted, 0, 1).astype(np.float32)
 
 
 # %% ../nbs/00e_synthetic.ipynb #brushed
@@ -244,6 +261,17 @@ SURFACES = (brushed, cast, painted)
 
 
 # %% ../nbs/00e_synthetic.ipynb #light
+def _axes(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """x (W,) and y (H, 1) from -1 to 1 over an image."""
+    y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in shape)
+    return x, y[:, None]
+
+
+def _direction(angle: float) -> tuple[float, float]:
+    """(cosine, sine) of an angle in radians."""
+    return math.cos(angle), math.sin(angle)
+
+
 @dataclass(frozen=True)
 class Light:
     """A lamp: where it stands and how uneven it is."""
@@ -255,15 +283,14 @@ class Light:
 
     @property
     def toward(self) -> np.ndarray:
-        x = self.tilt * math.cos(self.azimuth)
-        y = self.tilt * math.sin(self.azimuth)
-        return np.array([x, y, 1.0], np.float32)
+        cosine, sine = _direction(self.azimuth)
+        return np.array([self.tilt * cosine, self.tilt * sine, 1.0], np.float32)
 
     def over(self, shape: Shape) -> np.ndarray:
         """Brightness (H, W) over an image: near side over 1, far side under 1."""
-        y = np.linspace(-1, 1, shape[0], dtype=np.float32)
-        x = np.linspace(-1, 1, shape[1], dtype=np.float32)
-        slope = x * math.cos(self.azimuth) + y[:, None] * math.sin(self.azimuth)
+        x, y = _axes(shape)
+        cosine, sine = _direction(self.azimuth)
+        slope = x * cosine + y * sine
         return 1 + self.falloff * slope
 
 
@@ -279,14 +306,20 @@ def draw_light(rng: Rng) -> Light:
 def shade(canvas: Canvas, light: Light) -> np.ndarray:
     """The canvas under the lamp, `(H, W, 3)` float; 1 is white and may be exceeded."""
     gy, gx = np.gradient(canvas.height)
-    length = np.sqrt(gx * gx + gy * gy + 1)
-    lx, ly, _ = light.toward
-    diffuse = np.maximum(1 - gx * lx - gy * ly, 0) / length
+    square = gx * gx + gy * gy
+    length = np.sqrt(square + 1)
+
+    def toward(x, y, z):
+        facing = z - gx * x - gy * y
+        return np.maximum(facing, 0) / length
+
     half = light.toward / np.linalg.norm(light.toward)
     half = half + np.array([0, 0, 1], np.float32)
     half /= np.linalg.norm(half)
-    spark = np.maximum(half[2] - gx * half[0] - gy * half[1], 0) / length
-    lit = (1 - light.ambient) * diffuse * light.over(canvas.height.shape)
+    diffuse = toward(*light.toward)
+    spark = toward(*half)
+    lamp = light.over(canvas.height.shape)
+    lit = (1 - light.ambient) * diffuse * lamp
     bright = light.ambient + lit
     highlight = canvas.gloss * (spark**24)[..., None]
     return canvas.albedo * bright[..., None] + highlight
@@ -301,24 +334,27 @@ def _rounded(x: np.ndarray, y: np.ndarray, a: float, b: float, r: float) -> np.n
     qx = np.abs(x) - (a - r)
     qy = np.abs(y) - (b - r)
     outside = np.hypot(np.maximum(qx, 0), np.maximum(qy, 0))
-    return outside + np.minimum(np.maximum(qx, qy), 0) - r
+    inside = np.maximum(qx, qy)
+    return outside + np.minimum(inside, 0) - r
 
 
 def _outline(kind: str, x: np.ndarray, y: np.ndarray, a: float, b: float) -> np.ndarray:
     """Signed distance of one kind of part with half axes `a`, `b` (pixels)."""
     short = min(a, b)
     if kind == "disc":
-        return (np.hypot(x / a, y / b) - 1) * short
+        radius = np.hypot(x / a, y / b)
+        return (radius - 1) * short
     if kind == "capsule":
         return _rounded(x, y, a, b, 0.6 * short)
     if kind == "octagon":
-        corners = (np.abs(x) / a + np.abs(y) / b - 1.55) * short / math.sqrt(2)
+        across = np.abs(x) / a + np.abs(y) / b
+        corners = (across - 1.55) * short / math.sqrt(2)
         return np.maximum(_rounded(x, y, a, b, 1), corners)
     plate = _rounded(x, y, a, b, 0.12 * short)
     if kind == "plate":
         return plate
-    notch = 0.3 * short - np.hypot(x - a, y)
-    return np.maximum(plate, notch)
+    away = np.hypot(x - a, y)
+    return np.maximum(plate, 0.3 * short - away)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-part
@@ -328,20 +364,24 @@ def draw_part(rng: Rng, shape: Shape) -> np.ndarray:
     The part lies wholly in the image.
     """
     kind = _drawn(rng, OUTLINES)
-    turn = math.radians(rng.normal(0, 8))
-    sine = math.sin(turn)
-    cosine = math.cos(turn)
-    b, a = 0.5 * shape[0], 0.5 * shape[1]
-    reach = abs(cosine) + abs(sine) * max(a / b, b / a)  # the turned frame is this much wider
+    cosine, sine = _direction(math.radians(rng.normal(0, 8)))
+    height, width = shape
+    b = 0.5 * height
+    a = 0.5 * width
+    longer = max(a / b, b / a)
+    reach = abs(cosine) + abs(sine) * longer  # the turned frame is this much wider
     a = a * rng.uniform(0.84, 0.95) / reach
     b = b * rng.uniform(0.84, 0.95) / reach
-    room = 1 - np.array([b / shape[0], a / shape[1]]) * 2 * reach
-    cy, cx = np.array(shape) * (0.5 + room * rng.uniform(-0.35, 0.35, 2))
-    y, x = np.ogrid[: shape[0], : shape[1]]
+    filled = np.array([b / height, a / width])
+    room = 1 - filled * 2 * reach
+    place = 0.5 + room * rng.uniform(-0.35, 0.35, 2)
+    cy, cx = np.array(shape) * place
+    y, x = np.ogrid[:height, :width]
     y = (y - cy + 0.5).astype(np.float32)
     x = (x - cx + 0.5).astype(np.float32)
-    distance = _outline(kind, x * cosine + y * sine, y * cosine - x * sine, a, b)
-    return distance.astype(np.float32)
+    u = x * cosine + y * sine
+    v = y * cosine - x * sine
+    return _outline(kind, u, v, a, b).astype(np.float32)
 
 
 # %% ../nbs/00e_synthetic.ipynb #bevel
@@ -354,10 +394,12 @@ def _step(distance: np.ndarray, width: float) -> np.ndarray:
 def bevel(rng: Rng, canvas: Canvas, part: np.ndarray) -> None:
     """Raise the part from its outline (in place), and on every third part an inner panel too."""
     side = min(part.shape)
-    canvas.height += _step(-part, 0.035 * side) * np.float32(0.018 * side)
+    rise = np.float32(0.018 * side)
+    canvas.height += _step(-part, 0.035 * side) * rise
     if rng.random() < 0.35:
         panel = np.float32(rng.choice([-0.006, 0.006]) * side)
-        canvas.height += _step(-part - 0.07 * side, 0.02 * side) * panel
+        inner = -part - 0.07 * side
+        canvas.height += _step(inner, 0.02 * side) * panel
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-bench
@@ -373,10 +415,12 @@ BENCH = (
 
 def draw_bench(rng: Rng, shape: Shape, part_colour: np.ndarray) -> np.ndarray:
     """A bench `(H, W, 3)` that is clearly lighter or darker than the part: rubber, wood, paper."""
-    far = [c for c in BENCH if abs(np.mean(c) - np.mean(part_colour)) > 0.15]
+    level = np.mean(part_colour)
+    far = [c for c in BENCH if abs(np.mean(c) - level) > 0.15]
     colour = np.array(_drawn(rng, far), np.float32)
     if colour[0] > colour[2] * 1.3:  # wood
-        pattern = 0.09 * streaks(rng, shape, rng.uniform(0, 180), 40, 2)
+        angle = rng.uniform(0, 180)
+        pattern = 0.09 * streaks(rng, shape, angle, 40, 2)
     else:
         pattern = 0.03 * smooth_noise(rng, shape, 90)
     pattern = 1 + pattern + 0.05 * smooth_noise(rng, shape, 3)
@@ -389,11 +433,13 @@ def lay_on_bench(
 ) -> np.ndarray:
     """Part over bench, with a smooth edge and a soft shadow away from the lamp."""
     side = min(part.shape)
-    direction = np.array([math.sin(light.azimuth), math.cos(light.azimuth)])
-    away = -0.02 * side * direction
+    cosine, sine = _direction(light.azimuth)
+    away = -0.02 * side * np.array([sine, cosine])
     moved = ndimage.shift(part, away, order=1, mode="nearest")
-    shadow = 1 - 0.55 * _step(0.03 * side - moved, 0.06 * side)
-    ground = bench * (shadow * light.over(part.shape))[..., None]
+    depth = 0.03 * side - moved
+    shadow = 1 - 0.55 * _step(depth, 0.06 * side)
+    lit = shadow * light.over(part.shape)
+    ground = bench * lit[..., None]
     cover = np.clip(0.5 - part, 0, 1)[..., None]
     return ground + cover * (picture - ground)
 
@@ -402,16 +448,18 @@ def lay_on_bench(
 def expose(rng: Rng, picture: np.ndarray) -> np.ndarray:
     """What the camera makes of it, `(H, W, 3)` uint8: exposure, vignetting, blur, noise."""
     h, w, _ = picture.shape
-    y = np.linspace(-1, 1, h, dtype=np.float32)
-    x = np.linspace(-1, 1, w, dtype=np.float32)
+    x, y = _axes((h, w))
     exposure = rng.uniform(0.9, 1.1)
-    vignette = exposure * (1 - rng.uniform(0.05, 0.16) * (x * x + y[:, None] ** 2))
-    picture = np.clip(picture * vignette[..., None], 0, 1.1, dtype=np.float32)
+    fall = rng.uniform(0.05, 0.16)
+    vignette = exposure * (1 - fall * (x * x + y**2))
+    seen = picture * vignette[..., None]
+    picture = np.clip(seen, 0, 1.1, dtype=np.float32)
     blur = 0.0014 * min(h, w)
     if blur > 0.3:
         picture = ndimage.gaussian_filter(picture, (blur, blur, 0), truncate=3)
     noise = rng.standard_normal(picture.shape, dtype=np.float32)
-    noise *= np.float32(rng.uniform(0.010, 0.024)) * np.sqrt(picture + 0.05)
+    grain = np.float32(rng.uniform(0.010, 0.024))
+    noise *= grain * np.sqrt(picture + 0.05)
     picture += noise
     levels = np.clip(picture, 0, 1, out=picture) * 255
     return (levels + 0.5).astype(np.uint8)
@@ -430,27 +478,31 @@ class Patch:
 
 def _polar(rng: Rng, n: int, aspect: float, wobble: float):
     """Radius (1 at an irregular outline) and angle on an `n` x `n` grid."""
-    y, x = (np.mgrid[:n, :n].astype(np.float32) + 0.5) / n * 2 - 1
-    turn = rng.uniform(0, math.pi)
-    u = x * math.cos(turn) + y * math.sin(turn)
-    v = (y * math.cos(turn) - x * math.sin(turn)) / aspect
+    middles = np.mgrid[:n, :n].astype(np.float32) + 0.5
+    y, x = middles / n * 2 - 1
+    cosine, sine = _direction(rng.uniform(0, math.pi))
+    u = x * cosine + y * sine
+    v = (y * cosine - x * sine) / aspect
     angle = np.arctan2(v, u)
     ragged = 0
     for k, phase in zip((2, 3, 5), rng.uniform(0, 2 * math.pi, 3), strict=True):
-        ragged = ragged + np.sin(k * angle + phase) / k
-    radius = np.hypot(u, v) * (1 + wobble * (1 + ragged))
-    return radius, np.arctan2(y, x)
+        wave = np.sin(k * angle + phase)
+        ragged = ragged + wave / k
+    rough = 1 + wobble * (1 + ragged)
+    return np.hypot(u, v) * rough, np.arctan2(y, x)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dent
 def draw_dent(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     """A bulge or a sink, `size` pixels long: nothing but height."""
     n = max(8, round(size * 1.15))
-    r, _ = _polar(rng, n, rng.uniform(0.65, 0.95), 0.1)
+    aspect = rng.uniform(0.65, 0.95)
+    r, _ = _polar(rng, n, aspect, 0.1)
     bump = np.clip(1 - r * r, 0, None) ** 2
     sign = rng.choice([-1, 1])
     height = sign * rng.uniform(0.24, 0.32) * size * bump
-    return Patch(bump > 0.06, height, np.zeros_like(bump), np.zeros(3))
+    cover = np.zeros_like(bump)
+    return Patch(bump > 0.06, height, cover, np.zeros(3))
 
 
 # %% ../nbs/00e_synthetic.ipynb #strokes
@@ -464,9 +516,11 @@ def _strokes(n: int, lines: Sequence) -> np.ndarray:
     for points, widths in lines:
         for start, end, width in zip(points[:-1], points[1:], widths, strict=False):
             w = max(4 * width, 1)
-            x, y = 4 * end[0], 4 * end[1]
-            pen.line([4 * start[0], 4 * start[1], x, y], fill=255, width=round(w))
-            pen.ellipse([x - w / 2, y - w / 2, x + w / 2, y + w / 2], fill=255)
+            x0, y0 = (4 * v for v in start)
+            x, y = (4 * v for v in end)
+            pen.line([x0, y0, x, y], fill=255, width=round(w))
+            r = w / 2
+            pen.ellipse([x - r, y - r, x + r, y + r], fill=255)
     return np.asarray(image.reduce(4), np.float32) / 255
 
 
@@ -476,8 +530,10 @@ def _walk(
     """Points (steps + 1, 2) of a polyline that zigzags along a heading (radians)."""
     turns = heading + rng.normal(0, jag, steps)
     direction = np.stack([np.cos(turns), np.sin(turns)], 1)
-    move = direction * (length / steps) * rng.uniform(0.6, 1.4, (steps, 1))
-    return np.vstack([start, start + np.cumsum(move, 0)])
+    stretch = rng.uniform(0.6, 1.4, (steps, 1))
+    move = direction * (length / steps) * stretch
+    points = start + np.cumsum(move, 0)
+    return np.vstack([start, points])
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-crack
@@ -486,17 +542,21 @@ def draw_crack(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     n = round(size * 1.5)
     width = 0.019 * min(canvas.height.shape)
     heading = rng.uniform(0, 2 * math.pi)
-    start = n / 2 - size / 2 * np.array([math.cos(heading), math.sin(heading)])
+    along = np.array(_direction(heading))
+    start = n / 2 - size / 2 * along
     trunk = _walk(rng, start, heading, size, 10, 0.5)
     lines = [(trunk, width * np.linspace(1.3, 0.7, 10))]
     for k in rng.choice(np.arange(1, 9), rng.integers(3, 6), replace=False):
         side = rng.choice([-1, 1])
         side = heading + side * rng.uniform(0.6, 1.1)
-        branch = _walk(rng, trunk[k], side, size * rng.uniform(0.18, 0.36), 5, 0.45)
-        lines.append((branch, width * np.linspace(0.9, 0.5, 5)))
+        length = size * rng.uniform(0.18, 0.36)
+        branch = _walk(rng, trunk[k], side, length, 5, 0.45)
+        widths = width * np.linspace(0.9, 0.5, 5)
+        lines.append((branch, widths))
     cover = _strokes(n, lines)
     worn = ndimage.gaussian_filter(cover, 0.35 * width)
-    return Patch(cover > 0.35, -0.5 * width * worn, cover, np.full(3, 0.05))
+    depth = -0.5 * width * worn
+    return Patch(cover > 0.35, depth, cover, np.full(3, 0.05))
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-scratch
@@ -507,34 +567,42 @@ def draw_scratch(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     heading = rng.uniform(0, math.pi)
     bend = rng.normal(0, 0.05)
     along = np.linspace(-0.5, 0.5, 13)
-    sine = math.sin(heading)
-    cosine = math.cos(heading)
+    cosine, sine = _direction(heading)
+    gaps = rng.uniform(2.5, 5, rng.integers(2, 5))
     lines = []
-    for offset in np.cumsum(rng.uniform(2.5, 5, rng.integers(2, 5))) * width:
+    for offset in np.cumsum(gaps) * width:
         stretched = along * rng.uniform(0.6, 1)
         t = (stretched + rng.uniform(-0.06, 0.06)) * size
         curve = bend * (4 * along**2) * size
-        s = offset - 7 * width + curve + along * rng.normal(0, 0.04) * size
-        turned = np.stack([t * cosine - s * sine, t * sine + s * cosine], 1)
-        lines.append((n / 2 + turned, width * (1.25 - 1.5 * np.abs(along[1:]))))
+        slant = along * rng.normal(0, 0.04) * size
+        s = offset - 7 * width + curve + slant
+        x = t * cosine - s * sine
+        y = t * sine + s * cosine
+        turned = np.stack([x, y], 1)
+        tapered = 1.25 - 1.5 * np.abs(along[1:])
+        lines.append((n / 2 + turned, width * tapered))
     cover = _strokes(n, lines)
     worn = ndimage.gaussian_filter(cover, 0.8 * width)
-    return Patch(cover > 0.3, -0.4 * width * worn, cover, np.full(3, 1.0))
+    depth = -0.4 * width * worn
+    return Patch(cover > 0.3, depth, cover, np.full(3, 1.0))
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-hole
 def draw_hole(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     """A black opening with a raised rim, `size` pixels; the wall away from the lamp is lit."""
     n = max(8, round(size * 1.1))
-    r, angle = _polar(rng, n, rng.uniform(0.8, 1), 0.04)
+    aspect = rng.uniform(0.8, 1)
+    r, angle = _polar(rng, n, aspect, 0.04)
     r = r * 1.3  # opening to 1, rim to 1.3
     rim = np.exp(-(((r - 1.12) / 0.1) ** 2))
     facing = np.clip(-np.cos(angle - light.azimuth), 0, 1)
-    dark = 0.03 + 0.22 * (facing * _step(r - 0.62, 0.3))
+    wall = facing * _step(r - 0.62, 0.3)
     is_open = r < 1.03
-    cover = np.where(is_open, _step(1.03 - r, 0.08), 0.35 * rim)
-    grey = np.where(is_open, dark, 0.95)
-    return Patch(r < 1.24, 0.045 * size * rim, cover, grey[..., None] * np.ones(3))
+    hole = _step(1.03 - r, 0.08)
+    cover = np.where(is_open, hole, 0.35 * rim)
+    grey = np.where(is_open, 0.03 + 0.22 * wall, 0.95)
+    colour = grey[..., None] * np.ones(3)
+    return Patch(r < 1.24, 0.045 * size * rim, cover, colour)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dirt
@@ -549,9 +617,10 @@ DIRT = (
 
 def _foreign(rng: Rng, ground: np.ndarray) -> np.ndarray:
     """A colour of dirt (3,) that is far from the ground's, or the farthest."""
-    distances = [np.abs(np.array(c) - ground).sum() for c in DIRT]
-    distant = [c for c, d in zip(DIRT, distances, strict=True) if d > 0.7]
-    return np.array(_drawn(rng, distant or [DIRT[np.argmax(distances)]]))
+    distances = np.abs(np.array(DIRT) - ground).sum(1)
+    distant = [DIRT[k] for k in np.flatnonzero(distances > 0.7)]
+    farthest = DIRT[np.argmax(distances)]
+    return np.array(_drawn(rng, distant or [farthest]))
 
 
 def _specks(rng: Rng, n: int, radius: float) -> np.ndarray:
@@ -559,9 +628,11 @@ def _specks(rng: Rng, n: int, radius: float) -> np.ndarray:
     count = rng.integers(12, 26)
     away = rng.uniform(0.35, 0.9, count)
     angle = rng.uniform(0, 2 * math.pi, count)
-    offsets = np.stack([away * np.cos(angle), away * np.sin(angle)], 1)
-    centres = n / 2 + n / 2 * offsets
-    return _strokes(n, [([p, p], [2 * radius * rng.uniform(0.5, 1.4)]) for p in centres])
+    x = away * np.cos(angle)
+    y = away * np.sin(angle)
+    centres = n / 2 + n / 2 * np.stack([x, y], 1)
+    widths = [2 * radius * rng.uniform(0.5, 1.4) for _ in centres]
+    return _strokes(n, [([p, p], [w]) for p, w in zip(centres, widths, strict=True)])
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dirt-2
@@ -569,13 +640,18 @@ def draw_dirt(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     """A stain with a ragged edge and particles around it, in a colour foreign to the surface."""
     n = max(12, round(size))
     colour = _foreign(rng, canvas.colour())
-    r, _ = _polar(rng, n, rng.uniform(0.7, 1), 0.15)
-    stain = _step(0.62 - r + 0.16 * smooth_noise(rng, (n, n), 7), 0.12)
-    dots = _specks(rng, n, 0.011 * min(canvas.height.shape))
+    aspect = rng.uniform(0.7, 1)
+    r, _ = _polar(rng, n, aspect, 0.15)
+    ragged = 0.16 * smooth_noise(rng, (n, n), 7)
+    stain = _step(0.62 - r + ragged, 0.12)
+    grain = 0.011 * min(canvas.height.shape)
+    dots = _specks(rng, n, grain)
     mottle = 1 + 0.18 * smooth_noise(rng, (n, n), 9)
-    cover = np.maximum(stain * np.clip(0.8 * mottle, 0, 0.95), dots)
+    dense = np.clip(0.8 * mottle, 0, 0.95)
+    cover = np.maximum(stain * dense, dots)
     colours = np.clip(colour * mottle[..., None], 0, 1)
-    return Patch(cover > 0.3, 0.01 * size * cover, cover, colours)
+    height = 0.01 * size * cover
+    return Patch(cover > 0.3, height, cover, colours)
 
 
 # %% ../nbs/00e_synthetic.ipynb #tight-box
@@ -599,9 +675,12 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def _overlap(a: tuple, b: tuple) -> float:
     """Shared area of two boxes (x, y, w, h), as a fraction of the smaller."""
-    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
+    ax, ay, aw, ah = a
+    bx, by, bw, bh = b
+    w = min(ax + aw, bx + bw) - max(ax, bx)
+    h = min(ay + ah, by + bh) - max(ay, by)
+    shared = max(w, 0) * max(h, 0)
+    return shared / min(aw * ah, bw * bh)
 
 
 # %% ../nbs/00e_synthetic.ipynb #find-place
@@ -612,16 +691,18 @@ def _find_place(
 
     The score is 1 where the mask is wholly on the part and clear of the boxes `taken`.
     """
-    h, w = patch.mask.shape
+    shape = patch.mask.shape
     inside = part < -0.03 * min(part.shape)
     x, y, *size = tight_box(patch.mask)
-    tops = rng.integers(0, part.shape[0] - h + 1, tries).tolist()
-    lefts = rng.integers(0, part.shape[1] - w + 1, tries).tolist()
+    rows, columns = np.subtract(part.shape, shape) + 1
+    tops = rng.integers(0, rows, tries).tolist()
+    lefts = rng.integers(0, columns, tries).tolist()
     best = (-1.0, 0, 0)
     for top, left in zip(tops, lefts, strict=True):
         here = (x + left, y + top, *size)
-        on_part = inside[top : top + h, left : left + w][patch.mask].mean()
-        score = on_part - max((_overlap(here, b) for b in taken), default=0)
+        under = inside[_window(top, left, shape)]
+        covered = max((_overlap(here, b) for b in taken), default=0)
+        score = under[patch.mask].mean() - covered
         if score > best[0]:
             best = (float(score), top, left)
         if score > 0.995:
@@ -631,21 +712,24 @@ def _find_place(
 
 def _crop(patch: Patch) -> Patch:
     """The patch without its empty border."""
-    seen = patch.mask | (patch.cover > 0.02) | (np.abs(patch.height) > 0.02)
+    raised = np.abs(patch.height) > 0.02
+    seen = patch.mask | (patch.cover > 0.02) | raised
     x, y, w, h = tight_box(seen)
-    at = np.s_[y : y + h, x : x + w]
+    at = _window(y, x, (h, w))
+    mask, height, cover = (array[at] for array in (patch.mask, patch.height, patch.cover))
     colour = patch.colour[at] if patch.colour.ndim > 1 else patch.colour
-    return Patch(patch.mask[at], patch.height[at], patch.cover[at], colour)
+    return Patch(mask, height, cover, colour)
 
 
 # %% ../nbs/00e_synthetic.ipynb #add-defect
 def _apply(canvas: Canvas, patch: Patch, part: np.ndarray, top: int, left: int) -> tuple:
     """Lay a patch over the canvas where the part is; the box (x, y, w, h) of what shows."""
-    h, w = patch.mask.shape
-    at = np.s_[top : top + h, left : left + w]
+    at = _window(top, left, patch.mask.shape)
     canvas.height[at] += patch.height
-    canvas.albedo[at] += patch.cover[..., None] * (patch.colour - canvas.albedo[at])
-    x, y, *size = tight_box(patch.mask & (part[at] < 0))
+    other = patch.colour - canvas.albedo[at]
+    canvas.albedo[at] += patch.cover[..., None] * other
+    on_part = part[at] < 0
+    x, y, *size = tight_box(patch.mask & on_part)
     return x + left, y + top, *size
 
 
@@ -663,7 +747,8 @@ def add_defect(
     size = rng.uniform(least, most) * min(part.shape) * scale
     best = (-math.inf, 0, 0, None)
     for attempt in range(8):
-        patch = _crop(draw(rng, size * 0.88**attempt, canvas, light))
+        smaller = size * 0.88**attempt
+        patch = _crop(draw(rng, smaller, canvas, light))
         if np.any(np.greater(patch.mask.shape, part.shape)):
             continue
         score, top, left = _find_place(rng, patch, part, taken)
@@ -692,10 +777,13 @@ def draw_image(
     boxes = []
     for label in defects:
         scale = len(defects) ** -0.35
-        boxes.append(add_defect(rng, canvas, light, part, label, boxes, scale))
+        box = add_defect(rng, canvas, light, part, label, boxes, scale)
+        boxes.append(box)
     if not defects:
         boxes = [tight_box(part < 0)] * len(labels)
-    picture = lay_on_bench(shade(canvas, light), draw_bench(rng, shape, colour), part, light)
+    lit = shade(canvas, light)
+    bench = draw_bench(rng, shape, colour)
+    picture = lay_on_bench(lit, bench, part, light)
     return expose(rng, picture), boxes
 
 
@@ -707,8 +795,10 @@ def planned_image(
     Aspect ratio between 0.8 and 1.25, an area of about `size`² pixels.
     """
     rng = _generator(seed, split, index)
-    root = math.exp(rng.uniform(math.log(0.8), math.log(1.25)) / 2)
-    return draw_image(plan[index], (round(size / root), round(size * root)), rng)
+    aspect = rng.uniform(math.log(0.8), math.log(1.25))
+    root = math.exp(aspect / 2)
+    shape = (round(size / root), round(size * root))
+    return draw_image(plan[index], shape, rng)
 
 
 # %% ../nbs/00e_synthetic.ipynb #coco

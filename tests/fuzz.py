@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask
 
 from deimv2_tfg.annotations import box_problem
 from deimv2_tfg.cli import told
@@ -41,6 +43,7 @@ from deimv2_tfg.photographs import (
 )
 
 SECONDS = 20  # for one file; a hang is what takes longer
+MEMORY = 8 * 2**30  # bytes of address space by hand; a bomb is what takes more
 SIZE = (40, 30)
 ODD = (None, "", "x", -1, 0, 1e300, float("nan"), [], {}, [[]], True, 10**30, "../x", "\0", 0.5)
 ODD_TEXTS = ("", "x", "-1", "0", "nan", "1e999", "1,5", "../x", "&b;", "<a>", "9" * 5000, "\0")
@@ -85,20 +88,28 @@ def voc_xml(k: int) -> str:
     return f"<annotation><filename>{k}.png</filename>{size}{thing}</annotation>"
 
 
-def coco_json() -> dict:
+RUNS = [30 * 8, 30 * 20, 30 * 12]  # of a mask of 20 whole columns
+COMPRESSED = mask.encode(
+    np.asfortranarray(np.r_[8 * [0], 20 * [1], 12 * [0]] * np.ones((30, 1)), np.uint8)
+)["counts"].decode()
+
+
+def coco_json(rng: random.Random) -> dict:
     outline = [[8, 5, 28, 5, 28, 20, 8, 20]]
-    runs = {"size": [30, 40], "counts": [30 * 8, 30 * 20, 30 * 12]}
+    codes = {"size": [30, 40], "counts": rng.choice((RUNS, COMPRESSED))}
     images, annotations = [], []
     for k in range(1, 4):
         images.append({"id": k, "file_name": f"{k - 1}.png", "width": SIZE[0], "height": SIZE[1]})
         one = {"id": k, "image_id": k, "category_id": 1, "iscrowd": 0, "area": 300}
-        one |= {"bbox": [8, 5, 20, 15]} if k == 1 else {"segmentation": runs if k == 2 else outline}
+        one |= (
+            {"bbox": [8, 5, 20, 15]} if k == 1 else {"segmentation": codes if k == 2 else outline}
+        )
         annotations.append(one | {"attributes": {"rotation": 0.0}})
     category = {"id": 1, "name": "dent", "supercategory": "none"}
     return {"images": images, "annotations": annotations, "categories": [category]}
 
 
-def sound_sets(root: Path) -> dict[str, Path]:
+def sound_sets(root: Path, rng: random.Random) -> dict[str, Path]:
     """A small set in each format that `import` reads."""
     names = ("coco", "voc", "yolo", "cvat", "labelme", "masks", "values", "folders")
     sets = {name: root / name for name in names}
@@ -108,7 +119,7 @@ def sound_sets(root: Path) -> dict[str, Path]:
         here.mkdir(parents=True)
         for k in range(3):
             Image.fromarray(pixels(k)).save(here / f"{k}.png")
-    write_json(sets["coco"] / "all.json", coco_json())
+    write_json(sets["coco"] / "all.json", coco_json(rng))
     images, on = [], np.zeros(SIZE[::-1], np.uint8)
     on[5:20, 8:28] = 1
     (sets["values"] / "masks").mkdir()
@@ -228,7 +239,7 @@ def try_photograph(folder: Path, rng: random.Random, sound: list) -> str:
 
 def try_text(folder: Path, rng: random.Random) -> str:
     """Readers of text, JSON, class names, YOLO lines, numbers and file names."""
-    json_text = json.dumps(coco_json()).encode()
+    json_text = json.dumps(coco_json(rng)).encode()
     way = harmed if rng.random() < 0.5 else harmed_json
     (folder / "x.json").write_bytes(way(json_text, rng))
     names = b"names: {0: dent, 1: scratch}\n"
@@ -273,7 +284,7 @@ def assert_sound(out: Path) -> None:
 
 def try_import(folder: Path, rng: random.Random) -> str:
     """`import` of one set, in which one file or two are damaged."""
-    sets = sound_sets(folder / "sets")
+    sets = sound_sets(folder / "sets", rng)
     name = rng.choice(sorted(sets))
     files = [path for path in sorted(sets[name].rglob("*")) if path.is_file()]
     labels = [path for path in files if path.suffix != ".png"]
@@ -329,6 +340,7 @@ def fuzz(count: int, seed: int = 0) -> tuple[Counter, list[str]]:
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     faulthandler.enable()  # a crash in a library, too, says where
     number_of_files = int(sys.argv[1])
     start = time.process_time()

@@ -414,3 +414,13 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
     (root / "0.txt").rename((root / name).with_suffix(".txt"))
     with pytest.raises(ValueError, match="its name is no UTF-8"):
         import_dataset(root, tmp_path / "out")
+
+
+@pytest.mark.parametrize("far", [1e7, 1e300, -1e300])
+def test_a_polygon_far_outside_is_not_drawn(tmp_path, far):
+    root = tmp_path / "in"
+    coco = coco_set(root)
+    coco["annotations"][0] |= {"bbox": None, "segmentation": [[8, 5, far, 5, 28, 20]]}
+    write_json(root / "all.json", coco)
+    with pytest.raises(ValueError, match="1 problem.*\n  all.json: annotation"):
+        import_dataset(root, tmp_path / "out")
