@@ -163,8 +163,9 @@ def smooth_noise(rng: Rng, shape: Shape, cells: float) -> np.ndarray:
 
 def _window(top: int, left: int, shape: Shape) -> tuple[slice, slice]:
     """The part of an array that begins at (top, left) and has a shape."""
-    bottom, right = top + shape[0], left + shape[1]
-    return slice(top, bottom), slice(left, right)
+    height, width = shape
+    rows = slice(top, top + height)
+    return rows, slice(left, left + width)
 
 
 def streaks(rng: Rng, shape: Shape, angle: float, across: float, along: float) -> np.ndarray:
@@ -263,7 +264,9 @@ SURFACES = (brushed, cast, painted)
 # %% ../nbs/00e_synthetic.ipynb #light
 def _axes(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """x (W,) and y (H, 1) from -1 to 1 over an image."""
-    y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in shape)
+    height, width = shape
+    x = np.linspace(-1, 1, width, dtype=np.float32)
+    y = np.linspace(-1, 1, height, dtype=np.float32)
     return x, y[:, None]
 
 
@@ -284,7 +287,9 @@ class Light:
     @property
     def toward(self) -> np.ndarray:
         cosine, sine = _direction(self.azimuth)
-        return np.array([self.tilt * cosine, self.tilt * sine, 1.0], np.float32)
+        x = self.tilt * cosine
+        y = self.tilt * sine
+        return np.array([x, y, 1.0], np.float32)
 
     def over(self, shape: Shape) -> np.ndarray:
         """Brightness (H, W) over an image: near side over 1, far side under 1."""
@@ -333,7 +338,9 @@ def _rounded(x: np.ndarray, y: np.ndarray, a: float, b: float, r: float) -> np.n
     """Signed distance to a rectangle of half axes `a`, `b` with corners of radius `r`."""
     qx = np.abs(x) - (a - r)
     qy = np.abs(y) - (b - r)
-    outside = np.hypot(np.maximum(qx, 0), np.maximum(qy, 0))
+    over_x = np.maximum(qx, 0)
+    over_y = np.maximum(qy, 0)
+    outside = np.hypot(over_x, over_y)
     inside = np.maximum(qx, qy)
     return outside + np.minimum(inside, 0) - r
 
@@ -364,7 +371,8 @@ def draw_part(rng: Rng, shape: Shape) -> np.ndarray:
     The part lies wholly in the image.
     """
     kind = _drawn(rng, OUTLINES)
-    cosine, sine = _direction(math.radians(rng.normal(0, 8)))
+    turn = math.radians(rng.normal(0, 8))
+    cosine, sine = _direction(turn)
     height, width = shape
     b = 0.5 * height
     a = 0.5 * width
@@ -395,9 +403,11 @@ def bevel(rng: Rng, canvas: Canvas, part: np.ndarray) -> None:
     """Raise the part from its outline (in place), and on every third part an inner panel too."""
     side = min(part.shape)
     rise = np.float32(0.018 * side)
-    canvas.height += _step(-part, 0.035 * side) * rise
+    edge = _step(-part, 0.035 * side)
+    canvas.height += edge * rise
     if rng.random() < 0.35:
-        panel = np.float32(rng.choice([-0.006, 0.006]) * side)
+        depth = rng.choice([-0.006, 0.006])
+        panel = np.float32(depth * side)
         inner = -part - 0.07 * side
         canvas.height += _step(inner, 0.02 * side) * panel
 
@@ -434,7 +444,8 @@ def lay_on_bench(
     """Part over bench, with a smooth edge and a soft shadow away from the lamp."""
     side = min(part.shape)
     cosine, sine = _direction(light.azimuth)
-    away = -0.02 * side * np.array([sine, cosine])
+    toward = np.array([sine, cosine])
+    away = -0.02 * side * toward
     moved = ndimage.shift(part, away, order=1, mode="nearest")
     depth = 0.03 * side - moved
     shadow = 1 - 0.55 * _step(depth, 0.06 * side)
@@ -451,7 +462,8 @@ def expose(rng: Rng, picture: np.ndarray) -> np.ndarray:
     x, y = _axes((h, w))
     exposure = rng.uniform(0.9, 1.1)
     fall = rng.uniform(0.05, 0.16)
-    vignette = exposure * (1 - fall * (x * x + y**2))
+    square = x * x + y**2
+    vignette = exposure * (1 - fall * square)
     seen = picture * vignette[..., None]
     picture = np.clip(seen, 0, 1.1, dtype=np.float32)
     blur = 0.0014 * min(h, w)
@@ -478,7 +490,8 @@ class Patch:
 
 def _polar(rng: Rng, n: int, aspect: float, wobble: float):
     """Radius (1 at an irregular outline) and angle on an `n` x `n` grid."""
-    middles = np.mgrid[:n, :n].astype(np.float32) + 0.5
+    pixels = np.mgrid[:n, :n].astype(np.float32)
+    middles = pixels + 0.5
     y, x = middles / n * 2 - 1
     cosine, sine = _direction(rng.uniform(0, math.pi))
     u = x * cosine + y * sine
@@ -489,7 +502,8 @@ def _polar(rng: Rng, n: int, aspect: float, wobble: float):
         wave = np.sin(k * angle + phase)
         ragged = ragged + wave / k
     rough = 1 + wobble * (1 + ragged)
-    return np.hypot(u, v) * rough, np.arctan2(y, x)
+    radius = np.hypot(u, v) * rough
+    return radius, np.arctan2(y, x)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dent
@@ -500,7 +514,8 @@ def draw_dent(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     r, _ = _polar(rng, n, aspect, 0.1)
     bump = np.clip(1 - r * r, 0, None) ** 2
     sign = rng.choice([-1, 1])
-    height = sign * rng.uniform(0.24, 0.32) * size * bump
+    steep = rng.uniform(0.24, 0.32)
+    height = sign * steep * size * bump
     cover = np.zeros_like(bump)
     return Patch(bump > 0.06, height, cover, np.zeros(3))
 
@@ -520,7 +535,8 @@ def _strokes(n: int, lines: Sequence) -> np.ndarray:
             x, y = (4 * v for v in end)
             pen.line([x0, y0, x, y], fill=255, width=round(w))
             r = w / 2
-            pen.ellipse([x - r, y - r, x + r, y + r], fill=255)
+            end_of_line = (x - r, y - r, x + r, y + r)
+            pen.ellipse(end_of_line, fill=255)
     return np.asarray(image.reduce(4), np.float32) / 255
 
 
@@ -580,7 +596,8 @@ def draw_scratch(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
         y = t * sine + s * cosine
         turned = np.stack([x, y], 1)
         tapered = 1.25 - 1.5 * np.abs(along[1:])
-        lines.append((n / 2 + turned, width * tapered))
+        points = n / 2 + turned
+        lines.append((points, width * tapered))
     cover = _strokes(n, lines)
     worn = ndimage.gaussian_filter(cover, 0.8 * width)
     depth = -0.4 * width * worn
@@ -595,14 +612,16 @@ def draw_hole(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     r, angle = _polar(rng, n, aspect, 0.04)
     r = r * 1.3  # opening to 1, rim to 1.3
     rim = np.exp(-(((r - 1.12) / 0.1) ** 2))
-    facing = np.clip(-np.cos(angle - light.azimuth), 0, 1)
+    toward = np.cos(angle - light.azimuth)
+    facing = np.clip(-toward, 0, 1)
     wall = facing * _step(r - 0.62, 0.3)
     is_open = r < 1.03
     hole = _step(1.03 - r, 0.08)
     cover = np.where(is_open, hole, 0.35 * rim)
     grey = np.where(is_open, 0.03 + 0.22 * wall, 0.95)
     colour = grey[..., None] * np.ones(3)
-    return Patch(r < 1.24, 0.045 * size * rim, cover, colour)
+    height = 0.045 * size * rim
+    return Patch(r < 1.24, height, cover, colour)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dirt
@@ -617,7 +636,8 @@ DIRT = (
 
 def _foreign(rng: Rng, ground: np.ndarray) -> np.ndarray:
     """A colour of dirt (3,) that is far from the ground's, or the farthest."""
-    distances = np.abs(np.array(DIRT) - ground).sum(1)
+    difference = np.array(DIRT) - ground
+    distances = np.abs(difference).sum(1)
     distant = [DIRT[k] for k in np.flatnonzero(distances > 0.7)]
     farthest = DIRT[np.argmax(distances)]
     return np.array(_drawn(rng, distant or [farthest]))
@@ -630,9 +650,12 @@ def _specks(rng: Rng, n: int, radius: float) -> np.ndarray:
     angle = rng.uniform(0, 2 * math.pi, count)
     x = away * np.cos(angle)
     y = away * np.sin(angle)
-    centres = n / 2 + n / 2 * np.stack([x, y], 1)
-    widths = [2 * radius * rng.uniform(0.5, 1.4) for _ in centres]
-    return _strokes(n, [([p, p], [w]) for p, w in zip(centres, widths, strict=True)])
+    offsets = np.stack([x, y], 1)
+    lines = []
+    for centre in n / 2 + n / 2 * offsets:
+        width = 2 * radius * rng.uniform(0.5, 1.4)
+        lines.append(([centre, centre], [width]))
+    return _strokes(n, lines)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dirt-2
@@ -649,7 +672,8 @@ def draw_dirt(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     mottle = 1 + 0.18 * smooth_noise(rng, (n, n), 9)
     dense = np.clip(0.8 * mottle, 0, 0.95)
     cover = np.maximum(stain * dense, dots)
-    colours = np.clip(colour * mottle[..., None], 0, 1)
+    mottled = colour * mottle[..., None]
+    colours = np.clip(mottled, 0, 1)
     height = 0.01 * size * cover
     return Patch(cover > 0.3, height, cover, colours)
 
@@ -677,8 +701,10 @@ def _overlap(a: tuple, b: tuple) -> float:
     """Shared area of two boxes (x, y, w, h), as a fraction of the smaller."""
     ax, ay, aw, ah = a
     bx, by, bw, bh = b
-    w = min(ax + aw, bx + bw) - max(ax, bx)
-    h = min(ay + ah, by + bh) - max(ay, by)
+    right = min(ax + aw, bx + bw)
+    bottom = min(ay + ah, by + bh)
+    w = right - max(ax, bx)
+    h = bottom - max(ay, by)
     shared = max(w, 0) * max(h, 0)
     return shared / min(aw * ah, bw * bh)
 
@@ -716,8 +742,10 @@ def _crop(patch: Patch) -> Patch:
     seen = patch.mask | (patch.cover > 0.02) | raised
     x, y, w, h = tight_box(seen)
     at = _window(y, x, (h, w))
-    mask, height, cover = (array[at] for array in (patch.mask, patch.height, patch.cover))
-    colour = patch.colour[at] if patch.colour.ndim > 1 else patch.colour
+    mask, height, cover = patch.mask[at], patch.height[at], patch.cover[at]
+    colour = patch.colour
+    if colour.ndim > 1:
+        colour = colour[at]
     return Patch(mask, height, cover, colour)
 
 
@@ -728,8 +756,8 @@ def _apply(canvas: Canvas, patch: Patch, part: np.ndarray, top: int, left: int) 
     canvas.height[at] += patch.height
     other = patch.colour - canvas.albedo[at]
     canvas.albedo[at] += patch.cover[..., None] * other
-    on_part = part[at] < 0
-    x, y, *size = tight_box(patch.mask & on_part)
+    shown = patch.mask & (part[at] < 0)
+    x, y, *size = tight_box(shown)
     return x + left, y + top, *size
 
 
@@ -744,7 +772,8 @@ def add_defect(
 ) -> tuple[int, int, int, int]:
     """Draw one defect on the canvas (in place); its tight box `(x, y, width, height)`, pixels."""
     draw, least, most = DEFECTS[label]
-    size = rng.uniform(least, most) * min(part.shape) * scale
+    share = rng.uniform(least, most)
+    size = share * min(part.shape) * scale
     best = (-math.inf, 0, 0, None)
     for attempt in range(8):
         smaller = size * 0.88**attempt
@@ -797,8 +826,9 @@ def planned_image(
     rng = _generator(seed, split, index)
     aspect = rng.uniform(math.log(0.8), math.log(1.25))
     root = math.exp(aspect / 2)
-    shape = (round(size / root), round(size * root))
-    return draw_image(plan[index], shape, rng)
+    height = round(size / root)
+    width = round(size * root)
+    return draw_image(plan[index], (height, width), rng)
 
 
 # %% ../nbs/00e_synthetic.ipynb #coco
@@ -808,10 +838,12 @@ def _coco(split: str, plan: Sequence, drawn: Sequence) -> dict:
     annotations = []
     for i, (labels, (shape, boxes)) in enumerate(zip(plan, drawn, strict=True), 1):
         file_name = f"{split}_{i:05d}.jpg"
-        images.append({"id": i, "file_name": file_name, "width": shape[1], "height": shape[0]})
+        height, width, _ = shape
+        images.append({"id": i, "file_name": file_name, "width": width, "height": height})
         for label, box in zip(labels, boxes, strict=True):
             one = {"id": len(annotations) + 1, "image_id": i, "category_id": label}
-            one |= {"bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
+            area = box[2] * box[3]
+            one |= {"bbox": list(box), "area": area, "iscrowd": 0}
             annotations.append(one)
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES)]
     for category in categories:
@@ -841,7 +873,8 @@ def _write_split(
 
     with ThreadPoolExecutor(workers) as pool:
         drawn = list(pool.map(one, range(len(plan))))
-    write_json(root / split / f"{split}.json", _coco(split, plan, drawn))
+    coco = _coco(split, plan, drawn)
+    write_json(root / split / f"{split}.json", coco)
 
 
 # %% ../nbs/00e_synthetic.ipynb #manifest
@@ -853,7 +886,8 @@ def _whole_counts(counts: Mapping | Sequence) -> dict[str, int]:
     """`{split: images}` of three numbers or of a mapping. Raises `ValueError`."""
     if not isinstance(counts, Mapping):
         counts = dict(zip(THESIS_COUNTS, counts, strict=True))
-    whole = all(isinstance(n, int | np.integer) and n > 0 for n in counts.values())
+    numbers = counts.values()
+    whole = all(isinstance(n, int | np.integer) and n > 0 for n in numbers)
     if set(counts) != set(THESIS_COUNTS) or not whole:
         splits = ", ".join(THESIS_COUNTS)
         raise ValueError(f"counts={counts}: a whole number of images, at least 1, for {splits}")
@@ -915,7 +949,8 @@ def _write_splits(root: Path, manifest: dict, workers: int) -> None:
     seed, size = manifest["seed"], manifest["size"]
     with progress(total=total, desc="drawing photographs", unit="image", **quiet) as bar:
         for split, n in manifest["counts"].items():
-            _write_split(root, split, plan_split(split, n, seed), seed, size, workers, bar)
+            plan = plan_split(split, n, seed)
+            _write_split(root, split, plan, seed, size, workers, bar)
     write_json(root / MANIFEST, manifest)
 
 
@@ -949,9 +984,11 @@ def make_dataset(
     if _holds(root, manifest):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial_root = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.partial-"))
+    beside = f".{root.name}.partial-"
+    partial_root = Path(tempfile.mkdtemp(dir=root.parent, prefix=beside))
+    workers = workers or min(8, os.cpu_count() or 1)
     try:
-        _write_splits(partial_root, manifest, workers or min(8, os.cpu_count() or 1))
+        _write_splits(partial_root, manifest, workers)
         partial_root.chmod(0o755)
         _move_into_place(partial_root, root, manifest)
     finally:
@@ -967,6 +1004,7 @@ def study_data(study: Study) -> Path:
     """
     if study.data_dir is not None:
         return study.data_dir
-    root = project_root() / "runs" / "data" / f"synthetic-{study.profile.name}-{study.seed}"
+    name = f"synthetic-{study.profile.name}-{study.seed}"
+    root = project_root() / "runs" / "data" / name
     with one_at_a_time(root):
         return make_dataset(root, profile=study.profile.name, seed=study.seed)

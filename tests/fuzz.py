@@ -45,6 +45,7 @@ from deimv2_tfg.photographs import (
 SECONDS = 20  # for one file; a hang is what takes longer
 MEMORY = 8 * 2**30  # bytes of address space by hand; a bomb is what takes more
 SIZE = (40, 30)
+NAMES = ("0.png", "1.jpg", "2.bmp")  # of the photographs of a set
 ODD = (None, "", "x", -1, 0, 1e300, float("nan"), [], {}, [[]], True, 10**30, "../x", "\0", 0.5)
 ODD_TEXTS = ("", "x", "-1", "0", "nan", "1e999", "1,5", "../x", "&b;", "<a>", "9" * 5000, "\0")
 
@@ -85,7 +86,7 @@ def voc_xml(k: int) -> str:
     corners = "<xmin>9</xmin><ymin>6</ymin><xmax>28</xmax><ymax>20</ymax>"
     thing = f"<object><name>dent</name><bndbox>{corners}</bndbox></object>"
     size = f"<size><width>{SIZE[0]}</width><height>{SIZE[1]}</height></size>"
-    return f"<annotation><filename>{k}.png</filename>{size}{thing}</annotation>"
+    return f"<annotation><filename>{NAMES[k]}</filename>{size}{thing}</annotation>"
 
 
 RUNS = [30 * 8, 30 * 20, 30 * 12]  # of a mask of 20 whole columns
@@ -99,7 +100,7 @@ def coco_json(rng: random.Random) -> dict:
     codes = {"size": [30, 40], "counts": rng.choice((RUNS, COMPRESSED))}
     images, annotations = [], []
     for k in range(1, 4):
-        images.append({"id": k, "file_name": f"{k - 1}.png", "width": SIZE[0], "height": SIZE[1]})
+        images.append({"id": k, "file_name": NAMES[k - 1], "width": SIZE[0], "height": SIZE[1]})
         one = {"id": k, "image_id": k, "category_id": 1, "iscrowd": 0, "area": 300}
         one |= (
             {"bbox": [8, 5, 20, 15]} if k == 1 else {"segmentation": codes if k == 2 else outline}
@@ -117,8 +118,8 @@ def sound_sets(root: Path, rng: random.Random) -> dict[str, Path]:
         place = {"masks": folder / "dent", "folders": folder / "dent", "values": folder / "images"}
         here = place.get(name, folder)
         here.mkdir(parents=True)
-        for k in range(3):
-            Image.fromarray(pixels(k)).save(here / f"{k}.png")
+        for k, photograph in enumerate(NAMES):
+            Image.fromarray(pixels(k)).save(here / photograph)
     write_json(sets["coco"] / "all.json", coco_json(rng))
     images, on = [], np.zeros(SIZE[::-1], np.uint8)
     on[5:20, 8:28] = 1
@@ -131,15 +132,15 @@ def sound_sets(root: Path, rng: random.Random) -> dict[str, Path]:
             '<polygon label="dent" points="8,5;28,5;28,20"/><ellipse label="dent" cx="9" cy="9"'
             ' rx="3" ry="4"/>'
         )
-        images.append(f'<image name="{k}.png" width="40" height="30">{shapes}</image>')
+        images.append(f'<image name="{NAMES[k]}" width="40" height="30">{shapes}</image>')
         points = [[8, 5], [28, 20]]
         shape = {"label": "dent", "points": points, "shape_type": ("circle", None)[k % 2]}
-        said = {"imagePath": f"{k}.png", "imageWidth": 40, "imageHeight": 30, "shapes": [shape]}
+        said = {"imagePath": NAMES[k], "imageWidth": 40, "imageHeight": 30, "shapes": [shape]}
         write_json(sets["labelme"] / f"{k}.json", said)
         Image.fromarray(255 * on).save(sets["masks"] / "dent" / f"{k}_mask.png")
         Image.fromarray(on).save(sets["values"] / "masks" / f"{k}.png")
     (sets["yolo"] / "data.yaml").write_text("nc: 2\nnames: {0: dent, 1: scratch}\n")
-    (sets["yolo"] / "train.txt").write_text("0.png\n1.png\n2.png\n")
+    (sets["yolo"] / "train.txt").write_text("\n".join(NAMES))
     (sets["cvat"] / "annotations.xml").write_text(f"<annotations>{''.join(images)}</annotations>")
     return sets
 
@@ -287,9 +288,10 @@ def try_import(folder: Path, rng: random.Random) -> str:
     sets = sound_sets(folder / "sets", rng)
     name = rng.choice(sorted(sets))
     files = [path for path in sorted(sets[name].rglob("*")) if path.is_file()]
-    labels = [path for path in files if path.suffix != ".png"]
-    for _ in range(rng.randint(1, 2)):
-        damage(rng.choice(labels if labels and rng.random() < 0.7 else files), rng)
+    labels = [path for path in files if path.name not in NAMES] or files
+    rng.shuffle(files)
+    for path in {rng.choice(labels), files[0]} if rng.random() < 0.3 else {files[0]}:
+        damage(path, rng)
     before = {path: path.read_bytes() for path in files}
     kind = "folders" if name == "folders" else ""
     allow = ("unlabelled", "labels", "masks", "unlisted", "small") if rng.random() < 0.5 else ()
@@ -317,11 +319,11 @@ def too_long(*_):
     raise TimeoutError(f"took more than {SECONDS} s")
 
 
-def fuzz(count: int, seed: int = 0) -> tuple[Counter, list[str]]:
-    """Try `count` damaged files; how often each came out how, and what failed."""
+def fuzz(numbers: range, seed: int = 0) -> tuple[Counter, list[str]]:
+    """Try the damaged files of these numbers; how often each came out how, and what failed."""
     sound, outcomes, failed = sound_photographs(), Counter(), []
     signal.signal(signal.SIGALRM, too_long)
-    for k in range(count):
+    for k in numbers:
         rng = random.Random(f"{seed} {k}")
         kind = rng.choice(sorted(TRIES))
         folder = Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -342,13 +344,14 @@ def fuzz(count: int, seed: int = 0) -> tuple[Counter, list[str]]:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     faulthandler.enable()  # a crash in a library, too, says where
-    number_of_files = int(sys.argv[1])
-    start = time.process_time()
-    outcomes, failed = fuzz(number_of_files, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    start, outcomes, failed = time.process_time(), Counter(), []
+    for first in range(0, count, 500):
+        more, wrong = fuzz(range(first, min(first + 500, count)), seed)
+        outcomes.update(more)
+        failed += wrong
+        print(*wrong, f"{first + 500} files, {len(failed)} failed", sep="\n", flush=True)
     for what, n in sorted(outcomes.items()):
         print(f"{n:6d} {what}")
-    print("\n".join(failed))
-    print(
-        f"{number_of_files} files, {len(failed)} failed, {time.process_time() - start:.0f} s of CPU"
-    )
+    print(f"{count} files, {len(failed)} failed, {time.process_time() - start:.0f} s of CPU")
     sys.exit(bool(failed))

@@ -26,7 +26,7 @@ from deimv2_tfg.photographs import (
 
 def test_no_damaged_file_breaks_a_reader():
     """Of the kinds of `tests/fuzz.py`, which tries more by hand."""
-    outcomes, failed = fuzz(200)
+    outcomes, failed = fuzz(range(200))
     assert not failed
     for kind in ("photograph accepted", "photograph refused", "text accepted", "text refused"):
         assert outcomes[kind] > 5
