@@ -106,9 +106,13 @@ def mask_facts(segmentation, size: tuple) -> tuple[list, float] | None:
     from pycocotools import mask
 
     width, height = size
+    if not 0 < min(size) <= max(size) < 2**16:
+        return None
     if isinstance(segmentation, list) and _polygons(segmentation):
         xy = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
         corner, end = xy.min(0), xy.max(0)
+        if max(-corner.min(), end.max()) > 2 * max(size):
+            return None  # of another image; pycocotools would draw it, however large
         area = mask.area(mask.merge(mask.frPyObjects(segmentation, height, width)))
         return [*corner.tolist(), *(end - corner).tolist()], float(area)
     if isinstance(segmentation, dict) and _run_lengths(segmentation, width, height):

@@ -413,14 +413,14 @@ def import_command(
         source: the data set; of COCO also its json
         out: folder for the new one, empty or not there
         format: of the source; empty: recognised
-        allow: leftovers that are accepted: unlabelled, labels, masks, unlisted, small
+        allow: leftovers that are accepted: unlabelled, labels, masks, unlisted, small, inverted
         photographs: of COCO: their folder, where it is not in the set's own
         by: what keeps photographs in one split where the set has none: look, name
         one_piece: leave a set that is not split in one piece, for `split`
         min_pixels: of masks: parts smaller than this are left out
         merge: of masks: parts nearer than so many pixels are one object
         whole: of masks: a class whose box is the whole photograph
-        classes: of masks that hold several classes: their names, by value
+        classes: of masks: names of their values; folders then name no class
         seed: how a set that is not split is dealt into train, val and test
     """
     from deimv2_tfg.importing import import_dataset
