@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deimv2_tfg import fusion, multimodal
+from deimv2_tfg.core import read_json
 from deimv2_tfg.criterion import Criterion, assign, matching_cost, pack_targets
 from deimv2_tfg.data import load_dataset
+from deimv2_tfg.deployment import export_onnx, predict_files
 from deimv2_tfg.detector import count_parameters, load_detector
 from deimv2_tfg.evaluation import coco_metrics, evaluate, open_detector, predict
 from deimv2_tfg.fusion import (
@@ -228,6 +230,7 @@ def test_a_run_is_a_run_directory_and_is_found_again(config):
     assert train_fusion(dataclasses.replace(config, seed=1)) != run
 
 
+@pytest.mark.finding("training.md:6")
 def test_a_fusion_run_opens_and_is_judged_like_every_detector(config, smoke_data, tmp_path):
     run = train_fusion(dataclasses.replace(config, runs_dir=str(tmp_path)))
     model = open_detector(run / "best")
@@ -235,6 +238,27 @@ def test_a_fusion_run_opens_and_is_judged_like_every_detector(config, smoke_data
     stored = Run(run).scores("test")["AP"]
     found = evaluate(run, smoke_data, "test")
     assert found["AP"] == pytest.approx(stored, abs=0.02)  # the cache is in half precision
+
+
+@pytest.mark.finding("training.md:6")
+def test_a_fusion_run_predicts_and_is_exported_from_any_folder(
+    config, smoke_data, tmp_path, monkeypatch
+):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
+    monkeypatch.chdir(smoke_data.parent)
+    run = train_fusion(
+        dataclasses.replace(config, data_dir=smoke_data.name, runs_dir=str(tmp_path))
+    )
+    monkeypatch.chdir(tmp_path)
+    assert (run / "best" / "thresholds.json").is_file() and Run(run).data_dir == smoke_data
+    photographs = str(smoke_data / "test" / "images")
+    for source in (run, run / "best"):
+        report = predict_files(str(source), photographs, "found", pictures=False)
+        assert not report.errors
+        assert read_json(tmp_path / "found" / "settings.json")["classes"] == CLASSES
+    path = export_onnx(str(run), "fused.onnx")
+    assert read_json(path.with_suffix(".json"))["largest_difference"] < 1e-3
 
 
 def test_the_same_seed_gives_the_same_numbers(config, tmp_path):

@@ -144,6 +144,7 @@ def test_a_clean_folder_gives_the_results_of_the_evaluation(run, smoke_data, tmp
             assert picture.size == (image["width"], image["height"])
 
 
+@pytest.mark.finding("training.md:2")
 def test_category_ids_are_those_of_the_data_set(shifted_data, tmp_path):
     run = make_run(tmp_path / "run", shifted_data)
     source = shifted_data / "test" / "images"
@@ -156,6 +157,7 @@ def test_category_ids_are_those_of_the_data_set(shifted_data, tmp_path):
     assert [(c["id"], c["name"]) for c in images["categories"]] == names
 
 
+@pytest.mark.finding("training.md:2")
 def test_category_ids_travel_with_the_weights(shifted_data, tmp_path):
     network = build_detector(DetectorConfig.tiny(num_classes=2))
     meta = {"image_size": 64, "category_ids": [3, 7]}
@@ -184,6 +186,7 @@ def test_csv_and_one_file(run, smoke_data, tmp_path):
     assert not (tmp_path / "out" / "predictions.json").exists()
 
 
+@pytest.mark.finding("training.md:30")
 def test_a_path_an_image_and_an_array_give_one_answer(run, smoke_data):
     predictor = Predictor.open(run)
     path = list_files(smoke_data / "test" / "images")[0]
@@ -222,6 +225,7 @@ def test_an_array_that_is_not_rgb_is_refused(array):
         Predictor(Fixed(["hole"], [], [], []), 32).predict(array, threshold=0.5)
 
 
+@pytest.mark.finding("training.md:8", "data.md:R1")
 def test_sixteen_bits_are_refused_not_squeezed(run, tmp_path):
     folder = noise(tmp_path / "line", 1)
     deep = np.eye(64, dtype=np.uint16) * 40000
@@ -236,6 +240,7 @@ def test_sixteen_bits_are_refused_not_squeezed(run, tmp_path):
     assert set(table.loc[list(report.errors), "verdict"]) == {"unknown"}
 
 
+@pytest.mark.finding("training.md:9", "data.md:R3")
 def test_a_turned_photograph_is_read_upright(run, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -248,6 +253,7 @@ def test_a_turned_photograph_is_read_upright(run, tmp_path):
     assert Image.open(tmp_path / "out" / "pictures" / "phone.jpg").size == (40, 60)
 
 
+@pytest.mark.finding("data.md:R3")
 def test_every_page_of_a_scan_is_a_photograph(run, tmp_path):
     pages = [Image.new("RGB", (40, 30), (40 * k, 90, 90)) for k in range(5)]
     pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
@@ -276,6 +282,7 @@ def test_thresholds_come_from_val_and_travel_with_the_weights(run, smoke_data, t
     assert run_thresholds(tmp_path / "copied").values == computed.values
 
 
+@pytest.mark.finding("training.md:10", "training.md:11")
 def test_thresholds_say_what_they_miss(smoke_data, tmp_path):
     gone = make_run(tmp_path / "gone", smoke_data, data_dir="data")
     with pytest.raises(FileNotFoundError, match="data_dir 'data' is not found from here"):
@@ -286,6 +293,7 @@ def test_thresholds_say_what_they_miss(smoke_data, tmp_path):
         run_thresholds(other)
 
 
+@pytest.mark.finding("training.md:33")
 def test_predict_writes_nothing_into_a_run(run, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     folder = noise(tmp_path / "line", 2)
@@ -336,6 +344,7 @@ def test_the_good_class_is_normal_or_named():
         good_class(["NORMAL", "HOLE"], "GOOD")
 
 
+@pytest.mark.finding("training.md:1")
 def test_a_run_whose_val_has_no_objects_calls_nothing_good(smoke_data, tmp_path):
     run = make_run(tmp_path / "run", smoke_data)
     empty = {"thresholds": dict.fromkeys(Run(run).about_best["classes"], 1.0)}
@@ -348,6 +357,7 @@ def test_a_run_whose_val_has_no_objects_calls_nothing_good(smoke_data, tmp_path)
     assert {row["verdict"] for row in report.photographs} == {"unknown"}
 
 
+@pytest.mark.finding("training.md:20")
 def test_the_good_class_of_another_name_is_no_defect(smoke_data, tmp_path):
     classes = ["tornillo", "a", "b", "c", "d", "e"]
     run = make_run(tmp_path / "run", smoke_data, classes)
@@ -361,6 +371,7 @@ def test_the_good_class_of_another_name_is_no_defect(smoke_data, tmp_path):
         predict_files(str(run), folder, out, threshold=1.0, good="OK")
 
 
+@pytest.mark.finding("training.md:18")
 def test_results_are_neither_read_nor_mixed(run, tmp_path):
     folder = noise(tmp_path / "line", 3)
     out = folder / "out"
@@ -377,6 +388,7 @@ def test_results_are_neither_read_nor_mixed(run, tmp_path):
             predict_files(str(run), str(folder), str(wrong), threshold=0.5)
 
 
+@pytest.mark.finding("training.md:24", "training.md:25")
 @pytest.mark.parametrize(
     "options",
     [
@@ -401,6 +413,7 @@ def test_a_wrong_option_is_one_line_before_anything_is_written(run, tmp_path, op
     assert not out.exists()
 
 
+@pytest.mark.finding("training.md:25")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_a_device_that_is_not_there_is_one_line(run):
     with pytest.raises(ValueError, match="device='cuda'"):
@@ -450,6 +463,7 @@ def test_a_fault_of_the_user_is_a_message(
     assert "deimv2-tfg" in capsys.readouterr().err
 
 
+@pytest.mark.finding("training.md:22")
 def test_an_exported_network_is_the_same_network(run, tmp_path):
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")

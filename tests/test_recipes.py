@@ -40,6 +40,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.finding("training.md:13", "training.md:14", "training.md:15")
 @pytest.mark.parametrize("field, value", WRONG)
 def test_a_value_that_cannot_be_right_is_refused(field, value):
     with pytest.raises(ValueError, match=rf"^{field}={value!r} \(allowed: "):
@@ -57,6 +58,7 @@ def test_all_wrong_fields_are_named_at_once():
     assert "thesis_m, small, tiny" in str(e.value) and "above 0" in str(e.value)
 
 
+@pytest.mark.finding("training.md:15")
 @pytest.mark.parametrize(
     "field, value",
     [("head", "three"), ("text", "flase"), ("encoder", "bert"), ("epochs", 0), ("flat", 2.0)],
@@ -89,6 +91,7 @@ def test_the_rate_rises_stays_and_falls():
     assert factors[50:] == sorted(factors[50:], reverse=True)
 
 
+@pytest.mark.finding("training.md:12")
 def test_a_rate_that_never_falls():
     "flat = 1 divided by zero at the last step of training."
     constant = Schedule(warmup=0.0, flat=1.0, lr_end=0.02)

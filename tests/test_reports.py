@@ -317,7 +317,7 @@ def test_a_wrong_export_is_not_emptied(photographs):
 # Reading ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.finding("data.md:B1")
+@pytest.mark.finding("data.md:B1", "training.md:17")
 def test_B1_a_byte_order_mark_is_read_everywhere(photographs):
     for name in SPLITS:
         file = annotation_file(photographs, name)
