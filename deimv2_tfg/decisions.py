@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = [
     'POINT', 'f1_curve', 'working_points', 'store_thresholds', 'kept_results',
-    'at_working_points', 'confusion', 'plot_confusion', 'image_verdicts', 'verdict_metrics',
-    'plot_verdicts', 'calibration', 'calibration_error', 'plot_reliability',
+    'at_working_points', 'overlaps', 'confusion', 'plot_confusion', 'image_verdicts',
+    'verdict_metrics', 'plot_verdicts', 'calibration', 'calibration_error', 'plot_reliability',
 ]  # fmt: skip
 
 # %% ../nbs/03c_decisions.ipynb #dec-imports
@@ -52,7 +52,8 @@ def f1_curve(
     images: (I,) bool, which images count (default all), in id order. Columns threshold, TP, FP,
     precision, recall, F1; empty where there is no detection, nan where there is no object.
     """
-    used = np.ones(len(matches.objects), dtype=bool) if images is None else images
+    everything = np.ones(len(matches.objects), dtype=bool)
+    used = everything if images is None else images
     level = _level(iou)
     counted = ~matches.ignored[level] & used[matches.image]
     ends, thresholds = _thresholds(matches.scores[counted])
@@ -127,12 +128,11 @@ def _with_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Columns FN, precision, recall and F1 from objects, TP and FP."""
     tp, objects = table["TP"], table["objects"]
     kept = tp + table["FP"]
-    return table.assign(
-        FN=objects - tp,
-        precision=tp / kept,
-        recall=tp / objects,
-        F1=2 * tp / (kept + objects),
-    )
+    table["FN"] = objects - tp
+    table["precision"] = tp / kept
+    table["recall"] = tp / objects
+    table["F1"] = 2 * tp / (kept + objects)
+    return table
 
 
 # %% ../nbs/03c_decisions.ipynb #at-working-points-2
@@ -149,7 +149,8 @@ def at_working_points(
     rows = []
     for m in match_tables(annotations, kept):
         right = m.matched[level][~m.ignored[level]]
-        row = {"class": m.name, "threshold": threshold[m.name], "objects": m.objects.sum()}
+        row = {"class": m.name, "threshold": threshold[m.name]}
+        row["objects"] = m.objects.sum()
         row["TP"] = right.sum()
         row["FP"] = len(right) - right.sum()
         rows.append(row)
@@ -165,26 +166,24 @@ def _leftovers(evaluator: COCOeval, level: int) -> list[tuple[list, list, list]]
     images = defaultdict(lambda: ([], [], []))
     for e in evaluator.evalImgs:
         taken, free, over = images[e["image_id"]]
-        matched = zip(e["gtIds"], e["gtMatches"][level], e["gtIgnore"], strict=True)
-        for i, match, ignored in matched:
+        matches, ignores = e["gtMatches"][level], e["gtIgnore"]
+        for i, match, ignored in zip(e["gtIds"], matches, ignores, strict=True):
             if not ignored:
                 kept = taken if match else free
                 kept.append(evaluator.cocoGt.anns[i])
-        matched = zip(e["dtIds"], e["dtMatches"][level], e["dtIgnore"][level], strict=True)
-        for i, match, ignored in matched:
+        matches, ignores = e["dtMatches"][level], e["dtIgnore"][level]
+        for i, match, ignored in zip(e["dtIds"], matches, ignores, strict=True):
             if not match and not ignored:
                 over.append(evaluator.cocoDt.anns[i])
     return list(images.values())
 
 
 # %% ../nbs/03c_decisions.ipynb #overlap-of
-def _overlap(results: list, objects: list) -> np.ndarray:
-    """IoU (n, m) of the boxes of results with those of objects."""
-    if not results or not objects:
-        return np.zeros((len(results), len(objects)))
-    found = [r["bbox"] for r in results]
-    there = [a["bbox"] for a in objects]
-    return np.array(mask.iou(found, there, [0] * len(there)))
+def overlaps(boxes: list, others: list) -> np.ndarray:
+    """IoU (n, m) of COCO boxes (`xywh`) with others."""
+    if not boxes or not others:
+        return np.zeros((len(boxes), len(others)))
+    return np.array(mask.iou(boxes, others, [0] * len(others)))
 
 
 # %% ../nbs/03c_decisions.ipynb #pair-up
@@ -193,7 +192,9 @@ def _pair_up(over: list, free: list, iou: float) -> list[tuple[int | None, int |
 
     None stands for what finds no partner.
     """
-    overlap = _overlap(over, free)
+    found = [result["bbox"] for result in over]
+    there = [obj["bbox"] for obj in free]
+    overlap = overlaps(found, there)
     annotated = {a: obj["category_id"] for a, obj in enumerate(free)}
     predicted = {d: result["category_id"] for d, result in enumerate(over)}
     pairs = []
@@ -219,7 +220,8 @@ def confusion(
         found = [a["category_id"] for a in taken]
         pairs += zip(found, found, strict=True)
         pairs += _pair_up(over, free, iou)
-    names = {i: evaluator.cocoGt.cats[i]["name"] for i in evaluator.params.catIds}
+    categories = evaluator.cocoGt.cats
+    names = {i: categories[i]["name"] for i in evaluator.params.catIds}
     names[None] = "background"
     rows = pd.Index(names.values(), name="annotated")
     table = pd.DataFrame(0, index=rows, columns=names.values())
@@ -235,8 +237,8 @@ def plot_confusion(matrix: pd.DataFrame, language: str = "en") -> plt.Figure:
     names = [gettext(class_title(name, language), language) for name in matrix.columns]
     counts = matrix.astype(str)
     counts.iloc[-1, -1] = ""  # background on background: nothing to count
-    size = (0.62 * len(names) + 1.9, 0.5 * len(names) + 1.1)
-    fig, ax = plt.subplots(figsize=size)
+    n = len(names)
+    fig, ax = plt.subplots(figsize=(0.62 * n + 1.9, 0.5 * n + 1.1))
     scale = {"cmap": "Greys", "vmin": 0, "vmax": 1, "cbar": False}
     grid = {"linewidths": 0.5, "linecolor": "0.7", "square": True}
     sns.heatmap(shares, annot=counts, fmt="", annot_kws={"fontsize": 7}, ax=ax, **scale, **grid)
@@ -402,8 +404,8 @@ def calibration(
 def calibration_error(table: pd.DataFrame) -> float:
     """Expected calibration error of a `calibration` table; nan without a detection."""
     off = (table["share right"] - table["mean score"]).abs()
-    detections = table["n"].sum()
-    return float((table["n"] * off).sum() / (detections or np.nan))
+    n = table["n"]
+    return float((n * off).sum() / (n.sum() or np.nan))
 
 
 # %% ../nbs/03c_decisions.ipynb #plot-reliability
@@ -412,7 +414,8 @@ def plot_reliability(table: pd.DataFrame, language: str = "en") -> plt.Figure:
 
     Below: how many detections there are of each score.
     """
-    fig, (ax, bars) = plt.subplots(2, 1, figsize=(3.4, 3.4), height_ratios=(3, 1), sharex=True)
+    shape = {"figsize": (3.4, 3.4), "height_ratios": (3, 1), "sharex": True}
+    fig, (ax, bars) = plt.subplots(2, 1, **shape)
     ax.plot([0, 1], [0, 1], ":", color="0.6", label=gettext("calibrated", language))
     some = table[table["n"] > 0]
     shares = some["share right"].to_numpy()

@@ -30,8 +30,7 @@ from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-import deimv2_tfg.baselines  # it and the next say how their networks are opened
-import deimv2_tfg.multimodal
+import deimv2_tfg.baselines  # it says how its networks are opened
 from deimv2_tfg.evaluation import (
     detections,
     detector_directory,
@@ -45,6 +44,7 @@ from .data import annotation_file
 from .decisions import working_points
 from .detector import Detector
 from .figures import draw_boxes
+from .multimodal import FusedDetector
 from .photographs import PhotographError, read_photograph
 from .runs import Run, file_digest
 from .transforms import to_pixel_values
@@ -430,7 +430,7 @@ RESULT_FILES = (
 
 
 def write_coco(report: PredictionReport, predictor: Predictor) -> None:
-    """`predictions.json` (COCO results) and `images.json` (image ids and categories)."""
+    """`predictions.json` (COCO results) and `images.json` (a COCO set that tools import)."""
     images = []
     for row in report.photographs:
         image = {key: row[key] for key in ("file_name", "width", "height")}
@@ -439,7 +439,11 @@ def write_coco(report: PredictionReport, predictor: Predictor) -> None:
     categories = [{"id": k, "name": name} for k, name in names]
     results = json.dumps(report.results, separators=(",", ":"))
     atomic_write(report.directory / "predictions.json", results + "\n")
-    coco = {"images": images, "annotations": [], "categories": categories}
+    annotations = []
+    for number, result in enumerate(report.results, start=1):
+        area = result["bbox"][2] * result["bbox"][3]
+        annotations.append({"id": number, **result, "area": area, "iscrowd": 0})
+    coco = {"images": images, "annotations": annotations, "categories": categories}
     write_json(report.directory / "images.json", coco)
 
 
@@ -660,7 +664,7 @@ def export_notes(run: str | Path, model: torch.nn.Module, size: tuple[int, int])
     except FileNotFoundError:
         thresholds = None
     return {
-        "classes": list(model.classes),
+        "classes": list(model.classes),  # in the order of the labels
         "category_ids": category_ids_of(run, model),
         "height": size[0],
         "width": size[1],
@@ -670,7 +674,7 @@ def export_notes(run: str | Path, model: torch.nn.Module, size: tuple[int, int])
         "std": list(normalise.std),
         "resize": "stretch to width x height, bilinear with antialiasing; no letterbox",
         "scores": "sigmoid(logits), the best 300 of all queries x classes; label: index of classes",
-        "boxes": "cxcywh in [0, 1] of the photograph",
+        "boxes": "cxcywh in [0, 1] of the photograph; clip the corners to it",
         "thresholds": thresholds,
     }
 
@@ -720,7 +724,7 @@ def export_onnx(run: str, out: str = "detector.onnx", opset: int = 20) -> Path:
     """
     _require_packages("onnx", "onnxscript", "onnxruntime")
     model = open_detector(detector_directory(run))
-    if not isinstance(model, Detector):
+    if not isinstance(model, Detector | FusedDetector):
         raise ValueError(f"{run}: a {type(model).__name__} cannot be exported, only DEIMv2")
     size = input_size(run)
     notes = export_notes(run, model, size)

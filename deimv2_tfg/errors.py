@@ -13,10 +13,9 @@ __all__ = [
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
-from .decisions import kept_results
+from .decisions import kept_results, overlaps
 from .figures import finish, gettext, short_titles
 from .metrics import judged
 from .statistics import ClassMatches, weighted_ap, wilson
@@ -72,14 +71,6 @@ def _objects(evaluator: COCOeval) -> pd.DataFrame:
     return table
 
 
-# %% ../nbs/07a_errors.ipynb #overlaps-of
-def _overlaps(boxes: list, others: list) -> np.ndarray:
-    """IoU (n, m) of COCO boxes (`xywh`) with others."""
-    if not boxes or not others:
-        return np.zeros((len(boxes), len(others)))
-    return mask.iou(boxes, others, [0] * len(others))
-
-
 # %% ../nbs/07a_errors.ipynb #errors-in
 def _errors_in(e: dict, boxes: list, near: pd.DataFrame) -> list[dict]:
     """The detections of one class in one image, with their kinds.
@@ -89,7 +80,7 @@ def _errors_in(e: dict, boxes: list, near: pd.DataFrame) -> list[dict]:
     """
     own = near["category_id"].to_numpy() == e["category_id"]
     taken = near["found"].to_numpy(bool)
-    overlaps = _overlaps(boxes, near["bbox"].tolist())
+    iou = overlaps(boxes, near["bbox"].tolist())
     errors = []
     for k, box in enumerate(boxes):
         if e["dtIgnore"][0][k]:
@@ -97,7 +88,7 @@ def _errors_in(e: dict, boxes: list, near: pd.DataFrame) -> list[dict]:
         match = int(e["dtMatches"][0][k])
         kind, about = "right", match
         if not match:
-            near_own, near_other = overlaps[k] * own, overlaps[k] * ~own
+            near_own, near_other = iou[k] * own, iou[k] * ~own
             kind, place = _kind(near_own, near_other, taken)
             about = near.index[place] if place >= 0 else -1
         error = {key: e[key] for key in ("image_id", "category_id")}
@@ -121,8 +112,9 @@ def detection_errors(annotations: dict, results: list) -> tuple[pd.DataFrame, pd
     near = dict(list(objects.groupby("image_id")))
     none = objects.iloc[:0]
     errors = []
+    found = evaluator.cocoDt.anns
     for e in evaluator.evalImgs:
-        boxes = [evaluator.cocoDt.anns[i]["bbox"] for i in e["dtIds"]]
+        boxes = [found[i]["bbox"] for i in e["dtIds"]]
         errors += _errors_in(e, boxes, near.get(e["image_id"], none))
     errors = pd.DataFrame(errors, columns=DETECTION)
     rows = {i: row for row, i in enumerate(objects.index)}
@@ -188,7 +180,8 @@ def error_budget(annotations: dict, results: list) -> pd.DataFrame:
     categories = sorted(annotations["categories"], key=lambda c: c["id"])
     table = pd.DataFrame({"class": [c["name"] for c in categories]})
     counts = objects["category_id"].value_counts()
-    table["objects"] = [int(counts.get(c["id"], 0)) for c in categories]
+    ids = [c["id"] for c in categories]
+    table["objects"] = counts.reindex(ids, fill_value=0).to_numpy()
     table["AP50"] = _ap50_by_class(errors, objects, categories)
     for kind in ERROR_KINDS:
         corrected = _ap50_by_class(*_corrected(errors, objects, kind), categories)
@@ -214,7 +207,8 @@ def plot_budget(table: pd.DataFrame, language: str = "en") -> plt.Figure:
         ax.bar(start + k * width, table[kind], width, **style)
     names = short_titles(table["class"].tolist()[:-1], language)
     names.append(gettext("mean of the classes", language).replace(" ", "\n", 1))
-    counts = [f"{name}\n({n})" for name, n in zip(names, table["objects"], strict=True)]
+    pairs = zip(names, table["objects"], strict=True)
+    counts = [f"{name}\n({n})" for name, n in pairs]
     ax.set_xticks(range(len(table)), counts)
     ax.set_ylabel(gettext("AP50 gained if corrected (points)", language))
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
@@ -222,6 +216,10 @@ def plot_budget(table: pd.DataFrame, language: str = "en") -> plt.Figure:
 
 
 # %% ../nbs/07a_errors.ipynb #object-table
+def _area(box: list) -> float:
+    return box[2] * box[3]
+
+
 def object_table(annotations: dict, results: list, points: pd.DataFrame) -> pd.DataFrame:
     """One row per object: image_id, class, relative side, objects in image, found (at `points`).
 
@@ -229,11 +227,13 @@ def object_table(annotations: dict, results: list, points: pd.DataFrame) -> pd.D
     """
     kept = kept_results(annotations, results, points)
     _, objects = detection_errors(annotations, kept)
-    pixels = {i["id"]: i["width"] * i["height"] for i in annotations["images"]}
+    images = pd.DataFrame(annotations["images"]).set_index("id")
+    pixels = images["width"] * images["height"]
     names = {c["id"]: c["name"] for c in annotations["categories"]}
-    area = objects["bbox"].map(lambda box: box[2] * box[3])
+    area = objects["bbox"].map(_area)
     share = area / objects["image_id"].map(pixels)
-    table = objects[["image_id"]].assign(**{"class": objects["category_id"].map(names)})
+    table = objects[["image_id"]].copy()
+    table["class"] = objects["category_id"].map(names)
     table["relative side"] = np.sqrt(share.astype(float))
     table["objects in image"] = table.groupby("image_id")["image_id"].transform("size")
     table["found"] = objects["found"].astype(bool)
@@ -262,7 +262,8 @@ def found_by(objects: pd.DataFrame, column: str, edges: list) -> pd.DataFrame:
         inside = objects["found"][here]
         row = {"by": column, "bin": _bin_name(low, high, whole), "n": len(inside)}
         row["found"] = inside.mean()
-        row["low"], row["high"] = wilson(inside.sum(), len(inside))
+        ends = wilson(inside.sum(), len(inside))
+        row |= {"low": ends[0], "high": ends[1]}
         rows.append(row)
     table = pd.DataFrame(rows)
     return table[table["n"] > 0].reset_index(drop=True)
@@ -278,14 +279,17 @@ AXES = {
 def plot_found(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Share found in each bin of `found_by` tables, one panel per column, with intervals."""
     groups = dict(list(table.groupby("by", sort=False)))
-    fig, axes = plt.subplots(1, len(groups), figsize=(6.2, 2.6), sharey=True, squeeze=False)
+    wide = {"figsize": (6.2, 2.6), "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(1, len(groups), **wide)
     for ax, (column, part) in zip(axes[0], groups.items(), strict=True):
-        spread = part[["low", "high"]].sub(part["found"], axis="index").abs()
+        ends = part[["low", "high"]]
+        spread = ends.sub(part["found"], axis="index").abs()
         style = {"fmt": "o-", "color": "black", "markersize": 4, "capsize": 2, "linewidth": 1}
-        ax.errorbar(range(len(part)), part["found"], yerr=spread.T.to_numpy(), **style)
+        places = range(len(part))
+        ax.errorbar(places, part["found"], yerr=spread.T.to_numpy(), **style)
         words = part["bin"].str.replace("or more", gettext("or more", language))
-        counts = words.str.replace(" to ", "–") + "\n(" + part["n"].astype(str) + ")"
-        ax.set_xticks(range(len(part)), counts)
+        numbers = "\n(" + part["n"].astype(str) + ")"
+        ax.set_xticks(places, words.str.replace(" to ", "–") + numbers)
         ax.set_xlabel(gettext(AXES[column], language))
         ax.set_ylim(0, 1.02)
     axes[0, 0].set_ylabel(gettext("share found", language))
@@ -345,9 +349,11 @@ def likely_label_errors(
     found = errors["object"].map(objects["found"]).eq(True)
     covered = found & kind.eq("localisation")
     plain = kind.eq("background") & errors["predicted"].eq(normal)
-    suspects = errors[kind.isin(SUSPICIONS) & ~covered & ~plain]
+    doubtful = kind.isin(SUSPICIONS) & ~covered & ~plain
+    suspects = errors[doubtful]
     suspects = suspects.sort_values("score", ascending=False, kind="stable").head(n)
     table = pd.DataFrame({"file_name": suspects["image_id"].map(files)})
     table["suspicion"] = suspects["kind"].map(SUSPICIONS)
-    table["annotated"] = suspects["object"].map(objects["category_id"]).map(names)
+    annotated = suspects["object"].map(objects["category_id"])
+    table["annotated"] = annotated.map(names)
     return table.join(suspects[["predicted", "score", "bbox"]]).reset_index(drop=True)

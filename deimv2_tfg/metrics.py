@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'AREAS', 'DETECTIONS', 'KEPT', 'RESULT', 'HARMLESS', 'READINGS', 'index_truth',
+    'AREAS', 'DETECTIONS', 'KEPT', 'RESULT', 'HARMLESS', 'READABLE', 'READINGS', 'index_truth',
     'index_results', 'run_cocoeval', 'summarise', 'class_matches', 'Judged', 'judged',
     'match_tables', 'coco_metrics', 'class_metrics', 'precision_recall', 'result_problems',
     'results_problems', 'read_results',
@@ -44,7 +44,6 @@ def _index(images: list, categories: list, annotations: list) -> COCO:
     return coco
 
 
-# %% ../nbs/01g_metrics.ipynb #index-2
 def _read(annotations: str | Path | dict) -> dict:
     return annotations if isinstance(annotations, dict) else read_json(Path(annotations))
 
@@ -132,11 +131,11 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else math.nan
 
 
-# %% ../nbs/01g_metrics.ipynb #metrics-of
 def _metrics_of(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """COCO's means of precision (T, R, K, A) at 100 detections and recall (T, K, A, M)."""
     overall = precision[..., 0]
-    metrics = {"AP": _mean(overall), "AP50": _mean(overall[0]), "AP75": _mean(overall[5])}
+    metrics = {"AP": _mean(overall)}
+    metrics |= {"AP50": _mean(overall[0]), "AP75": _mean(overall[5])}
     for area, name in enumerate(AREAS[1:], start=1):
         metrics[f"AP_{name}"] = _mean(precision[..., area])
     for kept, number in enumerate(DETECTIONS):
@@ -164,7 +163,8 @@ def summarise(evaluator: COCOeval) -> dict[str, float]:
 def _joined(found: list, key: str, thresholds: int) -> np.ndarray:
     """A flag of all detections of a class, (T, n), from the evaluator's images."""
     parts = [np.asarray(e[key], dtype=bool).reshape(thresholds, -1) for e in found]
-    return np.concatenate([np.zeros((thresholds, 0), dtype=bool), *parts], axis=1)
+    none = np.zeros((thresholds, 0), dtype=bool)
+    return np.concatenate([none, *parts], axis=1)
 
 
 # %% ../nbs/01g_metrics.ipynb #class-matches
@@ -219,7 +219,6 @@ def _content(*parts) -> str:
     return hash_bytes(pickle.dumps(parts))
 
 
-# %% ../nbs/01g_metrics.ipynb #judge
 def _judge(annotations: dict, results: list, classes: list | None) -> Judged:
     """Run the evaluator; of its matches by image only those of all sizes are kept."""
     evaluator = run_cocoeval(annotations, results, classes)
@@ -337,6 +336,7 @@ def precision_recall(
 # %% ../nbs/01g_metrics.ipynb #result-problems
 RESULT = ("image_id", "category_id", "bbox", "score")
 HARMLESS = ("box-over-edge", "box-tiny", "box-empty")
+READABLE = ("box-outside", "box-fraction", "category_id is not")  # its numbers can be compared
 
 
 def result_problems(r, known: dict[str, dict], sizes: dict) -> list[tuple[str, str]]:
@@ -344,16 +344,18 @@ def result_problems(r, known: dict[str, dict], sizes: dict) -> list[tuple[str, s
 
     known: {"image_id": ids, "category_id": ids}; sizes: {image id: (width, height)}.
     """
-    if not isinstance(r, dict) or any(key not in r for key in RESULT):
-        missing = [key for key in RESULT if key not in r] if isinstance(r, dict) else RESULT
+    fields = r if isinstance(r, dict) else {}
+    missing = [key for key in RESULT if key not in fields]
+    if missing:
         return [("fields are missing", ", ".join(missing))]
     wrong = []
     for key, ids in known.items():
-        if not isinstance(r[key], int | float):
-            wrong.append((f"{key} is no number", repr(r[key])))
-        elif r[key] not in ids:
+        given = r[key]
+        if not is_number(given):
+            wrong.append((f"{key} is no number", repr(given)))
+        elif given not in ids:
             some = ", ".join(map(str, sorted(ids)[:8]))
-            wrong.append((f"{key} is not in the data", f"{r[key]}; there are {some}"))
+            wrong.append((f"{key} is not in the data", f"{given}; there are {some}"))
     if not is_number(r["score"]) or not 0 <= r["score"] <= 1:
         wrong.append(("score is no number from 0 to 1", repr(r["score"])))
     size = (math.inf, math.inf) if wrong else sizes[r["image_id"]]
@@ -371,48 +373,56 @@ READINGS = {
 }
 
 
-def _best_of(annotations: dict, results: list) -> list[tuple]:
-    """Of each image: boxes and class ids of its objects, and of as many of its best results.
+def _minus_score(result: dict) -> float:
+    return -result["score"]
 
-    Boxes of objects are (m, 4) xyxy pixels, those of results as they are; the last is (w, h, w, h).
+
+def _arrays(rows: list) -> tuple[torch.Tensor, list]:
+    """Boxes (n, 4) and class ids of annotations or results."""
+    boxes = [row["bbox"] for row in rows]
+    ids = [row["category_id"] for row in rows]
+    return torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), ids
+
+
+def _best_of(annotations: dict, results: list) -> list[tuple]:
+    """Of each image: its objects, as many of its best results, and (w, h, w, h).
+
+    Objects and results are (boxes, class ids); boxes of objects xyxy, of results as they are.
     """
     objects, found = defaultdict(list), defaultdict(list)
     for a in annotations["annotations"]:
         objects[a["image_id"]].append(a)
     for r in sorted(results, key=_minus_score):
         found[r["image_id"]].append(r)
-    sizes = {i["id"]: (i["width"], i["height"]) * 2 for i in annotations["images"]}
     pairs = []
-    for image, there in objects.items():
-        sides = []
-        for rows in (there, found[image][: len(there)]):
-            boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
-            sides += [boxes.reshape(-1, 4), np.array([row["category_id"] for row in rows])]
-        sides[0] = box_convert(sides[0], "xywh", "xyxy")
-        pairs.append((*sides, torch.tensor(sizes[image])))
+    for image in annotations["images"]:
+        there = objects[image["id"]]
+        boxes, ids = _arrays(there)
+        truth = box_convert(boxes, "xywh", "xyxy"), ids
+        best = _arrays(found[image["id"]][: len(there)])
+        size = [image["width"], image["height"]]
+        pairs.append((truth, best, torch.tensor(size * 2)))
     return pairs
-
-
-def _minus_score(result: dict) -> float:
-    return -result["score"]
 
 
 # %% ../nbs/01g_metrics.ipynb #overlaps-if
 def _overlaps_if(pair: tuple, form: str, fractions: bool) -> torch.Tensor:
     """IoU (m, n) of an image's objects with its results, if their numbers mean `form`."""
-    truth, _, boxes, _, size = pair
-    corners = box_convert(boxes * size if fractions else boxes, form, "xyxy")
-    corners[:, 2:] = torch.maximum(corners[:, :2], corners[:, 2:])
-    return box_iou(truth, corners)
+    (truth, _), (boxes, _), size = pair
+    pixels = boxes * size if fractions else boxes
+    corners = box_convert(pixels, form, "xyxy")
+    low, high = corners.split(2, dim=1)
+    return box_iou(truth, torch.cat([low, torch.maximum(low, high)], dim=1))
 
 
 def _mean_overlap(pairs: list, form: str, fractions: bool) -> float:
-    """How well the best result fits an object, on average."""
-    best = []
+    """How well the best result fits an object, on average; 0 without an object."""
+    best = [torch.zeros(0)]
     for pair in pairs:
         overlaps = _overlaps_if(pair, form, fractions)
-        best += overlaps.amax(1).tolist() if overlaps.numel() else [0.0] * len(overlaps)
-    return float(np.mean(best)) if best else 0.0
+        none = overlaps.new_zeros(len(overlaps), 1)
+        best.append(torch.cat([overlaps, none], dim=1).amax(1))
+    return float(torch.cat(best).mean().nan_to_num())
 
 
 # %% ../nbs/01g_metrics.ipynb #other-boxes
@@ -423,24 +433,30 @@ def _other_boxes(pairs: list, fractions: bool) -> list[str]:
     best = max(fits, key=fits.get)
     if fits[best] < given + 0.2:
         return []
-    words = READINGS[best] + (", as fractions of the photograph" if fractions else "")
+    words = READINGS[best]
+    if fractions:
+        words += ", as fractions of the photograph"
     fit = f"mean IoU with the objects {fits[best]:.2f}, as they stand {given:.2f}"
     return [f"bbox: these are {words} ({fit}); write x, y, width, height in pixels"]
 
 
+# %% ../nbs/01g_metrics.ipynb #other-classes
 def _other_classes(pairs: list, ids: list[int]) -> list[str]:
     """A line where class ids fit much better as places in the list of classes, else none."""
     classes = []
     for pair in pairs:
-        overlaps = _overlaps_if(pair, "xywh", False)
-        classes += [(pair[1][a], pair[3][d]) for a, d in (overlaps >= 0.5).nonzero().tolist()]
+        (_, annotated), (_, found), _ = pair
+        near = _overlaps_if(pair, "xywh", False) >= 0.5
+        classes += [(annotated[a], found[d]) for a, d in near.nonzero().tolist()]
     right = sum(annotated == found for annotated, found in classes)
     for first in (0, 1):
         meant = dict(enumerate(ids, start=first))
-        fit = sum(annotated == meant.get(found) for annotated, found in classes)
-        if fit > right + 0.5 * len(classes):
-            count = f"of {len(classes)} boxes on an object {right} have its class, {fit} would"
-            return [f"category_id: these are places in the list of classes from {first} ({count})"]
+        fit = [annotated for annotated, found in classes if annotated == meant.get(found)]
+        # of two classes at least: one that is always taken for another is a poor detector's
+        if len(fit) > right + 0.5 * len(classes) and len(set(fit)) > 1:
+            count = f"of {len(classes)} boxes on an object {right} have its class"
+            words = f"places in the list of classes, from {first}"
+            return [f"category_id: these are {words} ({count}, {len(fit)} would)"]
     return []
 
 
@@ -456,14 +472,16 @@ def results_problems(annotations: dict, results: list) -> list[str]:
         wrong = result_problems(r, known, sizes)
         for kind, example in wrong:
             said[kind].append(f"[{place}] {example}")
-        if all(kind.startswith(("box-o", "box-f", "category_id is not")) for kind, _ in wrong):
+        if all(kind.startswith(READABLE) for kind, _ in wrong):
             clear.append(r)
-    fractions = len(said["box-fraction"]) > len(results) / 2
-    if not fractions:
-        del said["box-fraction"]  # here and there a box is as small as that
-    counts = [f"{kind}: {len(at)} of {len(results)}, {at[0]}" for kind, at in said.items()]
+    small = said.pop("box-fraction", [])
+    fractions = len(small) > len(results) / 2  # here and there a box is as small as that
+    if fractions:
+        said["box-fraction"] = small
+    total = len(results)
+    lines = [f"{kind}: {len(at)} of {total}, {at[0]}" for kind, at in said.items()]
     pairs = _best_of(annotations, clear)
-    return counts + _other_boxes(pairs, fractions) + _other_classes(pairs, sorted(ids))
+    return lines + _other_boxes(pairs, fractions) + _other_classes(pairs, sorted(ids))
 
 
 # %% ../nbs/01g_metrics.ipynb #read-results
@@ -474,8 +492,10 @@ def read_results(path: str | Path, annotations: dict) -> list[dict]:
     """
     results = read_json_file(path)
     if not isinstance(results, list):
-        keys = f", with {', '.join(list(results)[:5])}" if isinstance(results, dict) else ""
-        wrong = [f"a list of results is needed, this is a {type(results).__name__}{keys}"]
+        kind = type(results).__name__
+        wrong = [f"a list of results is needed, not a {kind}"]
+        if isinstance(results, dict):
+            wrong[0] += f" with {', '.join(list(results)[:5])}"
     else:
         wrong = results_problems(annotations, results)
     if wrong:

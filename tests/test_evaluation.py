@@ -506,7 +506,7 @@ FIELDS = {
     "image_id is no number": lambda r: r | {"image_id": str(r["image_id"])},
     "image_id is not in the data": lambda r: r | {"image_id": r["image_id"] + 1000},
     "category_id is not in the data": lambda r: r | {"category_id": r["category_id"] + 1000},
-    "places in the list of classes from 1": lambda r: r | {"category_id": r["category_id"] + 1},
+    "places in the list of classes, from 1": lambda r: r | {"category_id": r["category_id"] + 1},
 }
 
 
@@ -544,6 +544,15 @@ def test_a_file_of_results_is_judged_from_the_command_line(theirs, smoke_data, t
     file.write_text(json.dumps({"images": []}))
     with pytest.raises(ValueError, match="a list of results is needed.*images"):
         evaluate(file, smoke_data)
+
+
+def test_a_poor_detector_is_no_wrong_file(theirs):
+    coco, results = theirs
+    ids = sorted(c["id"] for c in coco["categories"])
+    assert results_problems(coco, [r | {"category_id": ids[0]} for r in results]) == []
+    assert results_problems(coco, [r | {"category_id": ids[-1]} for r in results]) == []
+    shifted = [r | {"bbox": [b / 2 for b in r["bbox"]]} for r in results]
+    assert results_problems(coco, shifted) == []
 
 
 def test_a_class_without_a_result_is_said(theirs, smoke_data, tmp_path):

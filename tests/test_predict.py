@@ -29,7 +29,10 @@ from deimv2_tfg.deployment import (
 from deimv2_tfg.detector import DetectorConfig, build_detector, load_detector, save_detector
 from deimv2_tfg.evaluation import coco_metrics, jittered_results, predict
 from deimv2_tfg.photographs import PhotographError
+from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
+from deimv2_tfg.synthetic import make_dataset
+from deimv2_tfg.training import train
 
 
 def make_run(path, data, classes=None, **config):
@@ -515,3 +518,64 @@ def test_the_package_is_light_until_a_predictor_is_asked_for():
     code = "import sys, deimv2_tfg; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
     assert said.stdout.decode().strip() == "False"
+
+
+def small_training(data, runs, **changes):
+    small = {"model": "tiny", "image_size": 64, "epochs": 1, "batch_size": 4, "lr": 1e-3}
+    return TrainConfig(str(data), str(runs), **small | changes)
+
+
+@pytest.mark.finding("training.md:1", "training.md:11")
+def test_without_an_object_in_val_the_last_weights_are_kept_and_nothing_is_good(
+    smoke_data, tmp_path
+):
+    data = Path(shutil.copytree(smoke_data, tmp_path / "data"))
+    coco = read_json(data / "val" / "val.json")
+    write_json(data / "val" / "val.json", coco | {"annotations": []})
+    with pytest.warns(UserWarning, match="best/ holds the last weights"):
+        run = train(small_training(data, tmp_path / "runs", epochs=2))
+    assert Run(run).about_best["meta"]["epoch"] == 2
+    best = Path(shutil.copytree(run / "best", tmp_path / "carried"))
+    assert run_thresholds(best) == run_thresholds(run) and not run_thresholds(best).trusted
+    shutil.rmtree(data)
+    folder = noise(tmp_path / "line", 2)
+    report = predict_files(str(best), str(folder), str(tmp_path / "out"), pictures=False)
+    assert {row["verdict"] for row in report.rows()} == {"unknown"}
+
+
+@pytest.mark.finding("training.md:27")
+def test_one_photograph_of_32_pixels_is_refused_in_one_line(tmp_path):
+    make_dataset(tmp_path / "one", profile="smoke", counts=(1, 1, 1))
+    with pytest.raises(ValueError, match="image_size=32: one photograph .*; take 64"):
+        train(small_training(tmp_path / "one", tmp_path / "runs", image_size=32))
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+@pytest.mark.finding("training.md:31")
+def test_a_longer_training_names_the_shorter_one(smoke_data, tmp_path, capsys, monkeypatch):
+    run = train(small_training(smoke_data, tmp_path / "runs"))
+    monkeypatch.delenv("IN_TEST", raising=False)  # which silences what a person reads
+    capsys.readouterr()
+    train(small_training(smoke_data, tmp_path / "runs", epochs=2))
+    said = "".join(capsys.readouterr())
+    assert f"{run.name} is the same with 1 epochs" in said and "--init" in said
+
+
+@pytest.mark.finding("training.md:22")
+def test_the_onnx_file_alone_says_how_to_use_it(run, smoke_data, tmp_path):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
+    file = deployment.export_onnx(str(run), str(tmp_path / "alone.onnx"))
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(file))
+    told = session.get_modelmeta().custom_metadata_map
+    path = list_files(smoke_data / "test" / "images")[0]
+    size = json.loads(told["width"]), json.loads(told["height"])
+    resized = Image.open(path).convert(told["channel_order"]).resize(size, Image.BILINEAR)
+    pixels = (np.asarray(resized, np.float32) / 255 - json.loads(told["mean"])) / np.array(
+        json.loads(told["std"])
+    )
+    logits, boxes = session.run(None, {"pixel_values": pixels.transpose(2, 0, 1)[None].astype("f")})
+    best = np.unravel_index(logits[0].argmax(), logits[0].shape)
+    ours = Predictor.open(run).predict(path, threshold=0.0)
+    assert json.loads(told["classes"])[best[1]] == ours.names[ours.labels[0]]
+    assert 1 / (1 + np.exp(-logits[0][best])) == pytest.approx(ours.scores[0], abs=0.01)
