@@ -218,6 +218,9 @@ def _open_data(trainer):
     place = (trainer.accelerator.process_index, trainer.accelerator.num_processes)
     trainer.batches = Batches(augmented(trainer.train_set, config), config, *place)
     trainer.sizes = input_sizes(config.image_size, config.multi_scale)
+    if min(trainer.sizes) <= 32 and min(config.batch_size, len(trainer.train_set)) == 1:
+        why = "one photograph of 32 px is one number a channel and cannot be normalised"
+        raise ValueError(f"image_size={config.image_size}: {why}; take 64, or a larger batch")
     trainer.steps_per_epoch = max(1, len(trainer.train_set) // config.batch_size)
     trainer.total = trainer.steps_per_epoch * config.epochs
 
@@ -589,7 +592,20 @@ def first_state(trainer: Trainer):
     snapshot(trainer)
 
 
-# %% ../nbs/04_training_stability.ipynb #open-run-2
+# %% ../nbs/04_training_stability.ipynb #say-of-others
+def _say_of_others(trainer: Trainer):
+    """Name the finished runs that differ in the number of epochs alone, and how to go on."""
+    config = trainer.run.config
+    same = {k: v for k, v in config.items() if k not in (*NOT_HASHED, "epochs", "name")}
+    data = trainer.run.environment.get("data_hash")
+    for run in find_runs(trainer.run.path.parent, trainer.family.name, **same):
+        if run.environment.get("data_hash") != data:
+            continue
+        done = f"{run.name} is the same with {run.config['epochs']} epochs"
+        trainer.say(f"{done}; to go on from its weights: --init {nearby(run.path)}")
+
+
+#| export
 def open_run(trainer: Trainer):
     """Resume from the last state, or write the first one; open the log."""
     if trainer.main:
@@ -604,6 +620,7 @@ def open_run(trainer: Trainer):
         how = f"{trainer.accelerator.device}, precision {trainer.accelerator.mixed_precision}"
         long = f"{config.epochs} epochs of {trainer.steps_per_epoch} steps"
         trainer.say(f"{config.model}, {config.image_size} px, on {how}: {long}, in {where}")
+        _say_of_others(trainer)
     if trainer.main:
         incidents = trainer.run.path / "incidents.jsonl"
         keep_lines(incidents, lambda i, line: i < trainer.incidents)
@@ -648,7 +665,8 @@ def end_run(trainer: Trainer):
         trainer.run.write("result.json", result)
         say(end_lines(trainer.run))
         if not trainer.best:
-            say("AP on val is 0: best/ holds the last weights, and no verdict will be good")
+            words = "AP on val is 0: best/ holds the last weights, and no verdict will be good"
+            warnings.warn(f"{trainer.run.path}: {words}", stacklevel=2)
     trainer.accelerator.wait_for_everyone()
 
 
