@@ -65,6 +65,7 @@ from deimv2_tfg.fusion import (
 )
 
 from .data import load_dataset
+from .decisions import store_thresholds
 from .detector import count_parameters, detect, encode, load_detector, save_detector
 from .figures import finish, gettext
 from .recipes import FusionConfig, Schedule, TrainConfig, lr_factor
@@ -260,6 +261,8 @@ def _write_about(run: Path, config: FusionConfig, text: ClassText, classes: list
     """The files that say what a fusion run is, and what it was made with."""
     about = {"family": "fusion", "classes": classes}
     about["image_size"] = trained_image_size(config.run)
+    for name in ("run", "data_dir"):  # to be found from any folder
+        about[name] = str(Path(getattr(config, name)).expanduser().absolute())
     Run(run).write("config.json", dataclasses.asdict(config) | about)
     hashes = {"data_hash": data_hash(config.data_dir), "code_hash": _fusion_code()}
     start = {"detector": detector_hash(config.run), "phase1": Path(config.run).name}
@@ -299,11 +302,14 @@ def _train_frozen(run: Path, config: FusionConfig, text: ClassText) -> None:
     head = build_head(config.head, train_queries.embeddings.shape[-1], text, config.seed)
     fit_head(head, config, data, log)
     seconds = time.perf_counter() - start
-    detector = {"run": str(config.run), "detector": detector_hash(config.run)}
+    where = Path(config.run).expanduser().absolute()
+    detector = {"run": str(where), "detector": detector_hash(config.run)}
     save_head(head, text, run / "best", detector)
     about = {"kind": "fused", "classes": data.classes}
+    about["meta"] = Run(config.run).about_best.get("meta", {})
     write_json(run / "best" / "config.json", about)
     metrics = _judge_head(run, head, data)
+    store_thresholds(run / "best", data.coco["val"], Run(run).predictions("val"))
     steps = config.epochs * math.ceil(len(train_queries) / config.batch_size)
     log("val", steps, config.epochs, {f"val/{k}": v for k, v in metrics["val"].items()})
     result = {"epochs": config.epochs, "steps": steps, "seconds": seconds}
@@ -327,6 +333,7 @@ class FusedDetector(nn.Module):
         self.text = text
         self.about = about
         self.classes = detector.classes
+        self.meta = getattr(detector, "meta", {})
         self.requires_grad_(False)
         self.head.requires_grad_(True)
 
