@@ -603,6 +603,7 @@ def class_comparison(runs: list | dict, split: str = "test", draws: int = 2000) 
     return pd.DataFrame(rows)
 
 
+# %% ../nbs/07_results.ipynb #plot-class-comparison
 def plot_class_comparison(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """AP of each class with its interval, one mark per model of a `class_comparison`."""
     classes = list(table["class"].unique())

@@ -6,7 +6,7 @@
 __all__ = [
     'PLACES', 'KINDS_OF_RUN', 'AXES', 'STEEL', 'MATERIALS', 'PLOTS', 'Softmaxed', 'last_weights',
     'old_protocol', 'top_score_precision', 'verdict_table', 'study_runs', 'images_seen',
-    'best_fusion', 'head_groups', 'runs_table', 'results_table', 'learning_curves', 'plot_curves',
+    'best_fusion', 'runs_table', 'results_table', 'learning_curves', 'head_groups', 'plot_curves',
     'telling_photographs', 'text_attention', 'plot_attention', 'class_sources', 'render',
 ]  # fmt: skip
 
@@ -66,6 +66,7 @@ from deimv2_tfg.results import (
 from .core import Study, atomic_write, read_json
 from .data import load_dataset, plot_classes
 from .errors import plot_budget, plot_found, worst_photographs
+from .fusion import Queries
 from .input_size import plot_shares
 from .multimodal import fusion_data, head_logits, load_head, plot_text_effects
 from .recipes import FusionConfig
@@ -228,15 +229,6 @@ def best_fusion(runs: list[Run]) -> list[Run]:
     return max(fullest, key=on_val, default=[])
 
 
-# %% ../nbs/07c_thesis.ipynb #head-groups
-def head_groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """The seeds of each kind of head with the true text: "head: <kind>" to its largest group."""
-    groups = {}
-    for group in sorted(_with_text(runs), key=len):
-        groups[f"head: {group[0].config['head']}"] = group
-    return groups
-
-
 # %% ../nbs/07c_thesis.ipynb #study-rows-3
 KINDS_OF_RUN = {"detector": "DEIMv2", "faster_rcnn": "Faster R-CNN", "fusion": "DEIMv2 with text"}
 
@@ -292,6 +284,15 @@ def learning_curves(runs: list | dict, measure: str = "val/AP") -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
+# %% ../nbs/07c_thesis.ipynb #head-groups
+def head_groups(runs: list[Run]) -> dict[str, list[Run]]:
+    """The seeds of each kind of head with the true text: "head: <kind>" to its largest group."""
+    groups = {}
+    for group in sorted(_with_text(runs), key=len):
+        groups[f"head: {group[0].config['head']}"] = group
+    return groups
+
+
 # %% ../nbs/07c_thesis.ipynb #plot-curves
 AXES = {"images seen": "images seen", "epoch": "epoch", "val/AP": "AP on val"}
 AXES["train/loss_mal"] = "weighted loss"
@@ -333,6 +334,19 @@ def telling_photographs(run: str | Path | Run, split: str = "test") -> pd.DataFr
 
 
 # %% ../nbs/07c_thesis.ipynb #attention
+@torch.inference_mode()
+def _attention(head: torch.nn.Module, one: Queries, label: int) -> pd.DataFrame:
+    """Queries of one photograph: x, y (in pixels), and value and score of a class."""
+    score = head_logits(head, one).sigmoid()[0, :, label]
+    value = score
+    if hasattr(head, "cosine"):
+        value = head.cosine(one.embeddings.float())[0, :, label]
+    centres = one.boxes[0, :, :2].float() * one.size[0].flip(0)
+    found = {"x": centres[:, 0], "y": centres[:, 1], "value": value, "score": score}
+    return pd.DataFrame({name: numbers.numpy() for name, numbers in found.items()})
+
+
+# %% ../nbs/07c_thesis.ipynb #text-attention
 def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataFrame:
     """What the queries of photographs say of a class by a fusion head: one row per query.
 
@@ -345,19 +359,14 @@ def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataF
     known = {field.name for field in dataclasses.fields(FusionConfig)}
     data = fusion_data(FusionConfig(**{k: v for k, v in config.items() if k in known}))
     head = load_head(run.best / "head.safetensors")[0]
+    queries = data.splits["test"]
+    places = {image_id: k for k, image_id in enumerate(queries.image_id.tolist())}
     tables = []
     for row in photographs.to_dict("records"):
-        place = data.splits["test"].image_id.tolist().index(row["image_id"])
-        one = data.splits["test"][place : place + 1]
+        place = places[row["image_id"]]
         label = config["classes"].index(row["class"])
-        score = head_logits(head, one).sigmoid()[0, :, label].numpy()
-        value = score
-        if hasattr(head, "cosine"):
-            with torch.inference_mode():
-                value = head.cosine(one.embeddings.float())[0, :, label].numpy()
-        height, width = one.size[0].tolist()
-        x, y = one.boxes[0, :, :2].float().numpy().T * [[width], [height]]
-        tables.append(pd.DataFrame({**row, "x": x, "y": y, "value": value, "score": score}))
+        found = _attention(head, queries[place : place + 1], label)
+        tables.append(found.assign(**row))
     return pd.concat(tables, ignore_index=True)
 
 
