@@ -1496,6 +1496,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                    'deimv2_tfg.thesis.Softmaxed.__init__': ('thesis.html#softmaxed.__init__', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis.Softmaxed.forward': ('thesis.html#softmaxed.forward', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._at_budget': ('thesis.html#_at_budget', 'deimv2_tfg/thesis.py'),
+                                   'deimv2_tfg.thesis._attention': ('thesis.html#_attention', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._material': ('thesis.html#_material', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._old_predictions': ('thesis.html#_old_predictions', 'deimv2_tfg/thesis.py'),
                                    'deimv2_tfg.thesis._plot_classes': ('thesis.html#_plot_classes', 'deimv2_tfg/thesis.py'),
