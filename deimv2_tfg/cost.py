@@ -4,28 +4,56 @@
 
 # %% auto #0
 __all__ = [
-    'STATUS', 'WAYS', 'PARTS', 'sizes_of_batch', 'count_flops', 'seconds_of', 'latency',
-    'peak_of', 'peak_memory', 'device_name', 'model_cost', 'way_latency', 'latency_table',
-    'StepParts', 'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
+    'STATUS', 'WAYS', 'PARTS', 'SLACK', 'LACKS', 'sizes_of_batch', 'count_flops', 'seconds_of',
+    'latency', 'peak_of', 'peak_memory', 'device_name', 'model_cost', 'way_latency',
+    'latency_table', 'StepParts', 'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
+    'LiveMemory', 'unmatched_losses', 'fake_tensors', 'fake_detector', 'counted_step',
+    'StepMemory', 'counted_memory', 'lacks_memory', 'part_sizes', 'largest_part',
 ]  # fmt: skip
 
 # %% ../nbs/03d_cost.ipynb #cost-imports
+import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.initialization import no_init_weights
+
+from deimv2_tfg.criterion import (
+    Criterion,
+    all_terms,
+    float_outputs,
+    pack_targets,
+    stack_heads,
+    union_of_matches,
+)
+from deimv2_tfg.detector import (
+    Detector,
+    DetectorConfig,
+    anchor_logits,
+    build_detector,
+    count_parameters,
+    detect,
+    encode,
+    library_config,
+)
 
 from .core import default_device
-from .criterion import Criterion
-from .detector import DetectorConfig, build_detector, count_parameters, detect, encode
 from .evaluation import detections
 
 
@@ -291,7 +319,9 @@ def memory_table(model: str, image_size: int, batch_size: int, repeats: int = 3)
         row = {"network": model, "image_size": image_size, "batch": batch_size, "note": ""}
         try:
             row |= step_memory(StepParts(model, image_size, batch_size), repeats)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             row["note"] = "does not fit"
         rows.append(row)
         batch_size //= 2
@@ -310,3 +340,175 @@ def step_memory(step: StepParts, repeats: int) -> dict:
     peak = peak_of(whole, step.device) / 1024
     seconds = float(np.median([seconds_of(whole, step.device) for _ in range(repeats)]))
     return {"step_s": seconds, "images/s": len(step.pixels) / seconds, "peak_gb": peak}
+
+
+# %% ../nbs/03d_cost.ipynb #livememory
+class LiveMemory(TorchDispatchMode):
+    """While it lasts: bytes of the tensors that are alive, `now` and at most (`peak`).
+
+    `held`: tensors from before that count. Works on real and on fake tensors.
+    """
+
+    def __init__(self, held=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {}
+        self.hold(held)
+
+    def hold(self, tensors):
+        "Count the storage of each tensor, once; its end is noticed."
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.alive:
+                place, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+                forget = functools.partial(self._forget, place, size)
+                self.alive[place] = weakref.ref(storage, forget)
+                self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, place, size, _):
+        del self.alive[place]
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.hold(leaf for leaf in tree_leaves(out) if torch.is_tensor(leaf))
+        return out
+
+
+# %% ../nbs/03d_cost.ipynb #unmatched-losses
+def _made_up_pairs(heads: int, counts: np.ndarray, queries: int) -> np.ndarray:
+    "Pairs (4, M): head, image, query, target, with another query for each."
+    boxes = int(counts.sum())
+    head, target = np.indices((heads, boxes)).reshape(2, -1)
+    image = np.tile(np.repeat(np.arange(len(counts)), counts), heads)
+    query = (head * boxes + target) % queries
+    return np.stack([head, image, query, target])
+
+
+def unmatched_losses(criterion: Criterion, outputs, targets: list[dict]) -> dict:
+    """The terms of a `Criterion` with pairs that nothing was read for: for fake tensors."""
+    tensors = float_outputs(outputs)
+    device = tensors["layer_logits"].device
+    with torch.autocast(device.type, enabled=False):
+        truth = pack_targets(targets, device)
+        heads = stack_heads(tensors)
+        number, _, queries, _ = heads.logits.shape
+        own = _made_up_pairs(number, truth.counts, queries)
+        shared = union_of_matches(own, queries)
+        return all_terms(criterion, outputs, tensors, heads, truth, own, shared, alone=True)
+
+
+# %% ../nbs/03d_cost.ipynb #counted-step
+@contextlib.contextmanager
+def fake_tensors():
+    """While it lasts, tensors have no numbers; what caches keep of them is forgotten after."""
+    unchecked = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}  # a check that reads a tensor
+    try:
+        with mock.patch.dict(os.environ, unchecked):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                yield
+    finally:
+        anchor_logits.cache_clear()
+
+
+def fake_detector(config: DetectorConfig, device="cpu") -> Detector:
+    """A detector in training mode with weights of no value, under `fake_tensors`."""
+    with unset_fake_temporarily(), torch.device("meta"), no_init_weights():
+        model = Detector(library_config(config))
+    return model.to_empty(device=device).train()
+
+
+# %% ../nbs/03d_cost.ipynb #counted-step-2
+def counted_step(
+    config: DetectorConfig,
+    image_size: int,
+    batch_size: int,
+    dtype: torch.dtype | None = torch.bfloat16,
+    prepare: Callable | None = None,
+    boxes: int = 4,
+) -> int:
+    """Bytes of the tensors of a training step at most, weights, average and moments included.
+
+    `dtype`: of autocast, None: float32. `prepare(model)` may change the network first, `boxes` are
+    those of each photograph. Counted as for a card where there is one, else as on the CPU.
+    """
+    device = default_device()
+    with fake_tensors(), torch.device(device):
+        model = fake_detector(config, device)
+        if prepare:
+            prepare(model)
+        others = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        with LiveMemory([*model.parameters(), *model.buffers(), *others]) as live:
+            pixel_values = torch.empty(batch_size, 3, image_size, image_size)
+            labels = torch.zeros(boxes, dtype=torch.int64)
+            one = {"labels": labels, "boxes": torch.full((boxes, 4), 0.25)}
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                outputs = model(pixel_values, targets=[one] * batch_size)
+            losses = unmatched_losses(Criterion(config.num_classes), outputs, [one] * batch_size)
+            sum(losses.values()).backward()
+    return live.peak
+
+
+# %% ../nbs/03d_cost.ipynb #stepmemory
+SLACK = 1.5  # what a card needs over the count: workspaces, gaps, copies in another layout
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step's tensors: `fixed`, and for `each` photograph."""
+
+    fixed: int
+    each: int
+
+    def needs(self, images: int) -> int:
+        """Bytes that should be free for a step on so many photographs, with room to work."""
+        return round(SLACK * (self.fixed + images * self.each))
+
+    def images_in(self, free: int) -> int:
+        """The most photographs whose step fits in so many bytes; 0: none."""
+        return max(0, int((free / SLACK - self.fixed) // self.each))
+
+
+def counted_memory(config: DetectorConfig, image_size: int, *how) -> StepMemory:
+    """`StepMemory` of a network; `how`: `dtype` and `prepare` of `counted_step`."""
+    one, two = (counted_step(config, image_size, batch, *how) for batch in (1, 2))
+    return StepMemory(2 * one - two, two - one)
+
+
+# %% ../nbs/03d_cost.ipynb #largest-part
+LACKS = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle had no room
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "unable to find an engine to execute this computation",
+)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of a card (or of the machine) was not enough."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LACKS)
+
+
+def part_sizes(batch: int) -> list[int]:
+    """Sizes of the largest part of a batch that is cut into 1, 2, ... parts, smallest first."""
+    return sorted({-(-batch // parts) for parts in range(1, batch + 1)})
+
+
+# %% ../nbs/03d_cost.ipynb #largest-part-2
+def largest_part(batch: int, first: int, fits: Callable) -> int:
+    """The largest part of a batch for which `fits(n)`, looked for from `first` on; 0: none.
+
+    Upwards as long as they fit, else downwards to the first that does.
+    """
+    sizes = part_sizes(batch)
+    place = max(np.searchsorted(sizes, first, side="right") - 1, 0)
+    if fits(sizes[place]):
+        while place + 1 < len(sizes) and fits(sizes[place + 1]):
+            place += 1
+        return sizes[place]
+    return next((n for n in reversed(sizes[:place]) if fits(n)), 0)

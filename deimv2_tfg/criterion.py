@@ -652,16 +652,27 @@ def _constant(value, device):
 
 
 def all_terms(
-    criterion: Criterion, outputs, tensors: dict, heads: Heads, truth: Truth, own, union
+    criterion: Criterion,
+    outputs,
+    tensors: dict,
+    heads: Heads,
+    truth: Truth,
+    own,
+    union,
+    alone=False,
 ) -> dict[str, torch.Tensor]:
-    """All weighted terms, given the pairs of the ordinary queries (see `match`)."""
+    """All weighted terms, given the pairs of the ordinary queries (see `match`).
+
+    `alone`: divided by this process's own counts, whatever other processes do.
+    """
     device = heads.logits.device
     denoising = "dn_layer_logits" in tensors
     groups = int(outputs["dn_num_group"]) if denoising else 0
     positive = outputs["dn_positive_idx"] if denoising else [[]] * len(truth.counts)
     noisy = denoising_pairs(positive, truth.counts, groups)
     matched = union.shape[-1]
-    counts = average_over_processes([int(truth.counts.sum()), matched], device)
+    counts = [int(truth.counts.sum()), matched]
+    counts = counts if alone else average_over_processes(counts, device)
     own, union, noisy = send([own, union, noisy], device)
     up = _constant(outputs["up"], device)
     reg_scale = _constant(outputs["reg_scale"], device)

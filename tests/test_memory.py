@@ -1,0 +1,131 @@
+"""Memory by count: against real steps on the CPU and the fake card; what is decided from it."""
+
+import pytest
+import torch
+from fake_card import DEVICE, Accelerator, autocast, fake_card, real, to_card
+
+from deimv2_tfg.cost import (
+    LiveMemory,
+    StepMemory,
+    counted_memory,
+    counted_step,
+    lacks_memory,
+    largest_part,
+    part_sizes,
+    unmatched_losses,
+)
+from deimv2_tfg.criterion import Criterion
+from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
+from deimv2_tfg.optim import make_ema
+
+SIZE, BATCH = 96, 4
+GIB = 2**30
+
+
+def targets_of(batch) -> list[dict]:
+    boxes = torch.linspace(0.2, 0.4, 16).reshape(4, 4)
+    return [{"labels": torch.zeros(4, dtype=torch.int64), "boxes": boxes} for _ in range(batch)]
+
+
+def real_step(dtype) -> int:
+    "Most bytes alive in the second step of a real training on the CPU, by its tensors."
+    torch.manual_seed(0)
+    model = build_detector(DetectorConfig.tiny())
+    ema = make_ema(model, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    criterion = Criterion(6)
+    pixel_values = torch.randn(BATCH, 3, SIZE, SIZE)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            outputs = model(pixel_values, targets=targets_of(BATCH))
+        sum(criterion(outputs, targets_of(BATCH)).values()).backward()
+        optimizer.step()
+        ema.update_parameters(model)
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    held = [*model.state_dict().values(), *ema.state_dict().values(), *moments, pixel_values]
+    with LiveMemory(held) as live:
+        step()
+    return live.peak
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_count_is_within_15_percent_of_a_real_step(dtype):
+    counted = counted_step(DetectorConfig.tiny(), SIZE, BATCH, dtype)
+    assert counted == pytest.approx(real_step(dtype), rel=0.15)
+
+
+def test_the_count_is_within_15_percent_of_a_step_on_the_fake_card(monkeypatch):
+    anchor_logits.cache_clear()
+    counted = counted_step(DetectorConfig.tiny(), SIZE, BATCH)
+    with fake_card(monkeypatch) as card:
+        model = to_card(real(build_detector, DetectorConfig.tiny()))
+        others = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        with LiveMemory([*model.parameters(), *model.buffers(), *others]) as live:
+            pixel_values = torch.empty(BATCH, 3, SIZE, SIZE, device=DEVICE)
+            moved = {"device": DEVICE}
+            labels = torch.zeros(4, dtype=torch.int64, **moved)
+            targets = [{"labels": labels, "boxes": torch.full((4, 4), 0.25, **moved)}] * BATCH
+            with autocast(torch.bfloat16):
+                outputs = model(pixel_values, targets=targets)
+            losses = unmatched_losses(Criterion(6), outputs, targets)
+            Accelerator(card).backward(sum(losses.values()))
+    anchor_logits.cache_clear()
+    assert counted == pytest.approx(live.peak, rel=0.15)
+
+
+def test_the_counter_sees_a_tensor_once_and_its_end():
+    before = torch.zeros(1000, 128)
+    with LiveMemory([before, before.T]) as live:
+        assert live.now == live.peak == 512_000
+        more = before + 1
+        more.add_(1)
+        assert live.now == 1_024_000
+        del more
+        assert live.now == 512_000
+    assert live.peak == 1_024_000
+
+
+def test_m_fits_a_card_of_12_gb_as_promised():
+    "10.7 GiB are left by the context; photographs at 640 and at 1024 px, no checkpointing."
+    free = 10.7 * GIB
+    counted = counted_memory(DetectorConfig.m(), 640)
+    part = largest_part(16, counted.images_in(free), lambda n: n <= counted.images_in(free))
+    assert part >= 8 and counted.images_in(free) < 16
+    each = counted_step(DetectorConfig.m(), 1024, 1) - counted.fixed
+    assert StepMemory(counted.fixed, each).images_in(free) >= 4
+
+
+def test_the_largest_part_is_found_upwards_and_a_failure_costs_one_attempt():
+    tried = []
+
+    def of_six(n):
+        tried.append(n)
+        return n <= 6
+
+    assert largest_part(16, 4, of_six) == 6 and tried == [4, 6, 8]
+    tried.clear()
+    assert largest_part(16, 16, of_six) == 6 and tried == [16, 8, 6]
+    assert largest_part(16, 0, of_six) == 6 and largest_part(16, 5, of_six) == 6
+    assert largest_part(16, 16, lambda n: False) == 0
+    assert part_sizes(10) == [1, 2, 3, 4, 5, 10]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_lack_of_memory_has_many_names(text):
+    assert lacks_memory(RuntimeError(text)) and lacks_memory(torch.OutOfMemoryError(text))
+    assert not lacks_memory(RuntimeError("Expected all tensors to be on the same device"))
+    assert not lacks_memory(ValueError(text))
