@@ -152,6 +152,21 @@ rule all:
     input:
         [page(chapter) for chapter in CHAPTERS],
         [f"{RUNS}/trainings/{name}.txt" for name in TRAININGS],
+        f"{RUNS}/card.txt" if GPU else [],
+
+
+# What the card gives, before anything is trained on it.
+rule card:
+    output:
+        f"{RUNS}/card.txt",
+    resources:
+        gpu=GPU,
+        runtime=10,
+    priority: 200
+    message:
+        "self-check of the card"
+    shell:
+        "deimv2-tfg bench card > {output}"
 
 
 # The photographs: those given are looked at, the built-in ones are drawn.

@@ -8,17 +8,20 @@ __all__ = [
     'latency', 'peak_of', 'peak_memory', 'device_name', 'model_cost', 'way_latency',
     'latency_table', 'StepParts', 'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
     'LiveMemory', 'unmatched_losses', 'fake_tensors', 'fake_detector', 'counted_step',
-    'StepMemory', 'counted_memory', 'lacks_memory', 'part_sizes', 'largest_part',
+    'StepMemory', 'counted_memory', 'lacks_memory', 'part_sizes', 'largest_part', 'waits_of',
+    'allocated_peak', 'card_table',
 ]  # fmt: skip
 
 # %% ../nbs/03d_cost.ipynb #cost-imports
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import platform
 import re
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +48,6 @@ from deimv2_tfg.criterion import (
 from deimv2_tfg.detector import (
     Detector,
     DetectorConfig,
-    anchor_logits,
     build_detector,
     count_parameters,
     detect,
@@ -241,11 +243,16 @@ def latency_table(model: str, sizes=(640, 1024), ways=tuple(WAYS), repeats=20) -
 
 # %% ../nbs/03d_cost.ipynb #step
 class StepParts:
-    """A training step of DEIMv2 `model` on noise, whose methods are called in order of `PARTS`."""
+    """A training step of DEIMv2 `model` on noise, whose methods are called in order of `PARTS`.
 
-    def __init__(self, model: str, image_size: int, batch_size: int):
+    `dtype`: of autocast, None: float32.
+    """
+
+    def __init__(self, model: str, image_size: int, batch_size: int, dtype=None):
         self.device = torch.device(default_device())
         config = DetectorConfig.named(model)
+        on = {"dtype": dtype, "enabled": dtype is not None}
+        self.autocast = functools.partial(torch.autocast, self.device.type, **on)
         self.network = build_detector(config).to(self.device).train()
         self.criterion = Criterion(config.num_classes)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4)
@@ -255,10 +262,12 @@ class StepParts:
         self.targets = [{"labels": labels, "boxes": boxes} for _ in range(batch_size)]
 
     def encoder(self):
-        self.memory, self.shapes = encode(self.network, self.pixels)
+        with self.autocast():
+            self.memory, self.shapes = encode(self.network, self.pixels)
 
     def decoder(self):
-        self.outputs = detect(self.network, self.memory, self.shapes, self.targets)
+        with self.autocast():
+            self.outputs = detect(self.network, self.memory, self.shapes, self.targets)
 
     def losses(self):
         self.loss = sum(self.criterion(self.outputs, self.targets).values())
@@ -269,6 +278,18 @@ class StepParts:
     def update(self):
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def whole(self):
+        for part in PARTS:
+            getattr(self, part)()
+
+    def seconds(self, repeats: int) -> pd.Series:
+        """Median seconds of each part."""
+        taken = {part: [] for part in PARTS}
+        for _ in range(repeats):
+            for part in PARTS:
+                taken[part].append(seconds_of(getattr(self, part), self.device))
+        return pd.DataFrame(taken).median()
 
 
 # %% ../nbs/03d_cost.ipynb #d4e3928c
@@ -297,11 +318,7 @@ def parts_table(model: str, image_size: int, batch_size: int, repeats: int = 5) 
         with FlopCounterMode(display=False) as counter:
             getattr(step, part)()
         operations[part] = counter.get_total_flops()
-    seconds = {part: [] for part in PARTS}
-    for _ in range(repeats):
-        for part in PARTS:
-            seconds[part].append(seconds_of(getattr(step, part), step.device))
-    table = pd.DataFrame({"seconds": pd.DataFrame(seconds).median(), "flops": operations})
+    table = pd.DataFrame({"seconds": step.seconds(repeats), "flops": operations})
     table["share"] = table["seconds"] / table["seconds"].sum()
     table["floor_s"] = table["flops"] / arithmetic_rate(step.device)
     table = table.rename_axis("part").reset_index()
@@ -331,14 +348,9 @@ def memory_table(model: str, image_size: int, batch_size: int, repeats: int = 3)
 # %% ../nbs/03d_cost.ipynb #step-memory
 def step_memory(step: StepParts, repeats: int) -> dict:
     """Median seconds, images/s and peak memory (GB) of a whole training step."""
-
-    def whole():
-        for part in PARTS:
-            getattr(step, part)()
-
-    whole()
-    peak = peak_of(whole, step.device) / 1024
-    seconds = float(np.median([seconds_of(whole, step.device) for _ in range(repeats)]))
+    step.whole()
+    peak = peak_of(step.whole, step.device) / 1024
+    seconds = float(np.median([seconds_of(step.whole, step.device) for _ in range(repeats)]))
     return {"step_s": seconds, "images/s": len(step.pixels) / seconds, "peak_gb": peak}
 
 
@@ -402,14 +414,17 @@ def unmatched_losses(criterion: Criterion, outputs, targets: list[dict]) -> dict
 # %% ../nbs/03d_cost.ipynb #counted-step
 @contextlib.contextmanager
 def fake_tensors():
-    """While it lasts, tensors have no numbers; what caches keep of them is forgotten after."""
+    """While it lasts, tensors have no numbers; what caches keep of the network is forgotten."""
     unchecked = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}  # a check that reads a tensor
     try:
         with mock.patch.dict(os.environ, unchecked):
             with FakeTensorMode(allow_non_fake_inputs=True):
                 yield
     finally:
-        anchor_logits.cache_clear()
+        for cache in gc.get_objects():  # or later networks would be given fake tables
+            if isinstance(cache, functools._lru_cache_wrapper):
+                if cache.__module__.startswith(("transformers.models", "deimv2_tfg.detector")):
+                    cache.cache_clear()
 
 
 def fake_detector(config: DetectorConfig, device="cpu") -> Detector:
@@ -512,3 +527,63 @@ def largest_part(batch: int, first: int, fits: Callable) -> int:
             place += 1
         return sizes[place]
     return next((n for n in reversed(sizes[:place]) if fits(n)), 0)
+
+
+# %% ../nbs/03d_cost.ipynb #waits-of
+def waits_of(call: Callable, device: torch.device) -> float:
+    """How often a call made the host wait for the card; nan without a card."""
+    if device.type != "cuda":
+        return float("nan")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        call()
+        torch.cuda.set_sync_debug_mode("default")
+    return float(sum("synchroniz" in str(warning.message) for warning in found))
+
+
+def allocated_peak(step: StepParts) -> int:
+    """Bytes of tensors at most in a training step, network and optimizer included."""
+    if step.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(step.device)
+        step.whole()
+        return torch.cuda.max_memory_allocated(step.device)
+    moments = tree_leaves([*step.optimizer.state.values()])
+    with LiveMemory([*step.network.parameters(), *step.network.buffers(), *moments]) as live:
+        step.whole()
+    return live.peak
+
+
+# %% ../nbs/03d_cost.ipynb #card-row
+def _card_row(model: str, image_size: int, batch_size: int, repeats: int) -> dict:
+    device = torch.device(default_device())
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    dtype = torch.bfloat16 if modern else None
+    counted = counted_step(DetectorConfig.named(model), image_size, batch_size, dtype)
+    step = StepParts(model, image_size, batch_size, dtype)
+    step.whole()
+    peak = allocated_peak(step)
+    waits = waits_of(step.whole, device)
+    seconds = step.seconds(repeats)
+    whole = seconds.sum()
+    row = {"precision": "bf16" if modern else "float32", "images/s": batch_size / whole}
+    row |= {"step_s": whole, "peak_gib": peak / 2**30, "counted_gib": counted / 2**30}
+    return row | {"waits": waits} | (seconds / whole).to_dict()
+
+
+# %% ../nbs/03d_cost.ipynb #card-table
+def card_table(model="m", rows=((640, 8), (1024, 4)), repeats: int = 5) -> pd.DataFrame:
+    """What a card makes of training steps, a row for each of `rows` (pixels, photographs).
+
+    images/s, seconds, memory at most beside the counted (with one more copy of the weights, the
+    average), host waits in a step, shares of its parts. A row that fails says why.
+    """
+    table = []
+    for image_size, batch_size in rows:
+        row = {"network": model, "image_size": image_size, "batch": batch_size, "note": ""}
+        try:
+            row |= _card_row(model, image_size, batch_size, repeats)
+        except RuntimeError as error:
+            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        table.append(row)
+    return pd.DataFrame(table).assign(device=device_name(default_device()))

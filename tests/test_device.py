@@ -7,11 +7,12 @@ import collections
 
 import pytest
 import torch
-from fake_card import DEVICE, Accelerator, autocast, counted, fake_card, real, to_card
+from fake_card import DEVICE, Accelerator, autocast, backward, counted, fake_card, real, to_card
 from torch.optim.swa_utils import AveragedModel
 
 from deimv2_tfg.baselines import BACKBONES, Baseline
 from deimv2_tfg.batches import augmented, epoch_batches
+from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
 from deimv2_tfg.evaluation import detections
@@ -136,12 +137,30 @@ def test_detections_of_deimv2_stay_on_the_card(card, name):
     assert all(value.device == DEVICE for one in found for value in one.values())
 
 
+def updates_on_the_card(model, compute_loss):
+    "One step of any network: forward, backward, AdamW and average stay on the card."
+    ema = to_card(real(make_ema, model, 10))
+    to_card(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    loss = compute_loss()
+    assert loss.device == DEVICE
+    backward(loss)
+    grads = [p.grad for p in trained if p.grad is not None]
+    assert grads and all(grad.device == DEVICE for grad in grads)
+    optimizer.step()
+    ema.update_parameters(model)
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    held += [*ema.module.parameters(), *ema.module.buffers()]
+    assert all(value.device == DEVICE for value in held)
+
+
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_faster_rcnn_stays_on_the_card(card, backbone):
-    model = to_card(real(Baseline, backbone, 6, 640).train())
+    model = real(Baseline, backbone, 6, 640).train()
     pixel_values = torch.empty(2, 3, 640, 640, device=DEVICE)
-    losses = model(pixel_values, targets_of([2, 2], DEVICE))
-    assert all(value.device == DEVICE for value in losses.values())
+    targets = targets_of([2, 2], DEVICE)
+    updates_on_the_card(model, lambda: sum(model(pixel_values, targets).values()))
     found = model.eval().detections(pixel_values, torch.tensor([[480, 640]] * 2).to(DEVICE))
     assert all(one["boxes"].device == DEVICE for one in found)
 
@@ -152,18 +171,24 @@ def test_the_fused_detector_stays_on_the_card(card, kind):
     words = real(torch.ones, 6, 32)
     text = ClassText(words, words, real(torch.arange, 6))
     head = real(build_head, kind, 48, text)
-    model = to_card(FusedDetector(detector, head, text, {}))
+    model = FusedDetector(detector, head, text, {})
     model = thaw(model, "decoder").train()
     pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
-    output = model(pixel_values, targets=targets_of([2, 1], DEVICE))
-    assert output.logits.device == DEVICE and output.layer_logits.device == DEVICE
+    targets = targets_of([2, 1], DEVICE)
+
+    def compute_loss():
+        output = model(pixel_values, targets=targets)
+        return sum(Criterion(6)(output, targets).values())
+
+    updates_on_the_card(model, compute_loss)
 
 
 def test_pretraining_stays_on_the_card(card):
     vit = real(build_detector, DetectorConfig.tiny()).model.conv_encoder.backbone
-    model = to_card(real(MaskedViT, vit).train())
+    model = real(MaskedViT, vit).train()
     mask = random_mask(2, 4).to(DEVICE)
-    assert model(torch.empty(2, 3, 64, 64, device=DEVICE), mask).device == DEVICE
+    pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
+    updates_on_the_card(model, lambda: model(pixel_values, mask))
 
 
 def test_tensors_on_two_devices_are_noticed(card):

@@ -1,12 +1,17 @@
 """Memory by count: against real steps on the CPU and the fake card; what is decided from it."""
 
+import types
+
 import pytest
 import torch
 from fake_card import DEVICE, Accelerator, autocast, fake_card, real, to_card
 
+from deimv2_tfg import training
 from deimv2_tfg.cost import (
+    PARTS,
     LiveMemory,
     StepMemory,
+    card_table,
     counted_memory,
     counted_step,
     lacks_memory,
@@ -17,6 +22,8 @@ from deimv2_tfg.cost import (
 from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
 from deimv2_tfg.optim import make_ema
+from deimv2_tfg.recipes import TrainConfig
+from deimv2_tfg.training import DEIMV2, Trainer, fit_micro_batch
 
 SIZE, BATCH = 96, 4
 GIB = 2**30
@@ -129,3 +136,62 @@ def test_lack_of_memory_has_many_names(text):
     assert lacks_memory(RuntimeError(text)) and lacks_memory(torch.OutOfMemoryError(text))
     assert not lacks_memory(RuntimeError("Expected all tensors to be on the same device"))
     assert not lacks_memory(ValueError(text))
+
+
+def test_a_training_that_fits_nowhere_tries_checkpointing_and_then_says_so(smoke_data, tmp_path):
+    config = TrainConfig(str(smoke_data), model="tiny", image_size=64, batch_size=4)
+    trainer = Trainer(config, tmp_path)
+    tried = []
+
+    def fails(n):
+        tried.append((n, trainer.recomputed))
+        if not trainer.recomputed or n > 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    assert fit_micro_batch(trainer, fails) == 2 and trainer.recomputed
+    assert tried == [(4, 0), (2, 0), (1, 0), (4, 1), (2, 1)]
+    with pytest.raises(RuntimeError, match="same device"):
+        fit_micro_batch(trainer, broken)
+    with pytest.raises(ValueError, match="not one photograph of 64 px fits"):
+        fit_micro_batch(trainer, too_large)
+
+
+def broken(n):
+    raise RuntimeError("Expected all tensors to be on the same device")
+
+
+def too_large(n):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_the_count_proposes_a_part_where_there_is_a_card(monkeypatch):
+    counted = counted_memory(DetectorConfig.tiny(), 64)
+    card = torch.device("cuda")
+    trainer = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device=card),
+        config=TrainConfig("", model="tiny", precision="bf16"),
+        sizes=[64],
+        recomputed=0,
+        family=DEIMV2,
+        train_set=types.SimpleNamespace(num_classes=6),
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (counted.needs(5), 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr("deimv2_tfg.cost.default_device", lambda: "cpu")
+    assert training._counted_part(trainer, 16) == pytest.approx(5, abs=1)
+
+
+def test_the_self_check_of_a_card_runs_on_a_cpu_too(monkeypatch):
+    table = card_table("tiny", ((64, 2), (96, 2)), repeats=1)
+    assert list(table["image_size"]) == [64, 96] and not table["note"].any()
+    assert (table["images/s"] > 0).all() and table["waits"].isna().all()
+    assert table[list(PARTS)].sum(axis=1).to_list() == pytest.approx([1, 1])
+    ratio = table["peak_gib"] / table["counted_gib"]
+    assert ratio.between(0.75, 1.15).all()  # the count has an average of the weights besides
+
+    def full(*given):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr("deimv2_tfg.cost.StepParts", full)
+    table = card_table("tiny", ((64, 2), (96, 2)), repeats=1)
+    assert len(table) == 2 and table["note"].str.contains("CUDNN_STATUS_ALLOC_FAILED").all()
