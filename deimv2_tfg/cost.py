@@ -422,7 +422,7 @@ def fake_tensors():
                 yield
     finally:
         for cache in gc.get_objects():  # or later networks would be given fake tables
-            if isinstance(cache, functools._lru_cache_wrapper):
+            if type(cache) is functools._lru_cache_wrapper:
                 if cache.__module__.startswith(("transformers.models", "deimv2_tfg.detector")):
                     cache.cache_clear()
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'DEIMV2', 'COUNTERS', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family', 'Trainer', 'set_rate',
-    'in_parts', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch', 'train_epoch',
-    'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields', 'find_run',
-    'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'finished_before',
-    'phase1_config', 'phase1_run',
+    'DEIMV2', 'COUNTERS', 'WORKSPACE', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family', 'Trainer',
+    'set_rate', 'in_parts', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch',
+    'train_epoch', 'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields',
+    'find_run', 'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train',
+    'finished_before', 'phase1_config', 'phase1_run',
 ]  # fmt: skip
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils import gather_object
 
 from deimv2_tfg.core import (
     Study,
@@ -98,6 +98,7 @@ from deimv2_tfg.runs import (
 
 # %% ../nbs/04_training_stability.ipynb #imports-of-the-package
 from .batches import Batches, augmented, share_of, size_of_step
+from .cost import counted_memory, lacks_memory, largest_part
 from .criterion import build_criterion
 from .decisions import store_thresholds
 from .detector import DetectorConfig, build_detector, save_detector
@@ -128,6 +129,7 @@ class Family:
     code: tuple = ()  # ("module", "name") where its code begins: part of a run's hash
     blocks: Callable = lambda model: []  # repeated parts, for `config.checkpointing`
     faster: Callable | None = None  # (model, config, device) -> model, compiled or captured
+    memory: Callable | None = None  # (config, num_classes) -> `StepMemory`, counted
     size: Callable = len  # (targets) -> the count that its losses are divided by
     backbone: str = ""  # part of a parameter's dotted name that marks the backbone; "": none
     models: tuple = ()  # what `config.model` may be; (): anything
@@ -175,6 +177,18 @@ def _predict_deimv2(model, dataset, image_size, device):
     return predict(model, dataset, image_size, device=device)
 
 
+# %% ../nbs/04_training_stability.ipynb #deimv2-memory
+def _deimv2_memory(config, num_classes):
+    shape = DetectorConfig.named(config.model, num_classes)
+    dtype = torch.bfloat16 if pick_precision(config) in ("bf16", "fp16") else None
+
+    def prepare(model):
+        if config.checkpointing:
+            recompute(_deimv2_blocks(model))
+
+    return counted_memory(shape, config.image_size, dtype, prepare)
+
+
 # %% ../nbs/04_training_stability.ipynb #family-deimv2-2
 DEIMV2 = Family(
     "detector",
@@ -185,6 +199,7 @@ DEIMV2 = Family(
     code=(("training", "DEIMV2"),),
     blocks=_deimv2_blocks,
     faster=faster,
+    memory=_deimv2_memory,
     size=count_boxes,
     backbone=BACKBONE,
     models=MODELS,
@@ -202,6 +217,7 @@ COUNTERS = {
     "slower": 1.0,  # factor on the rate, halved by each
     "in_a_row": 0,  # failed steps in a row
     "micro": 0,  # photographs of a part; 0: the whole batch
+    "recomputed": 0,  # 1: checkpointing, since not one photograph fitted without
 }
 
 
@@ -360,42 +376,82 @@ def restore(trainer: Trainer, leave=()) -> bool:
     return True
 
 
-# %% ../nbs/04_training_stability.ipynb #fit-micro-batch
+# %% ../nbs/04_training_stability.ipynb #try-part
+WORKSPACE = 2**29  # bytes left free for libraries while a part is tried on a card
+
+
 def _try_part(trainer: Trainer, images, targets, n: int):
+    "Forward and backward pass on a part of the batch, beside AdamW's moments and a workspace."
     trainer.micro = n
+    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    room = 2 * weights + (WORKSPACE if trainer.accelerator.device.type == "cuda" else 0)
+    kept = torch.empty(room, dtype=torch.uint8, device=trainer.accelerator.device)
     part = in_parts(trainer, images, targets, trainer.sizes[-1])[0]
     losses = trainer.compute_losses(trainer.model, *part, 0)
     trainer.accelerator.backward(sum(losses.values()))
+    del kept
+
+
+def _fits(trainer: Trainer, attempt, n: int) -> bool:
+    "Whether an attempt goes through; other errors than a lack of memory are raised."
+    try:
+        attempt(n)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        return False
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return True
+
+
+# %% ../nbs/04_training_stability.ipynb #proposed-part
+def _checkpoint(trainer: Trainer):
+    recompute(trainer.family.blocks(trainer.accelerator.unwrap_model(trainer.model)))
+
+
+def _counted_part(trainer: Trainer, batch: int) -> int:
+    "What the count allows on this card; the whole batch where nothing can be counted."
+    device = trainer.accelerator.device
+    if device.type != "cuda" or not trainer.family.memory:
+        return batch
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    config = dataclasses.replace(trainer.config, image_size=trainer.sizes[-1])
+    if trainer.recomputed:
+        config = dataclasses.replace(config, checkpointing=True)
+    return trainer.family.memory(config, trainer.train_set.num_classes).images_in(free)
+
+
+def _search(trainer: Trainer, attempt, batch: int) -> int:
+    first = min(gather_object([_counted_part(trainer, batch)]))
+    if trainer.accelerator.num_processes > 1:
+        return largest_part(batch, first, lambda n: n <= first)
+    return largest_part(batch, first, functools.partial(_fits, trainer, attempt))
 
 
 # %% ../nbs/04_training_stability.ipynb #fit-micro-batch-2
 def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
-    """Largest part of a batch, halved from the whole, whose passes fit in memory.
+    """Largest part of a batch whose passes fit in memory, with checkpointing where none does.
 
     `attempt(n)` stands in for the forward and backward pass. Nothing but gradients is changed.
+    Raises `ValueError` where not one photograph fits.
     """
     images, targets = next(iter(trainer.batches.of(0)))
     attempt = attempt or functools.partial(_try_part, trainer, images, targets)
-    size = 2 * len(targets)
-
-    def halved():
-        nonlocal size
-        size //= 2
-        return size
-
-    @find_executable_batch_size(starting_batch_size=halved(), reduce_batch_size_fn=halved)
-    def search(n):
-        attempt(n)
-        return n
-
     before = random_state()
     buffers = saved_buffers(trainer.model)
-    try:
-        return search()
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-        restore_buffers(trainer.model, buffers)
-        set_random_state(before)
+    found = _search(trainer, attempt, len(targets))
+    if not found and not trainer.config.checkpointing:
+        trainer.recomputed = 1
+        _checkpoint(trainer)
+        found = _search(trainer, attempt, len(targets))
+    restore_buffers(trainer.model, buffers)
+    set_random_state(before)
+    if not found:
+        side = trainer.sizes[-1]
+        raise ValueError(f"image_size: not one photograph of {side} px fits; take a smaller one")
+    return found
 
 
 # %% ../nbs/04_training_stability.ipynb #train-batch
@@ -615,6 +671,8 @@ def open_run(trainer: Trainer):
     where = nearby(trainer.run.path)
     if restore(trainer):
         trainer.say(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step}: {where}")
+        if trainer.recomputed:
+            _checkpoint(trainer)
     else:
         first_state(trainer)
         how = f"{trainer.accelerator.device}, precision {trainer.accelerator.mixed_precision}"
