@@ -13,6 +13,7 @@ from test_criterion import assert_terms, load_reference, small_case
 from test_detector import noise, set_distance
 
 from deimv2_tfg.criterion import build_criterion
+from deimv2_tfg.deployment import export_onnx
 from deimv2_tfg.detector import (
     Detector,
     DetectorConfig,
@@ -247,3 +248,16 @@ def test_the_recipe_of_a_network_in_fractions(name, rate, backbone, flat, plain,
     numbers = (config.lr, config.backbone_lr, config.flat, config.plain, config.matcher_change)
     assert numbers == pytest.approx((rate, backbone, flat, plain, change))
     assert (config.mixup == config.copy_blend == 0) == (name in ("atto", "femto", "pico"))
+
+
+@pytest.mark.parametrize("name, changes", [("atto", {})])
+def test_the_exported_network_is_the_same_network(tmp_path, name, changes):
+    """A network of each kind; `export_onnx` raises where outputs differ."""
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
+    torch.manual_seed(0)
+    model = build_detector(DetectorConfig.named(name, 2, **changes)).eval()
+    run = save_detector(model, tmp_path / "run", ["scratch", "dent"], image_size=96)
+    notes = json.loads(export_onnx(run, tmp_path / "net.onnx").with_suffix(".json").read_text())
+    assert notes["largest_difference"] < 1e-3
+    assert notes["mean"] == ([0, 0, 0] if name in PLAIN_INPUT else [0.485, 0.456, 0.406])
