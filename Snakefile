@@ -132,7 +132,10 @@ def warm_up():
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps(kernel))
     os.environ |= {"JUPYTER_PATH": str(place), "WARM": str(place / "socket")}
-    subprocess.Popen([*program, "serve", os.environ["WARM"]], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (place / "log").open("w") as log:  # else it would keep snakemake's own output open
+        output = {"stdout": log, "stderr": subprocess.STDOUT}
+        subprocess.Popen([*program, "serve", os.environ["WARM"]], env=one_thread, **output)
 
 
 onstart:
