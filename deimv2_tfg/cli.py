@@ -279,10 +279,10 @@ def evaluate_command(
     device: Device | None = None,
     allow_changed: bool = False,
 ):
-    """COCO metrics of a run's best weights, as JSON.
+    """COCO metrics of a run's best weights, or of another tool's results, as JSON.
 
     Args:
-        run: a run, a detector directory, or `latest`
+        run: a run, a detector directory, `latest`, or a file of COCO results (.json)
         data_dir: a data set in the thesis's layout
         split: which part of it
         image_size: side of the square input, pixels; null: that of the training

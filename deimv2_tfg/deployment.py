@@ -7,9 +7,9 @@ __all__ = [
     'PHOTOGRAPHS', 'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
     'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
     'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count',
-    'pages_of', 'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_coco',
-    'write_csv', 'write_tables', 'clear_results', 'predict_files', 'Exported', 'query_difference',
-    'onnx_difference', 'export_notes', 'export_onnx',
+    'pages_of', 'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables',
+    'clear_results', 'predict_files', 'Exported', 'query_difference', 'onnx_difference',
+    'export_notes', 'export_onnx',
 ]  # fmt: skip
 
 # %% ../nbs/07b_use.ipynb #use-imports
@@ -429,7 +429,7 @@ RESULT_FILES = (
 )
 
 
-def write_coco(report: PredictionReport, predictor: Predictor) -> None:
+def _write_coco(report: PredictionReport, predictor: Predictor) -> None:
     """`predictions.json` (COCO results) and `images.json` (a COCO set that tools import)."""
     images = []
     for row in report.photographs:
@@ -447,7 +447,8 @@ def write_coco(report: PredictionReport, predictor: Predictor) -> None:
     write_json(report.directory / "images.json", coco)
 
 
-def write_csv(report: PredictionReport, predictor: Predictor) -> None:
+# %% ../nbs/07b_use.ipynb #write-csv
+def _write_csv(report: PredictionReport, predictor: Predictor) -> None:
     """`predictions.csv`: one row per detection."""
     files = {row["image_id"]: row["file_name"] for row in report.photographs}
     names = dict(zip(predictor.category_ids, predictor.names, strict=True))
@@ -603,7 +604,7 @@ def predict_files(
             report.add(name, found, said, predictor.category_ids)
             if pictures:
                 _save_picture(out, name, found)
-    write = write_coco if results_format == "coco" else write_csv
+    write = _write_coco if results_format == "coco" else _write_csv
     write(report, predictor)
     write_tables(report)
     write_json(out / "settings.json", _settings(run, predictor, thresholds, sound, report))
