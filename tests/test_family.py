@@ -250,7 +250,7 @@ def test_the_recipe_of_a_network_in_fractions(name, rate, backbone, flat, plain,
     assert (config.mixup == config.copy_blend == 0) == (name in ("atto", "femto", "pico"))
 
 
-@pytest.mark.parametrize("name, changes", [("atto", {})])
+@pytest.mark.parametrize("name, changes", [("atto", {}), ("n", {})])
 def test_the_exported_network_is_the_same_network(tmp_path, name, changes):
     """A network of each kind; `export_onnx` raises where outputs differ."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
