@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'KEPT_BATCHES', 'anywhere', 'check_everywhere', 'random_state', 'set_random_state',
-    'saved_buffers', 'restore_buffers', 'is_finite', 'watch', 'diagnose', 'Diverged',
-    'loss_scale', 'record_incident', 'replay', 'roll_back', 'stop_requests',
+    'ROUTINE_SCALE', 'KEPT_BATCHES', 'anywhere', 'check_everywhere', 'random_state',
+    'set_random_state', 'saved_buffers', 'restore_buffers', 'is_finite', 'watch', 'diagnose',
+    'Diverged', 'loss_scale', 'is_incident', 'record_incident', 'replay', 'roll_back',
+    'stop_requests',
 ]  # fmt: skip
 
 # %% ../nbs/03g_guard.ipynb #guard-imports
@@ -82,8 +83,8 @@ def set_random_state(state: dict):
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for card, numbers in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(numbers, card)
 
 
 # %% ../nbs/03g_guard.ipynb #buffers
@@ -261,6 +262,15 @@ def loss_scale(accelerator) -> float:
     """The scale of the loss when the last step failed (lowered since); 1 without fp16."""
     scaler = accelerator.scaler
     return scaler.get_scale() / scaler.get_backoff_factor() if scaler else 1.0
+
+
+ROUTINE_SCALE = 1024  # in fp16 the scale is sought from above: an overflow down to here is routine
+
+
+def is_incident(step, accelerator) -> bool:
+    """Whether a failed step (chapter 3k's `Step`) asks for more than a lower scale."""
+    overflow = step.failure == "overflow" and loss_scale(accelerator) >= ROUTINE_SCALE
+    return bool(step.failure) and not overflow
 
 
 # %% ../nbs/03g_guard.ipynb #record-incident

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'BACKBONE', 'backbone_factor', 'parameter_groups', 'Ema', 'make_ema', 'pick_precision',
-    'device_named', 'start_accelerator', 'recompute',
+    'BACKBONE', 'backbone_factor', 'parameter_groups', 'Ema', 'make_ema', 'device_named',
+    'pick_precision', 'start_accelerator', 'recompute',
 ]  # fmt: skip
 
 # %% ../nbs/03i_optimizer.ipynb #optim-imports
@@ -89,14 +89,6 @@ def make_ema(model: torch.nn.Module, horizon: float) -> Ema:
     return Ema(model, horizon)
 
 
-# %% ../nbs/03i_optimizer.ipynb #pick-precision
-def pick_precision(config: TrainConfig) -> str:
-    """accelerate's mixed precision: `auto` is bf16 on a GPU that has it, else float32."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
 # %% ../nbs/03i_optimizer.ipynb #start-accelerator
 def device_named(device: str | None) -> torch.device | None:
     """The device of that name, None for none. Raises `ValueError` where torch cannot use it."""
@@ -109,11 +101,27 @@ def device_named(device: str | None) -> torch.device | None:
     return wanted
 
 
+# %% ../nbs/03i_optimizer.ipynb #pick-precision
+def pick_precision(config: TrainConfig) -> str:
+    """accelerate's mixed precision: `auto` is bf16 on cards from Ampere on, fp16 on 7.x, else no.
+
+    Older cards say that they have bf16, too: by emulation.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return "no"
+    generation, _ = torch.cuda.get_device_capability(device_named(config.device))
+    return {7: "fp16"}.get(generation, "bf16" if generation > 7 else "no")
+
+
 # %% ../nbs/03i_optimizer.ipynb #start-accelerator-2
-def start_accelerator(config: TrainConfig) -> Accelerator:
+def start_accelerator(config: TrainConfig, precision: str = "") -> Accelerator:
     """An accelerator of the configuration's device and precision, whatever was used before.
 
-    Of several processes each has the device that its launcher gave it.
+    Of several processes each has the device that its launcher gave it. On a card float32 products
+    are TF32, and cuDNN looks for the fastest convolutions where all inputs have one size.
+    precision: in place of `pick_precision`.
     """
     device = device_named(config.device)
     alone = PartialState().num_processes == 1
@@ -121,9 +129,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if device and device.type == "cuda" and alone:
         torch.cuda.set_device(device)
     cpu = bool(device) and device.type == "cpu" and alone
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    handlers = {"kwargs_handlers": [unused]}
-    return Accelerator(cpu=cpu, mixed_precision=pick_precision(config), **handlers)
+    gpu = torch.cuda.is_available() and not cpu
+    # A batch without boxes leaves parameters unused; on cards batch norm is synchronised.
+    how = {"find_unused_parameters": True, "broadcast_buffers": not gpu}
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = not config.multi_scale
+    handlers = [DistributedDataParallelKwargs(**how)]
+    mixed = precision or pick_precision(config)
+    return Accelerator(cpu=cpu, mixed_precision=mixed, kwargs_handlers=handlers)
 
 
 # %% ../nbs/03i_optimizer.ipynb #recompute

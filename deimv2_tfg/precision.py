@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'autocast_weights',
+    'autocast_weights', 'attention_in_float32',
 ]  # fmt: skip
 
 # %% ../nbs/02c_precision.ipynb #precision-imports
@@ -12,6 +12,9 @@ import contextlib
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 # %% ../nbs/02c_precision.ipynb #cast
@@ -62,3 +65,22 @@ def autocast_weights(model: nn.Module, device_type: str):
     finally:
         for (module, name), value in zip(places, own, strict=True):
             module._parameters[name] = value
+
+
+# %% ../nbs/02c_precision.ipynb #attention
+def _attend_in_float32(module, query, key, value, attention_mask, **kwargs):
+    with torch.autocast(query.device.type, enabled=False):
+        inputs = (query.float(), key.float(), value.float(), attention_mask)
+        return sdpa_attention_forward(module, *inputs, **kwargs)
+
+
+AttentionInterface.register("sdpa_float32", _attend_in_float32)
+AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+
+
+def attention_in_float32(model: nn.Module):
+    """From now on a transformers network attends in float32, whatever autocast says."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", "") == "sdpa":
+            config._attn_implementation = "sdpa_float32"

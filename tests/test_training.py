@@ -2,22 +2,24 @@
 
 import dataclasses
 import itertools
+import math
 import re
 import signal
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 
-from deimv2_tfg import training
+from deimv2_tfg import step, training
 from deimv2_tfg.baselines import FASTER_RCNN
 from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import DatasetError, load_dataset
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
-from deimv2_tfg.guard import stop_requests
+from deimv2_tfg.guard import is_incident, random_state, set_random_state, stop_requests
 from deimv2_tfg.journal import end_table
-from deimv2_tfg.optim import make_ema, parameter_groups
+from deimv2_tfg.optim import make_ema, parameter_groups, pick_precision
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Log, Run, load_state
 from deimv2_tfg.step import count_boxes, shares_of, training_step
@@ -236,6 +238,7 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
 def told(monkeypatch, capsys):
     "What is said on standard error, a line each."
     monkeypatch.delenv("IN_TEST")
+    monkeypatch.setattr(training, "fastest_precision", lambda *configured: "no")
     return lambda: [
         line for line in capsys.readouterr().err.splitlines() if "epoch" in line or ":" in line
     ]
@@ -251,7 +254,8 @@ def test_an_epoch_is_a_line_and_the_end_a_table(config, told):
     assert all(line.endswith(run.name) for line in epochs)
     last = run.metrics("val").iloc[-1]
     assert f"AP50 {last['val/AP50']:.3f}" in epochs[1]
-    assert lines[-1].startswith("2 epochs, 24 images") and run.name in lines[-1]
+    (end,) = [line for line in lines if line.startswith("2 epochs, 24 images")]
+    assert run.name in end
     assert train(config) == run.path
     (again,) = told()
     assert again.startswith(f"already trained, AP {run.result['best_val_AP']:.3f}")
@@ -302,3 +306,72 @@ def test_a_name_and_a_device_change_no_run(config):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no such device"):
             train(dataclasses.replace(config, device="cuda:1"))
+
+
+# ------------------------------------------------------------------ precision
+
+
+def test_the_faster_precision_is_measured_once_and_remembered(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("IN_TEST")
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    asked = []
+
+    def measured(config, family):
+        asked.append(config.model)
+        return {"tiny": {"no": 1.0, "bf16": 0.8}, "small": {"no": 1.0, "bf16": 0.95}}[config.model]
+
+    monkeypatch.setattr(training, "measured_precisions", measured)
+    on_cpu = dataclasses.replace(config, device="cpu")
+    assert [training.fastest_precision(on_cpu, DEIMV2) for _ in range(2)] == ["bf16", "bf16"]
+    small = dataclasses.replace(on_cpu, model="small")
+    assert training.fastest_precision(small, DEIMV2) == "no"
+    given = dataclasses.replace(on_cpu, precision="no")
+    assert training.fastest_precision(given, DEIMV2) == "no" and asked == ["tiny", "small"]
+    monkeypatch.setenv("IN_TEST", "1")
+    assert training.fastest_precision(on_cpu, DEIMV2) == "no"
+
+
+def test_a_resumed_run_keeps_its_precision_and_attends_in_float32(config, monkeypatch):
+    first = Run(train(dataclasses.replace(config, precision="bf16", epochs=1)))
+    assert first.environment["precision"] == "bf16"
+    again = training.Trainer(dataclasses.replace(config, epochs=1), first)
+    assert again.precision == again.accelerator.mixed_precision == "bf16"
+    attentions = [
+        m.config._attn_implementation for m in again.model.modules() if hasattr(m, "config")
+    ]
+    assert set(attentions) == {"sdpa_float32"}
+    kept = [m.config._attn_implementation for m in again.ema.modules() if hasattr(m, "config")]
+    assert set(kept) == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((7, 5), "fp16"), ((8, 6), "bf16"), ((6, 1), "no")]
+)
+def test_precision_by_generation_of_the_card(config, monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision(config) == expected
+    assert pick_precision(dataclasses.replace(config, device="cpu")) == "no"
+
+
+def test_a_first_step_in_fp16_that_is_refused_lowers_the_scale():
+    scaler = torch.amp.GradScaler("cpu")
+    step._lower_scale(scaler, "cpu")
+    assert scaler.get_scale() == 2**15
+    accelerator = SimpleNamespace(scaler=scaler)
+    overflow = step.Step({}, torch.tensor(math.nan), "overflow")
+    assert not is_incident(overflow, accelerator)  # the scale is still sought
+    assert is_incident(dataclasses.replace(overflow, failure="loss"), accelerator)
+    for _ in range(9):
+        step._lower_scale(scaler, "cpu")
+    assert is_incident(overflow, accelerator)
+
+
+def test_random_numbers_of_more_cards_than_are_here(monkeypatch):
+    state = random_state() | {"cuda": ["first", "second"]}
+    given = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *numbers: given.append(numbers))
+    set_random_state(state)
+    assert given == [("first", 0)]
