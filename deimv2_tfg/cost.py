@@ -466,7 +466,7 @@ def counted_step(
 
 
 # %% ../nbs/03d_cost.ipynb #stepmemory
-SLACK = 1.5  # what a card needs over the count: workspaces, gaps, copies in another layout
+SLACK = 1.6  # what a card needs over the count: workspaces, gaps, copies in another layout
 
 
 @dataclass(frozen=True)
