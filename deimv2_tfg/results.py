@@ -538,6 +538,7 @@ COMPARED = [
     *("AP", "AP low", "AP high", "AP sd", "AP50", "AP50 low", "AP50 high"),
     *("difference", "difference low", "difference high", "pairs"),
     *("p seeds", "p seeds Holm", "p images", "p images Holm", "smallest difference"),
+    *("AP75", "AP_small", "AR100"),
     "note",
 ]
 
