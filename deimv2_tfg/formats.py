@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = [
     'LEFTOVERS', 'MASK_WORDS', 'KIND_WORDS', 'SPLIT_NAMES', 'NO_LABELS', 'CVAT_SIDES', 'Item',
-    'write_coco', 'Foreign', 'whole_size', 'photograph_size', 'balance', 'require_balance',
-    'folder_words', 'key', 'split_of', 'files_of', 'by_key', 'PhotographIndex', 'pictures_by_key',
-    'coco_box', 'is_coco', 'read_coco_set', 'VocFile', 'xml_root', 'read_voc_file', 'read_lists',
-    'read_voc_set', 'set_to_write', 'write_voc', 'read_yolo', 'yolo_classes', 'read_yolo_set',
-    'write_yolo', 'read_cvat', 'read_labelme',
+    'write_coco_set', 'Foreign', 'whole_size', 'photograph_size', 'balance', 'read_as_corners',
+    'require_balance', 'folder_words', 'key', 'split_of', 'files_of', 'by_key', 'PhotographIndex',
+    'pictures_by_key', 'coco_box', 'is_coco', 'read_coco_set', 'VocFile', 'xml_root',
+    'read_voc_file', 'read_lists', 'read_voc_set', 'set_to_write', 'write_voc', 'read_yolo',
+    'yolo_classes', 'read_yolo_set', 'write_yolo', 'read_cvat', 'read_labelme',
 ]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
@@ -79,7 +79,7 @@ def _annotation(box: tuple, classes: Mapping[str, int], image_id: int, own: int)
 
 
 # %% ../nbs/01b_formats.ipynb #write-coco-2
-def write_coco(path: Path, items: Iterable[Item], classes: Mapping[str, int]) -> Path:
+def write_coco_set(path: Path, items: Iterable[Item], classes: Mapping[str, int]) -> Path:
     """Write a COCO json, and its photographs to `images/` beside it; its path.
 
     `classes`: {name: category id}. Raises `ValueError` for two photographs of one name.
@@ -218,6 +218,18 @@ def _wrong_boxes(item: Item) -> list[str]:
     return wrong
 
 
+# %% ../nbs/01b_formats.ipynb #corners
+def read_as_corners(items: Iterable[Item]) -> str:
+    """What to say of boxes that stick out, and most of which may be two corners; "" of others."""
+    rows = [(*box[1:5], *item.size) for item in items for box in item.boxes]
+    x, y, w, h, width, height = np.reshape(rows, (-1, 6)).astype(float).T
+    over = (x + w > width + 1) | (y + h > height + 1)
+    corners = (x < w) & (w <= width + 1) & (y < h) & (h <= height + 1)
+    if not over.any() or corners.mean() <= 0.5:
+        return ""
+    return f"{over.sum()} of {len(rows)} boxes stick out: are they two corners and no sizes?"
+
+
 # %% ../nbs/01b_formats.ipynb #require-balance
 def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
     """Raise `ValueError` with all problems, or with leftovers that are not allowed by name."""
@@ -235,6 +247,7 @@ def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
         problems.append("none of the photographs has a box")
     for item in found.items:
         problems += [f"{found.named(item.path)}: {wrong}" for wrong in _wrong_boxes(item)]
+    problems += filter(None, [read_as_corners(found.items)])
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"{len(problems)} problem(s) in {found.root}:\n  {shown}")

@@ -40,7 +40,7 @@ from deimv2_tfg.formats import (
     read_yolo_set,
     require_balance,
     split_of,
-    write_coco,
+    write_coco_set,
     xml_root,
     yolo_classes,
 )
@@ -493,7 +493,7 @@ def write_items(found: Foreign, out: Path) -> None:
     for split in sorted({item.split for item in found.items}):
         items = [item for item in found.items if item.split == split]
         path = annotation_file(out, split) if split else out / "annotations.json"
-        write_coco(path, items, found.classes)
+        write_coco_set(path, items, found.classes)
 
 
 def _write_whole(found: Foreign, out: Path) -> None:

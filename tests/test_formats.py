@@ -18,7 +18,7 @@ from deimv2_tfg.formats import (
     read_yolo,
     read_yolo_set,
     split_of,
-    write_coco,
+    write_coco_set,
     write_voc,
     write_yolo,
     yolo_classes,
@@ -873,7 +873,7 @@ def test_two_photographs_of_one_name_are_refused(tmp_path):
         Image.new("L", (9, 9)).save(tmp_path / folder / "x.png")
     both = [Item(tmp_path / folder / "x.png", (9, 9)) for folder in "ab"]
     with pytest.raises(ValueError, match="x.png"):
-        write_coco(tmp_path / "out" / "train.json", both, {})
+        write_coco_set(tmp_path / "out" / "train.json", both, {})
 
 
 def test_a_link_that_leads_out_is_not_read(tmp_path):

@@ -201,6 +201,16 @@ def test_what_the_doctor_calls_an_error_is_none_of_import_s_boxes(tmp_path, box,
     assert not (tmp_path / "out").exists()
 
 
+def test_boxes_that_are_two_corners_are_refused(tmp_path):
+    root = tmp_path / "in"
+    coco = coco_set(root)
+    for annotation in coco["annotations"]:
+        annotation["bbox"] = [61, 39, 73, 56]
+    write_json(root / "all.json", coco)
+    with pytest.raises(ValueError, match="10 of 10 boxes stick out: are they two corners"):
+        import_dataset(root, tmp_path / "out")
+
+
 @pytest.mark.finding("data.md:F7", "data.md:F8")
 def test_two_entries_for_one_photograph_are_refused(tmp_path):
     root = tmp_path / "in"
