@@ -6,8 +6,8 @@
 __all__ = [
     'FINE', 'COARSE', 'FAINT', 'ORIENTATIONS', 'SAME', 'NOWHERE', 'CANDIDATE', 'NEIGHBOURS',
     'WORDS', 'AUGMENTED', 'ROBOFLOW', 'COPIES', 'open_pixels', 'detail', 'turned', 'fingerprints',
-    'similarity', 'same_pairs', 'clusters', 'base_name', 'is_augmented', 'copies_by_name',
-    'pair_sheet', 'planted', 'copy_recall',
+    'similarity', 'same_pairs', 'clusters', 'base_name', 'copies_by_name', 'pair_sheet',
+    'planted', 'copy_recall',
 ]  # fmt: skip
 
 # %% ../nbs/00f_copies.ipynb #imports
@@ -131,16 +131,19 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     """
     weights = open_pixels(a) * open_pixels(b)
     x, y = detail(np.stack([a, b]), weights)
-    product, power_x, power_y = _blocks(x * y), _blocks(x * x), _blocks(y * y)
-    whole = np.sqrt(power_x.sum(1) * power_y.sum(1) + SIDE)  # SIDE: nothing is not like nothing
-    overall = product.sum(1) / whole
+    product = _blocks(x * y)
+    power_x = _blocks(x * x)
+    power_y = _blocks(y * y)
+    power = power_x.sum(1) * power_y.sum(1)
+    overall = product.sum(1) / np.sqrt(power + SIDE)  # SIDE: nothing is not like nothing
     local = product / np.sqrt((power_x + 3) * (power_y + 3))
     half_open = _blocks(weights) > SIDE / 2
     counted = np.sort(np.where(half_open, local, np.inf))
     tenth = half_open.sum(1) // 10
     at = np.minimum(tenth, counted.shape[1] - 1)
-    worst = np.nan_to_num(np.take_along_axis(counted, at[:, None], 1)[:, 0], posinf=0)
-    return np.where(weights.mean((1, 2)) < 0.1, 0, overall), worst
+    worst = counted[np.arange(len(a)), at]
+    closed = weights.mean((1, 2)) < 0.1
+    return np.where(closed, 0, overall), np.nan_to_num(worst, posinf=0)
 
 
 # %% ../nbs/00f_copies.ipynb #candidates
@@ -168,7 +171,8 @@ def _nearest(score, most: int) -> np.ndarray:
     """True at the `most` largest positive scores of each row."""
     if score.shape[1] <= most:
         return score > 0
-    cut = np.partition(score, -most, axis=1)[:, -most, None]
+    ordered = np.partition(score, -most, axis=1)
+    cut = ordered[:, [-most]]
     return (score > 0) & (score >= cut)
 
 
@@ -178,20 +182,20 @@ def _candidates(prints, share, block: int = 512) -> np.ndarray:
 
     `prints`: fingerprints (n, 32, 32); `share`: of open pixels in each, (n,).
     """
-    found = [np.zeros((0, 3), int)]
+    found = []
     flat = prints.reshape(len(prints), -1)
     for start in progress(range(0, len(prints), block), "comparing photographs", delay=2):
         stop = min(start + block, len(prints))
         best, how = _best_orientation(flat[start:stop], prints)
-        open_in_both = np.minimum(share[start:stop, None], share[None]).clip(0.05)
-        best -= CANDIDATE * np.sqrt(open_in_both)
-        best[np.arange(stop - start), np.arange(start, stop)] = -1  # not with itself
+        open_in_both = np.minimum.outer(share[start:stop], share)
+        best -= CANDIDATE * np.sqrt(open_in_both.clip(0.05))
+        np.fill_diagonal(best[:, start:stop], -1)  # not with itself
         i, j = np.nonzero(_nearest(best, NEIGHBOURS))
-        found.append(np.stack([i + start, j, how[i, j]], 1))
-    pairs = np.concatenate(found)
-    backwards = pairs[:, 0] > pairs[:, 1]
-    pairs[backwards] = np.stack(_reversed(*pairs[backwards].T), 1)
-    return np.unique(pairs, axis=0)
+        found.append((i + start, j, how[i, j]))
+    pairs = np.concatenate(found, axis=1, dtype=int)
+    backwards = pairs[0] > pairs[1]
+    pairs[:, backwards] = _reversed(*pairs[:, backwards])
+    return np.unique(pairs.T, axis=0)
 
 
 # %% ../nbs/00f_copies.ipynb #reversed
@@ -234,8 +238,8 @@ def _alike(thumbnails, least: float):
     # Eight at a time: their arrays are small enough for malloc to keep, four times as fast.
     for start in progress(range(0, len(pairs), 8), "comparing candidates", delay=2, unit="8 pairs"):
         some = pairs[start : start + 8]
-        others = np.stack([turned(thumbnails[j], k) for _, j, k in some])
-        overall, worst = similarity(thumbnails[some[:, 0]], others)
+        others = [turned(thumbnails[j], k) for _, j, k in some]
+        overall, worst = similarity(thumbnails[some[:, 0]], np.stack(others))
         same = (overall >= least) & (worst >= NOWHERE)
         for (i, j, k), value in zip(some[same], overall[same], strict=True):
             yield i, j, k, round(float(value), 4)
@@ -245,7 +249,8 @@ def _alike(thumbnails, least: float):
 def clusters(n: int, pairs) -> np.ndarray:
     """Connected component of `n` things under pairs (i, j): its smallest member, (n,) int."""
     pairs = np.asarray(pairs, int).reshape(-1, 2)
-    links = sparse.coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(n, n))
+    ones = np.ones(len(pairs))
+    links = sparse.coo_array((ones, tuple(pairs.T)), shape=(n, n))
     _, labels = sparse.csgraph.connected_components(links, directed=False)
     _, first = np.unique(labels, return_index=True)
     return first[labels]
@@ -270,12 +275,6 @@ def base_name(file_name: str) -> str:
         if found := pattern.match(stem):
             stem = found["base"]
     return stem
-
-
-# %% ../nbs/00f_copies.ipynb #copies-by-name
-def is_augmented(file_name: str) -> bool:
-    """Has the name a word of augmentation?"""
-    return bool(AUGMENTED.match(Path(file_name).stem))
 
 
 # %% ../nbs/00f_copies.ipynb #copies-by-name-2
@@ -335,9 +334,10 @@ def pair_sheet(photographs, pairs, most: int = 12, titles=None):
         ax.axis("off")
     for (left, right), row in zip(axes.reshape(-1, 2), chosen.itertuples(), strict=False):
         _draw_grey(left, photographs[row.a], 0, titles[row.a])
-        _draw_grey(right, photographs[row.b], ORIENTATIONS.index(row.turned), titles[row.b])
-        place = {"ha": "right", "va": "top", "transform": right.transAxes}
-        right.text(1, -0.02, f"{row.similarity:.2f}, {row.turned}", fontsize=6, **place)
+        how = ORIENTATIONS.index(row.turned)
+        _draw_grey(right, photographs[row.b], how, titles[row.b])
+        likeness = f"{row.similarity:.2f}, {row.turned}"
+        right.text(1, -0.02, likeness, fontsize=6, ha="right", va="top", transform=right.transAxes)
     return fig
 
 
@@ -400,10 +400,8 @@ def planted(photograph: Photograph, kind: str) -> Photograph:
     for change, argument in COPIES[kind]:
         copy = change(copy, argument)
     copy.load()
-    facts = pixel_facts(copy)
-    return Photograph(
-        photograph.path, mode=copy.mode, size=copy.size, thumbnail=thumbnail_of(copy), **facts
-    )
+    facts = {"mode": copy.mode, "size": copy.size, "thumbnail": thumbnail_of(copy)}
+    return Photograph(photograph.path, **facts, **pixel_facts(copy))
 
 
 # %% ../nbs/00f_copies.ipynb #copy-recall
@@ -417,18 +415,21 @@ def copy_recall(photographs: list[Photograph], chosen) -> pd.DataFrame:
     sound = [i for i in chosen if photographs[i].pixels_digest and not photographs[i].flat]
     cluster = clusters(n, same_pairs(photographs)[["a", "b"]])
     kinds = [(kind, i) for kind in COPIES for i in sound]
-    copies = [
-        planted(photographs[i], kind) for kind, i in progress(kinds, "planting copies", delay=2)
-    ]
-    source = np.array([*range(n), *(i for _, i in kinds)])
-    a, b = same_pairs([*photographs, *copies])[["a", "b"]].to_numpy(int).T
+    shown = progress(kinds, "planting copies", delay=2)
+    copies = [planted(photographs[i], kind) for kind, i in shown]
+    originals = [i for _, i in kinds]
+    source = np.array([*range(n), *originals])
+    pairs = same_pairs([*photographs, *copies])
+    a, b = pairs[["a", "b"]].to_numpy(int).T
     right = cluster[source[a]] == cluster[source[b]]
     rows = []
     for k, kind in enumerate(COPIES):
         first = n + k * len(sound)
         its = (b >= first) & (b < first + len(sound))
-        found = len(np.unique(b[its & right & (a < n)]))
+        rightly = its & right & (a < n)
+        found = len(np.unique(b[rightly]))
+        share = found / max(1, len(sound))
         false_pairs = int((its & ~right).sum())
-        rows.append((kind, len(sound), found, found / max(1, len(sound)), false_pairs))
+        rows.append((kind, len(sound), found, share, false_pairs))
     columns = ["copy", "planted", "found", "share", "false pairs"]
     return pd.DataFrame(rows, columns=columns).set_index("copy")

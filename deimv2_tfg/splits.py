@@ -63,7 +63,8 @@ def _classes(table: pd.DataFrame) -> list[str]:
 # %% ../nbs/01e_splits.ipynb #twins
 def _twins(table: pd.DataFrame, report: Report) -> np.ndarray:
     """(p, 2) rows of a `split_table` whose photographs show the same."""
-    rows = {key: k for k, key in enumerate(zip(table["split"], table["file_name"], strict=True))}
+    keys = zip(table["split"], table["file_name"], strict=True)
+    rows = {key: k for k, key in enumerate(keys)}
     at = np.array([rows[key] for key in report.photographs], int)
     return at[report.pairs[["a", "b"]].to_numpy(int)]
 
@@ -75,7 +76,8 @@ def _name_groups(table: pd.DataFrame) -> list[str]:
     groups = []
     for split, name in zip(table["split"], table["file_name"], strict=True):
         name = original.get(name, name)
-        groups.append(f"{split}/{name}" if Path(name).stem.isdigit() else name)
+        plain_number = Path(name).stem.isdigit()
+        groups.append(f"{split}/{name}" if plain_number else name)
     return groups
 
 
@@ -157,11 +159,11 @@ def assign_shares(
     table = split_table(root, splits)
     if groups is None:
         groups = groups_of(root, by, column, splits, report)
-    shown = (table[_classes(table)] > 0).astype(int).assign(photographs=1)
-    sums = shown.groupby(np.asarray(groups)).sum()
-    share = dict(zip(sums.index, deal(sums.to_numpy(), shares, seed), strict=True))
     table["group"] = groups
-    table["share"] = table["group"].map(share)
+    shown = table[_classes(table)] > 0
+    sums = shown.assign(photographs=1).groupby(table["group"]).sum()
+    dealt = deal(sums.to_numpy(), shares, seed)
+    table["share"] = table["group"].map(pd.Series(dealt, sums.index))
     _require_shares(table, len(shares), by)
     return table
 
@@ -174,11 +176,11 @@ def _require_shares(table: pd.DataFrame, n: int, by):
         return
     sizes = table["group"].value_counts()
     first = table[table["group"] == sizes.index[0]].iloc[0]
-    names = [SPLITS[k] if n == len(SPLITS) else f"share {k}" for k in empty]
-    message = (
-        f"{' and '.join(names)} would be empty: {len(sizes)} groups for {n} shares; {sizes.iloc[0]}"
-        f" of {len(table)} photographs are in the largest, {first['file_name']!r} for one"
-    )
+    names = SPLITS if n == len(SPLITS) else [f"share {k}" for k in range(n)]
+    what = " and ".join(names[k] for k in empty)
+    largest = f"{sizes.iloc[0]} of {len(table)} photographs are in the largest"
+    message = f"{what} would be empty: {len(sizes)} groups for {n} shares; {largest}"
+    message += f", {first['file_name']!r} for one"
     if "look" in by and sizes.iloc[0] > 1:
         message += (
             ". Parts that lie alike under one camera look alike: see pairs.png of `deimv2-tfg"
@@ -206,10 +208,11 @@ def write_assignment(root, out, table: pd.DataFrame, names=SPLITS) -> Path:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another folder")
     cocos = {split: _read(root, split) for split in table["split"].unique()}
-    table = table.assign(again=[Path(name).name for name in table["file_name"]])
-    table["again"] = table["again"].duplicated(keep=False)
+    names_alone = table["file_name"].map(lambda name: Path(name).name)
+    table = table.assign(again=names_alone.duplicated(keep=False))
     for k, name in enumerate(names):
-        _write_rows(root, out / name, table[table["share"] == k], cocos)
+        its = table[table["share"] == k]
+        _write_rows(root, out / name, its, cocos)
     return out
 
 
@@ -237,7 +240,8 @@ def _write_rows(root: Path, folder: Path, rows: pd.DataFrame, cocos: dict):
     for k, row in enumerate(rows.itertuples(), 1):
         entry = cocos[row.split]["images"][row.entry]
         name = _new_name(row)
-        _link(root / row.split / "images" / row.file_name, folder / "images" / name)
+        photograph = root / row.split / "images" / row.file_name
+        _link(photograph, folder / "images" / name)
         source = {"source_split": row.split, "source_name": row.file_name}
         images.append(source | entry | {"id": k, "file_name": name})
         for a in boxes[row.split].get(entry["id"], []):
@@ -255,11 +259,13 @@ def write_folds(
     if k < 3:
         raise ValueError(f"folds={k}: at least 3, for training, validation and test")
     table = assign_shares(root, np.ones(k), by, column, seed, report=report, splits=splits)
-    how = {"kind": "fold", "folds": k, "by": list(by), "column": column, "seed": seed}
+    how = {"kind": "fold", "folds": k}
+    how |= {"by": list(by), "column": column, "seed": seed}
     folders = []
     for fold in range(k):
         role = {fold: 2, (fold + 1) % k: 1}
-        roles = table.assign(share=[role.get(share, 0) for share in table["share"]])
+        shares = [role.get(share, 0) for share in table["share"]]
+        roles = table.assign(share=shares)
         folder = write_assignment(root, Path(out) / f"fold{fold}", roles)
         freeze(folder, how | {"fold": fold})
         folders.append(folder)
@@ -283,10 +289,12 @@ def manifest_of(root, made: dict | None = None) -> dict:
         folder = root / split / "images"
         paths.append(annotation_file(root, split))
         paths += [folder / image["file_name"] for image in _read(root, split)["images"]]
-    files = {path.relative_to(root).as_posix(): file_digest(path) for path in sorted(set(paths))}
-    files = dict(sorted(files.items()))
-    counts = {split: sum(k.startswith(f"{split}/images/") for k in files) for split in SPLITS}
+    digests = {path.relative_to(root).as_posix(): file_digest(path) for path in set(paths)}
+    files = dict(sorted(digests.items()))
     lines = [f"{name} {digest}".encode() for name, digest in files.items()]
+    counts = {}
+    for split in SPLITS:
+        counts[split] = sum(name.startswith(f"{split}/images/") for name in files)
     return {"hash": hash_bytes(*lines), "photographs": counts, "made": made or {}, "files": files}
 
 
@@ -361,8 +369,8 @@ def bind_data(run, data_dir, allow_changed: bool = False) -> str:
 # %% ../nbs/01e_splits.ipynb #one-split
 def _folder_of(file: Path, images: str = "") -> Path:
     """The folder with the photographs of a COCO file: the first that has all of them."""
-    images_listed = [image for image in read_coco(file)["images"] if isinstance(image, dict)]
-    names = [image["file_name"] for image in images_listed if image.get("file_name") is not None]
+    entries = [image for image in read_coco(file)["images"] if isinstance(image, dict)]
+    names = [image["file_name"] for image in entries if image.get("file_name") is not None]
     here, above = file.parent, file.parent.parent
     near = [here / "images", here, above / "images", above]
     folders = [Path(images)] if images else near
@@ -372,10 +380,9 @@ def _folder_of(file: Path, images: str = "") -> Path:
         if not missing[folder]:
             return folder.resolve()
     best = min(missing, key=lambda folder: len(missing[folder]))
-    raise DatasetError(
-        f"{file}: {len(missing[best])} of {len(names)} photographs are not in {best},"
-        f" {missing[best][0]!r} for one; give their folder with --images"
-    )
+    lost = missing[best]
+    found = f"{len(lost)} of {len(names)} photographs are not in {best}, {lost[0]!r} for one"
+    raise DatasetError(f"{file}: {found}; give their folder with --images")
 
 
 # %% ../nbs/01e_splits.ipynb #is-in
@@ -414,9 +421,11 @@ def _require_sound(file: Path, staging: Path):
     try:
         require_dataset(staging, ("all",))
     except DatasetError as e:
-        said = str(e).removesuffix(LAYOUT).replace(str(staging), file.name)
+        said = str(e).removesuffix(LAYOUT)
+        for staged in (str(staging), "all/all.json"):
+            said = said.replace(staged, file.name)
         way_out = "Make a data set of it first (`deimv2-tfg import`), or export it again."
-        raise DatasetError(said.replace("all/all.json", file.name) + way_out) from None
+        raise DatasetError(said + way_out) from None
 
 
 # %% ../nbs/01e_splits.ipynb #split-command
@@ -447,7 +456,8 @@ def split(
         require_dataset(root, splits)
         how = {"by": reasons, "column": column, "seed": seed, "splits": splits}
         if folds:
-            print("\n".join(map(str, write_folds(root, out, folds, **how))))
+            folders = write_folds(root, out, folds, **how)
+            print(*folders, sep="\n")
             return
         table = assign_shares(root, wanted, **how)
         made = write_assignment(root, out, table)
@@ -457,7 +467,8 @@ def split(
     parts = [f"{n} {name}" for n, name in zip(counts, SPLITS, strict=True)]
     sizes = table["group"].value_counts()
     print(f"{made}: {', '.join(parts)}; {len(sizes)} groups")
-    if (counts / counts.sum() < np.array(wanted) / sum(wanted) / 2).any():
+    asked = counts.sum() * np.array(wanted) / sum(wanted)
+    if (counts < asked / 2).any():
         print(f"less than half of what was asked: {sizes.iloc[0]} photographs belong together")
 
 
@@ -469,10 +480,12 @@ def split_quality(table: pd.DataFrame, twins: np.ndarray) -> dict[str, float]:
     class's share of photographs in the test from the split's own.
     """
     test = table["share"].to_numpy() == 2
-    one, other = np.concatenate([twins, twins[:, ::-1]]).T
+    backwards = twins[:, ::-1]
+    one, other = np.concatenate([twins, backwards]).T
     leaks = one[test[one] & ~test[other]]
     shown = table[_classes(table)].to_numpy() > 0
-    away = shown[test].sum(0) / np.maximum(shown.sum(0), 1) - test.mean()
+    all_shown = np.maximum(shown.sum(0), 1)
+    away = shown[test].sum(0) / all_shown - test.mean()
     leaked = len(np.unique(leaks))
     return {
         "test photographs": int(test.sum()),

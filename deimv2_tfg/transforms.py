@@ -73,7 +73,8 @@ def in_pixels(photograph: Image.Image, target: dict) -> tuple[Image.Image, dict]
         return photograph, target
     w, h = photograph.size
     corners = box_convert(target["boxes"], "cxcywh", "xyxy")
-    boxes = corners * torch.tensor([w, h, w, h], dtype=corners.dtype)
+    edges = torch.tensor([w, h, w, h], dtype=corners.dtype)
+    boxes = corners * edges
     return photograph, target | {"boxes": on_canvas(boxes, (h, w))}
 
 
@@ -81,7 +82,8 @@ def in_fractions(target: dict) -> dict:
     """The target with `boxes` as a plain tensor (n, 4), cxcywh in [0, 1]."""
     h, w = target["boxes"].canvas_size
     boxes = target["boxes"].as_subclass(torch.Tensor).float()
-    corners = (boxes / torch.tensor([w, h, w, h])).clamp(0, 1)
+    edges = torch.tensor([w, h, w, h])
+    corners = (boxes / edges).clamp(0, 1)
     return target | {"boxes": box_convert(corners, "xyxy", "cxcywh")}
 
 
@@ -91,12 +93,10 @@ def _labels(sample: tuple) -> torch.Tensor:
 
 
 CLEAN = v2.SanitizeBoundingBoxes(min_size=2, labels_getter=_labels)
-QUARTER_TURNS = v2.RandomChoice(
-    [v2.RandomRotation((angle, angle), expand=True) for angle in (90, 180, 270)]
-)
-LIGHT = v2.RandomPhotometricDistort(
-    brightness=(0.75, 1.25), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.5
-)
+_TURNS = [v2.RandomRotation((angle, angle), expand=True) for angle in (90, 180, 270)]
+QUARTER_TURNS = v2.RandomChoice(_TURNS)
+_EXPOSURE = {"brightness": (0.75, 1.25), "contrast": (0.7, 1.3)}
+LIGHT = v2.RandomPhotometricDistort(**_EXPOSURE, saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.5)
 
 
 # %% ../nbs/01c_transforms.ipynb #augmentation-2
@@ -201,19 +201,23 @@ def mosaic(samples: Sequence[tuple], side: int, smallest: float = 0.5) -> tuple:
     boxes = []
     for k, (photograph, target) in enumerate(samples):
         corner = (k % 2 * side, k // 2 * side)
-        sheet.paste(photograph.resize((side, side), Image.Resampling.BILINEAR), corner)
-        placed = v2.functional.resize(in_pixels(photograph, target)[1]["boxes"], [side, side])
+        small = photograph.resize((side, side), Image.Resampling.BILINEAR)
+        sheet.paste(small, corner)
+        _, on_photograph = in_pixels(photograph, target)
+        placed = v2.functional.resize(on_photograph["boxes"], [side, side])
         boxes.append(placed + torch.tensor(corner * 2))
     width = round(2 * side * _uniform(smallest, 1))
     x = round(_uniform(0, 2 * side - width))
     y = round(_uniform(0, 2 * side - width))
-    boxes = torch.cat(boxes) - torch.tensor([x, y, x, y])
+    corner = torch.tensor([x, y, x, y])
+    boxes = torch.cat(boxes) - corner
     labels = torch.cat([target["labels"] for _, target in samples])
     from_middle = (boxes[:, :2] + boxes[:, 2:]) / 2 - width / 2
     kept = from_middle.abs().amax(1) <= width / 2
     others = [target["image_id"] for _, target in samples[1:]]
     window = sheet.crop((x, y, x + width, y + width))
-    return window, _mixed(samples[0][1], boxes[kept], labels[kept], (width, width), others)
+    size = (width, width)
+    return window, _mixed(samples[0][1], boxes[kept], labels[kept], size, others)
 
 
 # %% ../nbs/01c_transforms.ipynb #mixup
@@ -232,7 +236,8 @@ def mixup(
     mixed = {key: torch.cat([target[key], other_target[key]]) for key in ("boxes", "labels")}
     before = [*target.get("mixed_with", []), other_target["image_id"]]
     mixed["mixed_with"] = [*before, *other_target.get("mixed_with", [])]
-    return pixel_values * share + other_values * (1 - share), target | mixed
+    values = pixel_values * share + other_values * (1 - share)
+    return values, target | mixed
 
 
 # %% ../nbs/01c_transforms.ipynb #covered
@@ -266,7 +271,8 @@ def _free_place(
     for _ in range(tries):
         x = round(_uniform(0, room[0] - w))
         y = round(_uniform(0, room[1] - h))
-        box = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float32)
+        edges = (x, y, x + w, y + h)
+        box = torch.tensor([edges], dtype=torch.float32)
         if _covered(box, boxes) <= covered:
             return box
     return None
@@ -298,14 +304,18 @@ def copy_blend(
     for k in torch.randperm(len(sources))[:most].tolist():
         if too_large[k]:
             continue
-        w, h = (max(2, round(side)) for side in scaled[k, 2:].tolist())
+        sides = scaled[k, 2:].tolist()
+        w, h = (max(2, round(side)) for side in sides)
         box = _free_place((w, h), photograph.size, boxes, covered, tries)
         if box is None:
             continue
-        patch = other.crop([round(v) for v in sources[k].tolist()]).resize((w, h))
-        photograph.paste(patch, box[0, :2].int().tolist(), _soft_edge((w, h)))
+        edges = [round(v) for v in sources[k].tolist()]
+        corner = box[0, :2].int().tolist()
+        patch = other.crop(edges).resize((w, h))
+        photograph.paste(patch, corner, _soft_edge((w, h)))
         boxes = torch.cat([boxes, box])
-        labels = torch.cat([labels, other_target["labels"][k : k + 1]])
+        its_label = other_target["labels"][[k]]
+        labels = torch.cat([labels, its_label])
     if len(labels) == len(target["labels"]):
         return photograph, target
     return photograph, _mixed(target, boxes, labels, size, [other_target["image_id"]])

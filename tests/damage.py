@@ -539,6 +539,8 @@ def main(count: int, seed: int = 0):
         if problem:
             failed += 1
             print(f"seed {k}, {', '.join(names)}: {problem[:400]}", flush=True)
+        if (k - seed + 1) % 100 == 0:
+            print(f"{k - seed + 1} tried, {failed} failed", flush=True)
     print(f"{count} damaged sets, {failed} failed, {time.time() - began:.0f} s")
     return failed
 
