@@ -188,7 +188,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                    'deimv2_tfg.copies.copy_recall': ('copies.html#copy_recall', 'deimv2_tfg/copies.py'),
                                    'deimv2_tfg.copies.detail': ('copies.html#detail', 'deimv2_tfg/copies.py'),
                                    'deimv2_tfg.copies.fingerprints': ('copies.html#fingerprints', 'deimv2_tfg/copies.py'),
-                                   'deimv2_tfg.copies.is_augmented': ('copies.html#is_augmented', 'deimv2_tfg/copies.py'),
                                    'deimv2_tfg.copies.open_pixels': ('copies.html#open_pixels', 'deimv2_tfg/copies.py'),
                                    'deimv2_tfg.copies.pair_sheet': ('copies.html#pair_sheet', 'deimv2_tfg/copies.py'),
                                    'deimv2_tfg.copies.planted': ('copies.html#planted', 'deimv2_tfg/copies.py'),
