@@ -388,7 +388,7 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 
-# %% ../nbs/03d_cost.ipynb #unmatched-losses
+# %% ../nbs/03d_cost.ipynb #made-up-pairs
 def _made_up_pairs(heads: int, counts: np.ndarray, queries: int) -> np.ndarray:
     "Pairs (4, M): head, image, query, target, with another query for each."
     boxes = int(counts.sum())
@@ -398,6 +398,7 @@ def _made_up_pairs(heads: int, counts: np.ndarray, queries: int) -> np.ndarray:
     return np.stack([head, image, query, target])
 
 
+# %% ../nbs/03d_cost.ipynb #unmatched-losses
 def unmatched_losses(criterion: Criterion, outputs, targets: list[dict]) -> dict:
     """The terms of a `Criterion` with pairs that nothing was read for: for fake tensors."""
     tensors = float_outputs(outputs)

@@ -527,7 +527,7 @@ def _save_picture(out: Path, name: str, found: Detections) -> None:
     found.show().save(path, "JPEG", quality=90)
 
 
-# %% ../nbs/07b_use.ipynb #found
+# %% ../nbs/07b_use.ipynb #found-2
 def _found(
     predictor: Predictor, batch: list, threshold, report: PredictionReport, base: Path
 ) -> Iterable[tuple[str, Detections]]:
@@ -542,6 +542,7 @@ def _found(
     return zip(names, predictor.predict_batch(list(photographs), threshold), strict=True)
 
 
+# %% ../nbs/07b_use.ipynb #found
 def _settings(run, predictor: Predictor, thresholds: Thresholds, good, report) -> dict:
     """What the results of a prediction were made with."""
     return {

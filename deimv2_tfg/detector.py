@@ -481,7 +481,7 @@ def encode(model: Detector, pixel_values: torch.Tensor) -> tuple[torch.Tensor, t
     return tokens, tuple(tuple(m.shape[-2:]) for m in maps)
 
 
-# %% ../nbs/03_detector.ipynb #anchor-logits
+# %% ../nbs/03_detector.ipynb #anchors
 def _anchors(height, width, side):
     y = (torch.arange(height) + 0.5) / height
     x = (torch.arange(width) + 0.5) / width
@@ -490,6 +490,7 @@ def _anchors(height, width, side):
     return torch.stack([x, y, sides, sides], -1).flatten(0, 1)
 
 
+# %% ../nbs/03_detector.ipynb #anchor-logits
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def anchor_logits(shapes: tuple, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:

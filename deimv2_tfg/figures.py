@@ -210,7 +210,7 @@ def place_labels(boxes: np.ndarray, sizes: list, picture: tuple[int, int]) -> li
     return placed
 
 
-# %% ../nbs/00d_figures.ipynb #draw-boxes
+# %% ../nbs/00d_figures.ipynb #scaled
 def _scaled(image: Image.Image, side: int | None) -> tuple[Image.Image, float]:
     image = image.convert("RGB")
     scale = side / max(image.size) if side else 1.0
@@ -220,6 +220,7 @@ def _scaled(image: Image.Image, side: int | None) -> tuple[Image.Image, float]:
     return image.resize(size), scale
 
 
+# %% ../nbs/00d_figures.ipynb #draw-boxes
 def _draw_label(pen: ImageDraw.ImageDraw, place, text: str, color: tuple, font) -> None:
     dark = np.dot(color, (0.299, 0.587, 0.114)) < 140
     pen.rectangle(place.tolist(), fill=color)
@@ -302,7 +303,7 @@ def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-# %% ../nbs/00d_figures.ipynb #numbers-of-a-column
+# %% ../nbs/00d_figures.ipynb #digits
 def _digits(column: str, values: pd.Series) -> int:
     """Decimals that numbers are printed with: none for whole ones, three for AP."""
     values = values.dropna().astype(float)
@@ -317,6 +318,7 @@ def _points(value: float, language: str) -> str:
     return format_number(100 * value, 2, language, signed=True)
 
 
+# %% ../nbs/00d_figures.ipynb #numbers-of-a-column
 def _p_value(value: float, language: str) -> str:
     least = "<" if value < 0.001 else ""
     return least + format_number(max(value, 0.001) if least else value, 3, language)
@@ -332,7 +334,7 @@ def _writer(column: str, values: pd.Series, language: str) -> Callable[[float], 
     return functools.partial(format_number, digits=digits, language=language)
 
 
-# %% ../nbs/00d_figures.ipynb #written
+# %% ../nbs/00d_figures.ipynb #word
 def _word(value, column: str, language: str) -> str:
     if isinstance(value, (list, tuple, np.ndarray)):  # a box, say
         return ", ".join(format_number(number, 0, language) for number in value)
@@ -342,6 +344,7 @@ def _word(value, column: str, language: str) -> str:
     return word(str(value), language)
 
 
+# %% ../nbs/00d_figures.ipynb #written
 def _written(column: str, values: pd.Series, language: str) -> pd.Series:
     """A column as text in a language."""
     if pd.api.types.is_bool_dtype(values) or not pd.api.types.is_numeric_dtype(values):
@@ -567,7 +570,7 @@ def _note(frame, page: Study, name: str, kind: str, caption: str, runs, by, colu
     note_runs(page.figures, runs)
 
 
-# %% ../nbs/00d_figures.ipynb #save-figure
+# %% ../nbs/00d_figures.ipynb #to-csv
 def _to_csv(table: pd.DataFrame, path: Path) -> None:
     """Whole and unrounded; an index that says something is the first column."""
     counted = isinstance(table.index, pd.RangeIndex)
@@ -581,6 +584,7 @@ def _place(page: Study, name: str) -> Path:
     return path
 
 
+# %% ../nbs/00d_figures.ipynb #save-figure
 def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=None) -> Path:
     """Save a figure as PDF and a small PNG, and its data as CSV. Returns the PNG's path.
 

@@ -405,7 +405,7 @@ def _best_of(annotations: dict, results: list) -> list[tuple]:
     return pairs
 
 
-# %% ../nbs/01g_metrics.ipynb #overlaps-if
+# %% ../nbs/01g_metrics.ipynb #overlaps-if-2
 def _overlaps_if(pair: tuple, form: str, fractions: bool) -> torch.Tensor:
     """IoU (m, n) of an image's objects with its results, if their numbers mean `form`."""
     (truth, _), (boxes, _), size = pair
@@ -415,6 +415,7 @@ def _overlaps_if(pair: tuple, form: str, fractions: bool) -> torch.Tensor:
     return box_iou(truth, torch.cat([low, torch.maximum(low, high)], dim=1))
 
 
+# %% ../nbs/01g_metrics.ipynb #overlaps-if
 def _mean_overlap(pairs: list, form: str, fractions: bool) -> float:
     """How well the best result fits an object, on average; 0 without an object."""
     best = [torch.zeros(0)]

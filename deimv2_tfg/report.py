@@ -200,7 +200,7 @@ def study_sections(folder: Path, language: str = "en") -> list[dict]:
     return sections
 
 
-# %% ../nbs/07e_report.ipynb #write-report
+# %% ../nbs/07e_report.ipynb #facts
 def _facts(run: Run, split: str, language: str) -> dict[str, str]:
     """The line of numbers under a run's title."""
     scores, result = run.scores(split), run.result
@@ -214,6 +214,7 @@ def _facts(run: Run, split: str, language: str) -> dict[str, str]:
     return {gettext(name, language): value for name, value in facts.items()}
 
 
+# %% ../nbs/07e_report.ipynb #write-report
 def _render(title: str, facts: dict, sections: list[dict], language: str) -> str:
     text = (PACKAGE / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -392,13 +392,14 @@ def draw_part(rng: Rng, shape: Shape) -> np.ndarray:
     return _outline(kind, u, v, a, b).astype(np.float32)
 
 
-# %% ../nbs/00e_synthetic.ipynb #bevel
+# %% ../nbs/00e_synthetic.ipynb #step
 def _step(distance: np.ndarray, width: float) -> np.ndarray:
     """From 0 to 1 over `width`, smooth at both ends."""
     t = np.clip(distance / width, 0, 1)
     return t**2 * (3 - 2 * t)
 
 
+# %% ../nbs/00e_synthetic.ipynb #bevel
 def bevel(rng: Rng, canvas: Canvas, part: np.ndarray) -> None:
     """Raise the part from its outline (in place), and on every third part an inner panel too."""
     side = min(part.shape)
@@ -941,7 +942,7 @@ def _holds(root: Path, manifest: dict) -> bool:
     return True
 
 
-# %% ../nbs/00e_synthetic.ipynb #write-splits
+# %% ../nbs/00e_synthetic.ipynb #write-splits-2
 def _write_splits(root: Path, manifest: dict, workers: int) -> None:
     """Every split and then the manifest, with one progress bar (none for few images)."""
     total = sum(manifest["counts"].values())
@@ -954,6 +955,7 @@ def _write_splits(root: Path, manifest: dict, workers: int) -> None:
     write_json(root / MANIFEST, manifest)
 
 
+# %% ../nbs/00e_synthetic.ipynb #write-splits
 def _move_into_place(made: Path, root: Path, manifest: dict) -> None:
     """Rename the finished directory, or keep the set of a process that was faster."""
     if _is_empty(root):

@@ -207,13 +207,14 @@ def images_seen(run: Run) -> int | None:
     return None
 
 
-# %% ../nbs/07c_thesis.ipynb #best-fusion
+# %% ../nbs/07c_thesis.ipynb #with-text
 def _with_text(runs: list[Run]) -> list[list[Run]]:
     """Fusion runs with the true text and no class held out, those of one configuration together."""
     asked = [r for r in runs if r.config.get("text") == "true" and not r.config.get("held_out")]
     return [[Run(r) for r in group] for group in group_seeds(asked)]
 
 
+# %% ../nbs/07c_thesis.ipynb #best-fusion
 def best_fusion(runs: list[Run]) -> list[Run]:
     """The seeds of the head that does best on val, among the heads with the most seeds.
 

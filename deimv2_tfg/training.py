@@ -469,7 +469,7 @@ def _fits(trainer: Trainer, attempt, n: int) -> bool:
     return True
 
 
-# %% ../nbs/04_training_stability.ipynb #proposed-part
+# %% ../nbs/04_training_stability.ipynb #checkpoint
 def _checkpoint(trainer: Trainer):
     recompute(trainer.family.blocks(trainer.accelerator.unwrap_model(trainer.model)))
 
@@ -486,6 +486,7 @@ def _counted_part(trainer: Trainer, batch: int) -> int:
     return trainer.family.memory(config, trainer.train_set.num_classes).images_in(free)
 
 
+# %% ../nbs/04_training_stability.ipynb #proposed-part
 def _search(trainer: Trainer, attempt, batch: int) -> int:
     first = min(gather_object([_counted_part(trainer, batch)]))
     if trainer.accelerator.num_processes > 1:

@@ -171,11 +171,12 @@ class TrainTransform:
         return self.pixels(photograph), in_fractions(target)
 
 
-# %% ../nbs/01c_transforms.ipynb #mosaic
+# %% ../nbs/01c_transforms.ipynb #uniform
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
 
 
+# %% ../nbs/01c_transforms.ipynb #mosaic
 def _mixed(
     target: dict, boxes: torch.Tensor, labels: torch.Tensor, size: Sequence[int], others: list
 ) -> dict:

@@ -117,7 +117,7 @@ def read_weights(source) -> tuple[dict, LoadReport]:
     return state, LoadReport(path.name, sha256, PUBLISHED.get(sha256), taken)
 
 
-# %% ../nbs/02a_weights.ipynb #parse-rules
+# %% ../nbs/02a_weights.ipynb #templates
 def _templates(name: str) -> list[str]:
     "The names that a rule gives, with \\1, \\2 ... for what `#` and `*` stood for."
     places = itertools.count(1)
@@ -129,6 +129,7 @@ def _templates(name: str) -> list[str]:
     return [start + choice + end for choice in choices.split(",")]
 
 
+# %% ../nbs/02a_weights.ipynb #parse-rules
 def parse_rules(table: str, old: str = "", new: str = "") -> list[tuple[str, list[str]]]:
     """Rules (pattern, names) from lines `original name  our name`; `old`, `new`: their prefixes."""
     rules = []
