@@ -196,6 +196,19 @@ def _mib(n: float) -> str:
     return f"{max(0, n) / 2**20:,.2f} MiB"
 
 
+# %% ../nbs/01_data.ipynb #no-room
+def _no_room(cache, needed: int) -> str:
+    """What a cache on disk, for which `needed` bytes are too much, says."""
+    free = shutil.disk_usage(cache.folder).free
+    return (
+        f"{cache.folder}: decoded photographs of {_mib(needed)} are still to be kept, and there"
+        f" is room for {_mib(cache.left())}: of the budget of {_mib(cache.budget)},"
+        f" {_mib(cache.used())} are taken; of the disk, {_mib(free)} are free, of which"
+        f" {_mib(cache.spare)} stay so. Raise cache_gb, empty the folder, choose another"
+        ' cache_dir, or cache="memory"'
+    )
+
+
 # %% ../nbs/01_data.ipynb #photographsondisk
 class PhotographsOnDisk(Photographs):
     """Opens photographs and keeps them in a folder that processes share.
@@ -264,14 +277,7 @@ class PhotographsOnDisk(Photographs):
                 needed += 3 * math.prod(self.reading.size(*size))
         if needed <= self.left():
             return
-        free = shutil.disk_usage(self.folder).free
-        raise CacheError(
-            f"{self.folder}: decoded photographs of {_mib(needed)} are still to be kept, and there"
-            f" is room for {_mib(self.left())}: of the budget of {_mib(self.budget)},"
-            f" {_mib(self.used())} are taken; of the disk, {_mib(free)} are free, of which"
-            f" {_mib(self.spare)} stay so. Raise cache_gb, empty the folder, choose another"
-            ' cache_dir, or cache="memory"'
-        )
+        raise CacheError(_no_room(self, needed))
 
 
 # %% ../nbs/01_data.ipynb #photograph-cache
