@@ -349,6 +349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                  'deimv2_tfg.data.Reading.size': ('data.html#reading.size', 'deimv2_tfg/data.py'),
                                  'deimv2_tfg.data._checksum': ('data.html#_checksum', 'deimv2_tfg/data.py'),
                                  'deimv2_tfg.data._mib': ('data.html#_mib', 'deimv2_tfg/data.py'),
+                                 'deimv2_tfg.data._no_room': ('data.html#_no_room', 'deimv2_tfg/data.py'),
                                  'deimv2_tfg.data._read_pixels': ('data.html#_read_pixels', 'deimv2_tfg/data.py'),
                                  'deimv2_tfg.data._signature': ('data.html#_signature', 'deimv2_tfg/data.py'),
                                  'deimv2_tfg.data._write_pixels': ('data.html#_write_pixels', 'deimv2_tfg/data.py'),
