@@ -90,7 +90,7 @@ def shown_photographs(
     return table[of_kind(table, which)].reset_index(drop=True)
 
 
-# %% ../nbs/07d_browse.ipynb #br-draw
+# %% ../nbs/07d_browse.ipynb #drawn
 def drawn(pile: Pile, image_id: int, boxes: list[dict], side: int) -> Image.Image:
     """A photograph of the pile with those of some COCO boxes that are its own."""
     names = {image["id"]: image["file_name"] for image in pile.annotations["images"]}
@@ -103,6 +103,7 @@ def drawn(pile: Pile, image_id: int, boxes: list[dict], side: int) -> Image.Imag
     return draw_boxes(photograph, xyxy, labels, short_titles(pile.classes), scores, side)
 
 
+# %% ../nbs/07d_browse.ipynb #br-draw
 def pair(pile: Pile, image_id: int, threshold: float | None = None, side: int = 640) -> Image.Image:
     """Annotations and, to their right, predictions over the threshold, on one photograph."""
     left = drawn(pile, image_id, pile.annotations["annotations"], side)

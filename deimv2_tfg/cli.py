@@ -248,7 +248,7 @@ def interrupt_is_terminate():
         signal.signal(signal.SIGINT, before)
 
 
-# %% ../nbs/08_cli.ipynb #train
+# %% ../nbs/08_cli.ipynb #train-command
 @command
 def train_command(config: TrainConfig):
     """Train a detector, or resume this configuration's training; prints the run's directory."""
@@ -258,6 +258,7 @@ def train_command(config: TrainConfig):
         return train(config)
 
 
+# %% ../nbs/08_cli.ipynb #train
 @command
 def fuse_command(config: FusionConfig):
     """Train a head that reads texts on the queries of a trained detector; prints the run."""

@@ -530,7 +530,7 @@ def largest_part(batch: int, first: int, fits: Callable) -> int:
     return next((n for n in reversed(sizes[:place]) if fits(n)), 0)
 
 
-# %% ../nbs/03d_cost.ipynb #waits-of
+# %% ../nbs/03d_cost.ipynb #waits-of-2
 def waits_of(call: Callable, device: torch.device) -> float:
     """How often a call made the host wait for the card; nan without a card."""
     if device.type != "cuda":
@@ -543,6 +543,7 @@ def waits_of(call: Callable, device: torch.device) -> float:
     return float(sum("synchroniz" in str(warning.message) for warning in found))
 
 
+# %% ../nbs/03d_cost.ipynb #waits-of
 def allocated_peak(step: StepParts) -> int:
     """Bytes of tensors at most in a training step, network and optimizer included."""
     if step.device.type == "cuda":

@@ -50,7 +50,7 @@ from .runs import Run, file_digest
 from .transforms import to_pixel_values
 
 
-# %% ../nbs/07b_use.ipynb #run-thresholds
+# %% ../nbs/07b_use.ipynb #thresholds
 @dataclass(frozen=True)
 class Thresholds:
     """The least score of each class, and whether val had objects to choose it by."""
@@ -64,6 +64,7 @@ class Thresholds:
         return any(self.chosen.values())
 
 
+# %% ../nbs/07b_use.ipynb #run-thresholds
 def kept_thresholds(path: Path) -> Thresholds:
     """The thresholds of a `thresholds.json`; an older one has numbers alone (1: not chosen)."""
     kept = read_json(path)

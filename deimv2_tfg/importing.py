@@ -377,7 +377,7 @@ def format_of(source: str | Path) -> str:
     )
 
 
-# %% ../nbs/01f_importing.ipynb #every-nth
+# %% ../nbs/01f_importing.ipynb #every-nth-2
 def every_nth(labels: Sequence[str], share: float) -> list[bool]:
     """Marks about `share` of the items of every label, spread evenly, one of a label at least."""
     step = max(2, round(1 / share))
@@ -388,6 +388,7 @@ def every_nth(labels: Sequence[str], share: float) -> list[bool]:
     return marked_items
 
 
+# %% ../nbs/01f_importing.ipynb #every-nth
 def fill_split(items: list[Item], split: str, share: float) -> None:
     """Move a share of the training photographs, even by class, to a split that has none."""
     train = [item for item in items if item.split == "train"]
@@ -479,7 +480,7 @@ def settle_splits(
             )
 
 
-# %% ../nbs/01f_importing.ipynb #write-items
+# %% ../nbs/01f_importing.ipynb #distinct-names
 def _distinct_names(found: Foreign) -> None:
     """Give photographs of one name in one split their folders' names, too."""
     taken = Counter((item.split, item.file_name().lower()) for item in found.items)
@@ -496,6 +497,7 @@ def write_items(found: Foreign, out: Path) -> None:
         write_coco_set(path, items, found.classes)
 
 
+# %% ../nbs/01f_importing.ipynb #write-items
 def _write_whole(found: Foreign, out: Path) -> None:
     """Write a set beside its place and move it there."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -54,13 +54,14 @@ def summarise_steps(rows: list[tuple]) -> dict:
     return summary
 
 
-# %% ../nbs/03l_journal.ipynb #say
+# %% ../nbs/03l_journal.ipynb #say-2
 def say(line: str):
     """Write a line for the person who waits, to standard error; silent under the test runner."""
     if not os.environ.get("IN_TEST"):
         tqdm.write(line, file=sys.stderr)
 
 
+# %% ../nbs/03l_journal.ipynb #say
 def in_time(seconds: float) -> str:
     """A duration as a person says it: 40 s, 12 min, 1 h 05 min."""
     minutes = round(seconds / 60)
@@ -95,7 +96,7 @@ def epoch_line(epoch: int, epochs: int, values: dict, left: float, run) -> str:
     return "  ".join([*parts, nearby(run)])
 
 
-# %% ../nbs/03l_journal.ipynb #end-table
+# %% ../nbs/03l_journal.ipynb #end-table-2
 def end_table(run) -> pd.DataFrame:
     """AP and AP50 on val of the weights that a run kept, a row for each class and `all`."""
     evaluated = Run(run).metrics("val")
@@ -108,6 +109,7 @@ def end_table(run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# %% ../nbs/03l_journal.ipynb #end-table
 def end_lines(run) -> str:
     """What a person reads when a run is finished: the small table, and the place."""
     run = Run(run)

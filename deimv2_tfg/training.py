@@ -49,6 +49,8 @@ from deimv2_tfg.data import (
     require_dataset,
     spare_workers,
 )
+
+# %% ../nbs/04_training_stability.ipynb #imports-of-the-runs
 from deimv2_tfg.guard import (
     Diverged,
     anywhere,
@@ -79,8 +81,6 @@ from deimv2_tfg.recipes import (
     frozen_stages,
     lr_factor,
 )
-
-# %% ../nbs/04_training_stability.ipynb #imports-of-the-runs
 from deimv2_tfg.runs import (
     Log,
     Run,

@@ -386,7 +386,7 @@ class MixingDataset(Dataset):
         return self._numbers(i) if mixing else self._one(i)
 
 
-# %% ../nbs/01c_transforms.ipynb #input-sizes
+# %% ../nbs/01c_transforms.ipynb #input-sizes-2
 def input_sizes(image_size: int, spread: float, step: int = 32) -> list[int]:
     """Multiples of `step` within a `spread` around `image_size`, and `image_size` itself."""
     if not spread:
@@ -396,6 +396,7 @@ def input_sizes(image_size: int, spread: float, step: int = 32) -> list[int]:
     return sorted({image_size, *range(max(step, low), high + 1, step)})
 
 
+# %% ../nbs/01c_transforms.ipynb #input-sizes
 def at_size(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
     """Network inputs (B, 3, S, S) at another side."""
     if size == pixel_values.shape[-1]:
