@@ -46,6 +46,7 @@ TRAINING = {
     "lr": PROFILE.lr,
     "eval_every": max(1, PROFILE.epochs // 44),
     "seed": study.seed,
+    "precision": "auto" if OWN else "no",  # the built-in photographs: the same figures everywhere
 }
 TRAININGS = {"phase1": {}} | (config.get("trainings") or {})
 if "DEIMV2_TFG_PHASE1" in os.environ:  # a run that was trained elsewhere takes its place

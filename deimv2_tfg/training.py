@@ -849,7 +849,10 @@ def finished_before(config: TrainConfig, family: Family) -> Path | None:
 
 # %% ../nbs/04_training_stability.ipynb #phase1-config
 def phase1_config(study: Study) -> TrainConfig:
-    """How a study's detector is trained, by its profile."""
+    """How a study's detector is trained, by its profile; the built-in photographs in float32.
+
+    Their figures are then the same on every machine, whatever it computes fastest.
+    """
     p = study.profile
     return TrainConfig(
         str(study_data(study)),
@@ -862,6 +865,7 @@ def phase1_config(study: Study) -> TrainConfig:
         lr=p.lr,
         eval_every=max(1, p.epochs // 44),
         seed=study.seed,
+        precision="auto" if study.data_dir else "no",
     )
 
 
