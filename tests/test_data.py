@@ -18,7 +18,8 @@ from deimv2_tfg.data import (
     plot_sizes,
     require_dataset,
 )
-from deimv2_tfg.formats import write_split
+from deimv2_tfg.findings import annotation_file
+from deimv2_tfg.formats import Item, write_coco_set
 from deimv2_tfg.transforms import TrainTransform
 
 
@@ -26,13 +27,10 @@ from deimv2_tfg.transforms import TrainTransform
 def photographs(tmp_path):
     for split in SPLITS:
         Image.effect_noise((40, 33), 60).convert("RGB").resize((40, 30)).save(tmp_path / "p.png")
-        write_split(
-            tmp_path / "set",
-            split,
-            [(tmp_path / "p.png", 40, 30)],
-            [[("dent", 5, 5, 20, 10), ("scratch", 0, 0, 40, 3)]],
-            ["dent", "scratch"],
-        )
+        boxes = [("dent", 5, 5, 20, 10), ("scratch", 0, 0, 40, 3)]
+        item = Item(tmp_path / "p.png", (40, 30), boxes)
+        place = annotation_file(tmp_path / "set", split)
+        write_coco_set(place, [item], {"dent": 0, "scratch": 1})
     return tmp_path / "set"
 
 
