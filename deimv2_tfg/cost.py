@@ -507,8 +507,6 @@ LACKS = (
 
 def lacks_memory(error: Exception) -> bool:
     """Whether an error says that the memory of a card (or of the machine) was not enough."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LACKS)
 
 

@@ -100,7 +100,7 @@ def test_memory_of_a_step_by_batch_and_what_does_not_fit(monkeypatch):
     assert (table["step_s"] > 0).all()
 
     def too_large(step, repeats):
-        raise torch.OutOfMemoryError("no")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("deimv2_tfg.cost.step_memory", too_large)
     table = memory_table("tiny", 64, 1)

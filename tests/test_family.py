@@ -194,9 +194,9 @@ def test_every_network_has_a_published_file():
 
 
 def test_the_blocks_of_a_hubs_configuration_are_taken_or_refused(tmp_path):
-    config = DetectorConfig.tiny(num_classes=2, features=(0, 1, 2))
+    config = DetectorConfig.tiny(num_classes=2, features=(0, 1, 2), vit_depth=4)
     save_detector(build_detector(config), tmp_path / "own")
-    other = build_detector(DetectorConfig.tiny(num_classes=2, features=(0, 2, 2)))
+    other = build_detector(DetectorConfig.tiny(num_classes=2, features=(0, 1, 3), vit_depth=4))
     with pytest.raises(WeightsError, match=r"features=\(0, 1, 2\)"):
         init_weights(other, tmp_path / "own")
     named = {"DINOv3STAs": {"name": "vit_tiny", "interaction_indexes": [5, 8, 11]}}
