@@ -115,7 +115,7 @@ from .splits import bind_data
 from .step import count_boxes, training_step
 from .synthetic import study_data
 from .transforms import at_fraction, at_size, input_sizes, normalised
-from .weights import LoadReport, init_weights
+from .weights import LoadReport, find_weights, init_weights
 
 
 # %% ../nbs/04_training_stability.ipynb #family
@@ -650,13 +650,20 @@ NOT_HASHED += ("num_workers", "cache", "cache_gb", "cache_dir")
 
 
 def hashed_fields(config: TrainConfig) -> dict:
-    """The fields of a configuration that shape weights; first weights by their content."""
+    """The fields of a configuration that shape weights; first weights by their content.
+
+    That of "imagenet" stands in the code. Raises `WeightsError` or `FileNotFoundError` for others
+    that are not there.
+    """
     fields = dataclasses.asdict(config)
     for name in NOT_HASHED:
         del fields[name]
-    if config.init != "scratch" and os.path.exists(config.init):
-        fields["init"] = weights_hash(config.init)
-    return fields
+    source = config.init
+    if source in ("scratch", "imagenet"):
+        return fields
+    if config.model in MODELS:
+        source = find_weights(source, DetectorConfig.named(config.model))
+    return fields | {"init": weights_hash(source)}
 
 
 # %% ../nbs/04_training_stability.ipynb #find-run-2

@@ -79,6 +79,30 @@ def test_other_first_weights_are_another_run(config, elsewhere, tmp_path):
     assert find_run(dataclasses.replace(config, init=str(other))) == names[-1]
 
 
+@pytest.mark.parametrize(
+    "init, file", [("coco", "deimv2_dinov3_s_coco.pth"), ("dinov3", "vitt_distill.pt")]
+)
+def test_published_weights_are_known_by_content(config, monkeypatch, tmp_path, init, file):
+    monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
+    asked = dataclasses.replace(config, model="s", init=init)
+    names = []
+    for content in (b"weights", b"later weights", b"weights"):
+        (tmp_path / file).write_bytes(content)
+        names.append(find_run(asked))
+    assert names[0] == names[2] != names[1]
+    assert names[0] == find_run(dataclasses.replace(asked, init=str(tmp_path / file)))
+
+
+def test_cached_files_of_the_hub_are_known_by_their_content(config, monkeypatch, tmp_path):
+    file = tmp_path / "model.safetensors"
+    monkeypatch.setattr("deimv2_tfg.weights.cached_file", lambda repository, name: str(file))
+    names = []
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        names += [find_run(dataclasses.replace(config, init="owner/name")), find_run(config)]
+    assert names[0] != names[2] and names[1] == names[3]
+
+
 def test_weights_that_are_not_there_stop_with_what_to_do(config, monkeypatch, tmp_path):
     monkeypatch.setenv("DEIMV2_TFG_WEIGHTS", str(tmp_path))
     with pytest.raises(WeightsError, match="nothing was published for the configuration 'tiny'"):
