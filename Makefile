@@ -63,11 +63,12 @@ export: env
 	$(BIN)/python -c "from deimv2_tfg.cli import narrow_exports; narrow_exports('deimv2_tfg')"
 	$(BIN)/ruff format --quiet deimv2_tfg
 
+# Without bytecode of 21,000 files, of which few are ever imported: a quarter less time.
 env: $(VENV)/.installed
 
 $(VENV)/.installed: settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,text]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev,text]"
 	touch $@
 
 clean:
