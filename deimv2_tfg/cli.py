@@ -6,12 +6,11 @@
 __all__ = [
     'TAKES', 'RANGES', 'SWITCH', 'COMMANDS', 'Device', 'Counts', 'Split', 'field_comments',
     'nearest', 'plain_message', 'Parser', 'configuration_of', 'add_fields', 'command_parser',
-    'spelled_out', 'command', 'all_runs', 'run_named', 'usable_device', 'interrupt_is_terminate',
-    'train_command', 'fuse_command', 'evaluate_command', 'predict_command', 'export_command',
-    'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
-    'convert_command', 'run_row', 'runs_command', 'compare_command', 'report_command',
-    'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told', 'main',
-    'narrow_exports',
+    'spelled_out', 'command', 'usable_device', 'interrupt_is_terminate', 'train_command',
+    'fuse_command', 'evaluate_command', 'predict_command', 'export_command', 'doctor_command',
+    'import_command', 'split_command', 'describe_command', 'synth_command', 'convert_command',
+    'run_row', 'runs_command', 'compare_command', 'report_command', 'bench_command',
+    'bench_table', 'exit_code', 'overview', 'called', 'told', 'main', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
@@ -46,6 +45,7 @@ from deimv2_tfg.recipes import (
 )
 
 from .core import PROFILES, project_root, to_jsonable
+from .runs import all_runs, run_named
 
 
 # %% ../nbs/08_cli.ipynb #field-comments
@@ -187,37 +187,6 @@ def command(function: Callable) -> Callable:
     """Enter `<name>_command` as `deimv2-tfg <name>`."""
     COMMANDS[function.__name__.removesuffix("_command")] = function
     return function
-
-
-# %% ../nbs/08_cli.ipynb #run-named
-def all_runs(folder: str | Path | None = None) -> list:
-    """The finished runs (`Run`) of a folder and of the folders in it, the latest last."""
-    from deimv2_tfg.runs import find_runs
-
-    root = Path(folder) if folder else project_root() / "runs"
-    runs = find_runs(root)
-    for inner in sorted(path for path in root.glob("*") if path.is_dir()):
-        runs += find_runs(inner)
-    return sorted(runs, key=lambda run: run.environment.get("time", ""))
-
-
-# %% ../nbs/08_cli.ipynb #run-named-2
-def run_named(name: str) -> str:
-    """The directory that a run is called by: a path, a run's name, or `latest`.
-
-    Raises `FileNotFoundError`, which names the runs that are there.
-    """
-    path = Path(name)
-    if (path / "config.json").exists() or path.is_file():
-        return name
-    runs = all_runs(path if path.is_dir() else None)
-    if name == "latest" and runs:
-        return str(runs[-1].path)
-    for run in runs:
-        if run.name == name:
-            return str(run.path)
-    names = ", ".join(run.name for run in runs[-8:]) or "none"
-    raise FileNotFoundError(f"{name}: no such run; runs there: {names}")
 
 
 # %% ../nbs/08_cli.ipynb #usable
@@ -518,7 +487,8 @@ def convert_command(source: str, directory: str, model: Literal[MODELS] = "m", c
 def run_row(run) -> dict:
     """What the list says of a `Run`; what it does not have is missing."""
     config = run.config
-    row = {"name": run.name, "kind": run.family, "model": config.get("model", config.get("head"))}
+    row = {"name": run.name, "called": config.get("name") or None, "kind": run.family}
+    row["model"] = config.get("model", config.get("head"))
     row["AP val"] = run.result.get("best_val_AP")
     row["AP test"] = run.scores("test").get("AP")
     row["epochs"] = config.get("epochs")

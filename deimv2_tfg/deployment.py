@@ -46,7 +46,7 @@ from .detector import Detector
 from .figures import draw_boxes
 from .multimodal import FusedDetector
 from .photographs import PhotographError, read_photograph
-from .runs import Run, file_digest
+from .runs import Run, file_digest, run_named
 from .transforms import to_pixel_values
 
 
@@ -205,7 +205,11 @@ class Predictor:
 
     @classmethod
     def open(cls, source: str | Path, device: str | None = None) -> "Predictor":
-        """Of a run, or of a detector directory. Raises `FileNotFoundError`, `ValueError`."""
+        """Of a run (its directory, its name, or `latest`), or of a detector directory.
+
+        Raises `FileNotFoundError`, `ValueError`.
+        """
+        source = run_named(source)
         model = open_detector(detector_directory(source)).to(_device(device))
         try:
             thresholds = run_thresholds(source)

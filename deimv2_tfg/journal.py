@@ -27,11 +27,12 @@ def row_of(step: Step, device) -> tuple[list[str], torch.Tensor]:
     """What of a step is recorded: names `train/...` and values (n,)."""
     if step.failure:
         return ["train/skipped"], torch.ones(1, device=device)
-    terms = {k if k.startswith("loss") else f"loss_{k}": v for k, v in step.losses.items()}
+    terms = {f"loss_{name.removeprefix('loss_')}": value for name, value in step.losses.items()}
     terms["loss"] = sum(step.losses.values())
     terms["grad_norm"] = step.grad_norm
     terms["skipped"] = torch.zeros((), device=device)
-    return [f"train/{k}" for k in terms], torch.stack([v.float() for v in terms.values()])
+    names = [f"train/{name}" for name in terms]
+    return names, torch.stack([value.float() for value in terms.values()])
 
 
 # %% ../nbs/03l_journal.ipynb #summarise-steps
@@ -67,13 +68,18 @@ def in_time(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 def nearby(path) -> str:
     """A path as seen from the working directory, where it lies in it."""
     path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return str(path)
 
 
 # %% ../nbs/03l_journal.ipynb #epoch-line
@@ -83,10 +89,12 @@ def epoch_line(epoch: int, epochs: int, values: dict, left: float, run) -> str:
     values: `train/...` and, where it was evaluated, `val/...`; `best`: whether it is the best so
     far. left: seconds to the end. run: its directory.
     """
-    parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"loss {values['train/loss']:.2f}"]
+    width = len(str(epochs))
+    parts = [f"epoch {epoch:>{width}}/{epochs}", f"loss {values['train/loss']:.2f}"]
     for name in ("AP", "AP50"):
-        if f"val/{name}" in values:
-            parts.append(f"{name} {values[f'val/{name}']:.3f}")
+        score = values.get(f"val/{name}")
+        if score is not None:
+            parts.append(f"{name} {score:.3f}")
     if values.get("best"):
         parts[-1] += " best"
     if skipped := values.get("train/skipped"):
@@ -101,20 +109,24 @@ def end_table(run) -> pd.DataFrame:
     """AP and AP50 on val of the weights that a run kept, a row for each class and `all`."""
     evaluated = Run(run).metrics("val")
     best = evaluated.loc[evaluated["val/AP"].idxmax()].dropna()
-    classes = [name.removeprefix("val/AP/") for name in best.index if "val/AP/" in name]
     rows = []
-    for place, name in [*((f"/{c}", c) for c in classes), ("", "all")]:
-        scores = {score: best.get(f"val/{score}{place}") for score in ("AP", "AP50")}
-        rows.append({"class": name} | scores)
-    return pd.DataFrame(rows)
+    for column in best.index:
+        if column == "val/AP" or column.startswith("val/AP/"):
+            name = column.removeprefix("val/AP").lstrip("/")
+            at_50 = best.get(column.replace("AP", "AP50", 1))
+            rows.append({"class": name, "AP": best[column], "AP50": at_50})
+    rows.sort(key=lambda row: row["class"] == "")
+    return pd.DataFrame(rows).replace({"class": {"": "all"}})
 
 
 # %% ../nbs/03l_journal.ipynb #end-table
 def end_lines(run) -> str:
     """What a person reads when a run is finished: the small table, and the place."""
     run = Run(run)
-    done = f"{run.result['epochs']} epochs, {run.result['images_seen']:,} images"
-    lines = [f"{done}, {in_time(run.result['seconds'])}: {nearby(run.path)}"]
+    result = run.result
+    images = f"{result['images_seen']:,} images"
+    took = in_time(result["seconds"])
+    lines = [f"{result['epochs']} epochs, {images}, {took}: {nearby(run.path)}"]
     if "val/AP" in run.metrics("val"):
         table = end_table(run).to_string(index=False, na_rep="-", float_format="%.3f")
         lines = ["the best weights on val:", table, *lines]

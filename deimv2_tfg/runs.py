@@ -6,9 +6,9 @@
 __all__ = [
     'FRESH', 'WEIGHTS', 'PACKAGES', 'INCIDENT', 'file_digest', 'data_hash', 'source_hash',
     'reachable_code', 'code_hash', 'run_directory', 'weights_hash', 'environment', 'RunFiles',
-    'RunAbout', 'Run', 'find_runs', 'finished_run', 'Log', 'CheckpointError', 'to_bytes',
-    'save_state', 'load_state', 'keep_best', 'mend_best', 'TrainingStopped', 'refuse_stopped',
-    'only_writer', 'full_disk_named',
+    'RunAbout', 'Run', 'find_runs', 'all_runs', 'run_named', 'finished_run', 'Log',
+    'CheckpointError', 'to_bytes', 'save_state', 'load_state', 'keep_best', 'mend_best',
+    'TrainingStopped', 'refuse_stopped', 'only_writer', 'full_disk_named',
 ]  # fmt: skip
 
 # %% ../nbs/00b_runs.ipynb #runs-imports
@@ -295,6 +295,12 @@ class RunAbout(RunFiles):
         return self.config.get("family", "detector")
 
     @property
+    def title(self) -> str:
+        """The directory's name, with the name that the run was given, if it was."""
+        given = self.config.get("name")
+        return f"{self.name} ({given})" if given else self.name
+
+    @property
     def best(self) -> Path:
         """The directory of the best weights."""
         return self.path / "best"
@@ -399,6 +405,37 @@ def find_runs(folder, kind: str | None = None, **config) -> list[Run]:
         if matching and kind in (None, run.family):
             found.append(run)
     return found
+
+
+# %% ../nbs/00b_runs.ipynb #all-runs
+def all_runs(folder: str | Path | None = None) -> list[Run]:
+    """The finished runs of a folder and of the folders in it, the latest last.
+
+    `folder`: None: `runs/` of this project.
+    """
+    root = Path(folder) if folder else project_root() / "runs"
+    runs = find_runs(root)
+    for inner in sorted(path for path in root.glob("*") if path.is_dir()):
+        runs += find_runs(inner)
+    return sorted(runs, key=lambda run: run.environment.get("time", ""))
+
+
+# %% ../nbs/00b_runs.ipynb #run-named
+def run_named(name: str | Path) -> str:
+    """The directory that a run is called by: a path, a run's name, or `latest`.
+
+    A name is that of the directory, or the configuration's `name`; of several the latest is meant.
+    Raises `FileNotFoundError`, which names the runs that are there.
+    """
+    path = Path(name)
+    if (path / "config.json").exists() or path.is_file():
+        return str(name)
+    runs = all_runs(path if path.is_dir() else None)
+    for run in reversed(runs):
+        if name in ("latest", run.name, run.config.get("name")):
+            return str(run.path)
+    names = ", ".join(run.title for run in runs[-8:]) or "none"
+    raise FileNotFoundError(f"{name}: no such run; runs there: {names}")
 
 
 # %% ../nbs/00b_runs.ipynb #finished-run

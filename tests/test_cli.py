@@ -203,6 +203,7 @@ def test_runs_are_listed_and_found_by_name(tmp_path, capsys, monkeypatch):
         run = tmp_path / f"runs/mine/detector-{number}"
         run.mkdir(parents=True)
         config = {"model": "tiny", "epochs": 3, "image_size": 64, "data_dir": "photos"}
+        config["name"] = f"attempt {number}"
         (run / "config.json").write_text(json.dumps(config))
         (run / "result.json").write_text(json.dumps({"best_val_AP": 0.25}))
         (run / "env.json").write_text(json.dumps({"time": date}))
@@ -211,7 +212,9 @@ def test_runs_are_listed_and_found_by_name(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["detector-1", "detector-0"]
     assert {"tiny", "0.250", "0.500", "3", "64", "photos"} <= set(lines[1].split())
+    assert {"attempt", "1"} <= set(lines[1].split())
     assert cli.run_named("latest").endswith("detector-0")
+    assert cli.run_named("attempt 1").endswith("detector-1")
     assert cli.run_named("detector-1").endswith("runs/mine/detector-1")
     with pytest.raises(FileNotFoundError, match="detector-0"):
         cli.run_named("detector-7")
