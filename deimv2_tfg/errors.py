@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'ERROR_KINDS', 'NEAR', 'ENOUGH', 'CORRECTABLE', 'DETECTION', 'HATCHES', 'AXES', 'SUSPICIONS',
-    'detection_errors', 'error_budget', 'plot_budget', 'object_table', 'found_by', 'plot_found',
-    'worst_photographs', 'likely_label_errors',
+    'ERROR_KINDS', 'NEAR', 'ENOUGH', 'CORRECTABLE', 'DETECTION', 'HATCHES', 'AXES',
+    'detection_errors', 'plot_budget', 'plot_found', 'worst_photographs',
 ]  # fmt: skip
 
 # %% ../nbs/07a_errors.ipynb #err-imports
@@ -18,7 +17,6 @@ from pycocotools.cocoeval import COCOeval
 from .decisions import kept_results, overlaps
 from .figures import finish, gettext, short_titles
 from .metrics import judged
-from .statistics import ClassMatches, weighted_ap, wilson
 
 # %% ../nbs/07a_errors.ipynb #image-errors
 ERROR_KINDS = {
@@ -126,71 +124,6 @@ def detection_errors(annotations: dict, results: list) -> tuple[pd.DataFrame, pd
     return errors, objects
 
 
-# %% ../nbs/07a_errors.ipynb #ap-101
-def _ap50(detections: pd.DataFrame, objects: int) -> float:
-    """AP50 of one class from the kinds of its detections."""
-    ranked = detections.sort_values("score", ascending=False, kind="stable")
-    right = ranked["kind"].eq("right").to_numpy()[None]
-    one_image = np.zeros(len(ranked), dtype=int)
-    scores = ranked["score"].to_numpy()
-    asked = np.array([objects])
-    matches = ClassMatches("", scores, one_image, right, np.zeros_like(right), asked)
-    once = np.ones((1, 1))
-    return float(weighted_ap(matches, once)[0, 0])
-
-
-# %% ../nbs/07a_errors.ipynb #ap50-by-class
-def _ap50_by_class(errors: pd.DataFrame, objects: pd.DataFrame, categories: list) -> np.ndarray:
-    values = []
-    for c in categories:
-        asked = objects["category_id"].eq(c["id"]).sum()
-        own = errors[errors["category_id"] == c["id"]]
-        values.append(_ap50(own, int(asked)))
-    return np.array(values)
-
-
-# %% ../nbs/07a_errors.ipynb #ap-101-2
-def _corrected(
-    errors: pd.DataFrame, objects: pd.DataFrame, kind: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The detections and objects with one kind of error corrected."""
-    if kind == "missed":
-        return errors, objects[~objects["missed"]]
-    others = errors[errors["kind"] != kind]
-    if kind not in CORRECTABLE:
-        return others, objects
-    unfound = errors["object"].map(objects["found"]).eq(False)
-    correctable = errors["kind"].isin(CORRECTABLE)
-    near = errors[correctable & unfound]
-    ranked = near.sort_values("score", ascending=False, kind="stable")
-    best = ranked.drop_duplicates("object")
-    best = best[best["kind"] == kind]
-    category = best["object"].map(objects["category_id"])
-    right = best.assign(kind="right", category_id=category)
-    return pd.concat([others, right]), objects
-
-
-# %% ../nbs/07a_errors.ipynb #ap-101-3
-def error_budget(annotations: dict, results: list) -> pd.DataFrame:
-    """Points (hundredths) of AP50 that correcting each kind of error would give.
-
-    One row per class and `mean`; columns class, objects, AP50 and the names of ERROR_KINDS.
-    """
-    errors, objects = detection_errors(annotations, results)
-    categories = sorted(annotations["categories"], key=lambda c: c["id"])
-    table = pd.DataFrame({"class": [c["name"] for c in categories]})
-    counts = objects["category_id"].value_counts()
-    ids = [c["id"] for c in categories]
-    table["objects"] = counts.reindex(ids, fill_value=0).to_numpy()
-    table["AP50"] = _ap50_by_class(errors, objects, categories)
-    for kind in ERROR_KINDS:
-        corrected = _ap50_by_class(*_corrected(errors, objects, kind), categories)
-        table[kind] = 100 * (corrected - table["AP50"])
-    mean = table[["AP50", *ERROR_KINDS]].mean()
-    table.loc[len(table)] = {"class": "mean", "objects": len(objects), **mean}
-    return table
-
-
 # %% ../nbs/07a_errors.ipynb #plot-budget
 HATCHES = ("", "///", "xxx", "...", "\\\\\\", "ooo")
 
@@ -213,60 +146,6 @@ def plot_budget(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     ax.set_ylabel(gettext("AP50 gained if corrected (points)", language))
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     return finish(fig, language)
-
-
-# %% ../nbs/07a_errors.ipynb #object-table
-def _area(box: list) -> float:
-    return box[2] * box[3]
-
-
-def object_table(annotations: dict, results: list, points: pd.DataFrame) -> pd.DataFrame:
-    """One row per object: image_id, class, relative side, objects in image, found (at `points`).
-
-    The relative side is the root of the box's area over the image's.
-    """
-    kept = kept_results(annotations, results, points)
-    _, objects = detection_errors(annotations, kept)
-    images = pd.DataFrame(annotations["images"]).set_index("id")
-    pixels = images["width"] * images["height"]
-    names = {c["id"]: c["name"] for c in annotations["categories"]}
-    area = objects["bbox"].map(_area)
-    share = area / objects["image_id"].map(pixels)
-    table = objects[["image_id"]].copy()
-    table["class"] = objects["category_id"].map(names)
-    table["relative side"] = np.sqrt(share.astype(float))
-    table["objects in image"] = table.groupby("image_id")["image_id"].transform("size")
-    table["found"] = objects["found"].astype(bool)
-    return table
-
-
-# %% ../nbs/07a_errors.ipynb #object-table-2
-def _bin_name(low: float, high: float, whole: bool) -> str:
-    last = high - 1 if whole else high
-    if np.isinf(high):
-        return f"{low:g} or more"
-    return f"{low:g}" if last == low else f"{low:g} to {last:g}"
-
-
-# %% ../nbs/07a_errors.ipynb #found-by
-def found_by(objects: pd.DataFrame, column: str, edges: list) -> pd.DataFrame:
-    """Share of the objects found by a column of `object_table`, in bins [low, high).
-
-    Columns by, bin, n, found, and Wilson's 95 % interval low, high; bins without an object are
-    left out.
-    """
-    whole = pd.api.types.is_integer_dtype(objects[column])
-    rows = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        here = objects[column].between(low, high, inclusive="left")
-        inside = objects["found"][here]
-        row = {"by": column, "bin": _bin_name(low, high, whole), "n": len(inside)}
-        row["found"] = inside.mean()
-        ends = wilson(inside.sum(), len(inside))
-        row |= {"low": ends[0], "high": ends[1]}
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table[table["n"] > 0].reset_index(drop=True)
 
 
 # %% ../nbs/07a_errors.ipynb #plot-effects
@@ -322,38 +201,3 @@ def worst_photographs(annotations: dict, results: list, points: pd.DataFrame) ->
     table["bad"] = table["wrong"] + table["lost"]
     order = ["bad", "balance"]
     return table.sort_values(order, ascending=False, kind="stable", ignore_index=True)
-
-
-# %% ../nbs/07a_errors.ipynb #likely-label-errors
-SUSPICIONS = {
-    "classification": "another class?",
-    "background": "not annotated?",
-    "localisation": "another box?",
-}
-
-
-def likely_label_errors(
-    annotations: dict, results: list, points: pd.DataFrame, n: int = 20, normal: str = "NORMAL"
-) -> pd.DataFrame:
-    """The `n` most confident contradictions of the labels, above the working points.
-
-    Columns file_name, suspicion, annotated (class, or none), predicted, score, bbox (`xywh`
-    pixels). Claims that nothing but `normal` is there are left out.
-    """
-    kept = kept_results(annotations, results, points)
-    errors, objects = detection_errors(annotations, kept)
-    names = {c["id"]: c["name"] for c in annotations["categories"]}
-    files = {i["id"]: i["file_name"] for i in annotations["images"]}
-    errors["predicted"] = errors["category_id"].map(names)
-    kind = errors["kind"]
-    found = errors["object"].map(objects["found"]).eq(True)
-    covered = found & kind.eq("localisation")
-    plain = kind.eq("background") & errors["predicted"].eq(normal)
-    doubtful = kind.isin(SUSPICIONS) & ~covered & ~plain
-    suspects = errors[doubtful]
-    suspects = suspects.sort_values("score", ascending=False, kind="stable").head(n)
-    table = pd.DataFrame({"file_name": suspects["image_id"].map(files)})
-    table["suspicion"] = suspects["kind"].map(SUSPICIONS)
-    annotated = suspects["object"].map(objects["category_id"])
-    table["annotated"] = annotated.map(names)
-    return table.join(suspects[["predicted", "score", "bbox"]]).reset_index(drop=True)

@@ -4,41 +4,23 @@
 
 # %% auto #0
 __all__ = [
-    'RATES', 'CLIPS', 'WARMUPS', 'NOTHING', 'FULL', 'AUGMENTATIONS', 'RECIPE', 'FACTORS', 'NORMS',
-    'precisions', 'cell_config', 'run_cell', 'run_trial', 'failed_cells', 'run_grid', 'read_grid',
-    'read_cell', 'grid_table', 'pair_differences', 'mean_with_interval', 'finished_cells',
-    'present_levels', 'at_the_recipe', 'level_row', 'main_effects', 'crossed_effects',
-    'plot_grid', 'plot_main_effects',
+    'RATES', 'CLIPS', 'precisions', 'plot_grid', 'plot_main_effects',
 ]  # fmt: skip
 
 # %% ../nbs/04a_divergence.ipynb #exports
-import dataclasses
 import itertools
-import math
-import time
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import optuna
 import pandas as pd
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from .figures import finish, gettext
-from .recipes import TrainConfig
-from .runs import Run, TrainingStopped
-from .training import find_run, train
 
 # %% ../nbs/04a_divergence.ipynb #grid
 RATES = {"scaled": 1.0, "4 x": 4.0, "13 x": 13.0}  # 13: the thesis's second run
 CLIPS = {"none": 0.0, "0.1": 0.1}
-WARMUPS = {"none": 0.0, "3 %": 0.03}
-NOTHING = {"photometric": 0.0, "iou_crop": 0.0}
-FULL = {"iou_crop": 0.8, "zoom_out": 0.5, "mosaic": 0.5, "mixup": 0.5, "copy_blend": 0.5}
-AUGMENTATIONS = {"none": NOTHING, "mild": {}, "full": FULL}
 
 
 def precisions(device: str | None = None) -> list[str]:
@@ -47,252 +29,9 @@ def precisions(device: str | None = None) -> list[str]:
     return ["no", "bf16", "fp16"] if gpu else ["no", "bf16"]
 
 
-# %% ../nbs/04a_divergence.ipynb #cell-config
-RECIPE = {
-    "precision": "no",
-    "rate": "scaled",
-    "clip": "0.1",
-    "warmup": "3 %",
-    "augmentation": "mild",
-}  # the level of every factor in chapter 4's recipe: the grid's reference cell
-FACTORS = list(RECIPE)
-
-
-def cell_config(base: TrainConfig, seed: int = 0, **levels: str) -> TrainConfig:
-    """The training of a cell: `base` with the named levels, those of `RECIPE` for the rest."""
-    levels = RECIPE | levels
-    return dataclasses.replace(
-        base,
-        precision=levels["precision"],
-        lr=base.lr * RATES[levels["rate"]],
-        clip=CLIPS[levels["clip"]],
-        warmup=WARMUPS[levels["warmup"]],
-        seed=seed,
-        **AUGMENTATIONS[levels["augmentation"]],
-    )
-
-
-# %% ../nbs/04a_divergence.ipynb #run-cell
-def run_cell(base: TrainConfig, levels: dict) -> tuple[Path, str]:
-    """Train a cell: its run directory, and why it stopped early ("" where it did not)."""
-    config = cell_config(base, **levels)
-    try:
-        return train(config), ""
-    except TrainingStopped as e:
-        run = find_run(config)
-        if not Run(run).stopped:
-            raise  # a full disk, another writer: not a finding
-        return run, str(e)
-
-
-# %% ../nbs/04a_divergence.ipynb #run-trial
-def run_trial(trial: optuna.Trial, base: TrainConfig, grid: dict[str, list]) -> float:
-    """A cell as Optuna asks for it: AP on val, 0 where the run gave up; the rest is noted."""
-    levels = {name: trial.suggest_categorical(name, values) for name, values in grid.items()}
-    try:
-        run, stopped = run_cell(base, levels)
-    except Exception as e:
-        trial.set_user_attr("failed", f"{type(e).__name__}: {e}")
-        raise
-    trial.set_user_attr("run", str(run))
-    trial.set_user_attr("stopped", stopped)
-    return Run(run).result.get("best_val_AP", 0.0)
-
-
-# %% ../nbs/04a_divergence.ipynb #failed-cells
-def failed_cells(trials: optuna.Study) -> list[dict]:
-    """Levels of the cells that failed and were not completed since."""
-    done = [t.params for t in trials.trials if t.state.name == "COMPLETE"]
-    failed = [t.params for t in trials.trials if t.state.name == "FAIL"]
-    return [levels for k, levels in enumerate(failed) if levels not in done + failed[:k]]
-
-
-# %% ../nbs/04a_divergence.ipynb #run-grid
-def _storage(journal: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(journal)))
-
-
-# %% ../nbs/04a_divergence.ipynb #run-grid-2
-def run_grid(
-    base: TrainConfig, grid: dict[str, list], journal: Path, minutes: float = math.inf
-) -> optuna.Study:
-    """Run the cells of `grid` that `journal` lacks, until all are done or the time is over."""
-    Path(journal).parent.mkdir(parents=True, exist_ok=True)
-    sampler = optuna.samplers.GridSampler(grid, seed=0)
-    storage = _storage(journal)
-    trials = optuna.create_study(
-        storage=storage,
-        study_name="grid",
-        sampler=sampler,
-        direction="maximize",
-        load_if_exists=True,
-    )
-    ends = time.monotonic() + 60 * minutes
-
-    def go_on(**limit):
-        left = None if math.isinf(minutes) else max(0.0, ends - time.monotonic())
-        faults = (RuntimeError, ValueError, OSError)
-        trials.optimize(lambda t: run_trial(t, base, grid), timeout=left, catch=faults, **limit)
-
-    for levels in failed_cells(trials):
-        trials.enqueue_trial(levels)
-        go_on(n_trials=1)
-    if not sampler.is_exhausted(trials):
-        go_on()
-    return trials
-
-
-# %% ../nbs/04a_divergence.ipynb #read-grid
-def read_grid(journal: Path) -> optuna.Study:
-    """The cells of a journal. Raises `FileNotFoundError` for the file, or runs that it names."""
-    if not Path(journal).is_file():
-        raise FileNotFoundError(f"{journal}: no such journal")
-    trials = optuna.load_study(storage=_storage(journal), study_name="grid")
-    runs = [Path(t.user_attrs["run"]) for t in trials.trials if "run" in t.user_attrs]
-    if missing := [run.name for run in runs if not run.is_dir()]:
-        named = ", ".join(missing[:5])
-        raise FileNotFoundError(f"{journal}: {len(missing)} of its {len(runs)} runs: {named}")
-    return trials
-
-
-# %% ../nbs/04a_divergence.ipynb #grid-table
-NORMS = {"q50": "median", "q95": "median", "max": "max"}  # over the epochs of a run
-
-
-def read_cell(trial: optuna.trial.FrozenTrial) -> dict:
-    """What a cell's run directory says: divergence, skipped steps, gradient norms, AP on val."""
-    row = dict(trial.params) | {"state": trial.state.name.lower()}
-    if "run" not in trial.user_attrs:
-        return row | {"reason": trial.user_attrs.get("failed", "not stored")}
-    run = Run(trial.user_attrs["run"])
-    incidents = run.incidents()
-    stopped = trial.user_attrs["stopped"]
-    row |= {"run": run.name, "reason": stopped or None}
-    row["diverged"] = bool(stopped) or run.result.get("returns", 0) > 0
-    row["skipped"] = len(incidents)
-    if len(incidents):
-        row |= incidents.iloc[0][["origin", "term", "module"]].to_dict()
-    epochs = run.metrics("train")
-    for name, over_epochs in NORMS.items():
-        norms = epochs.get(f"train/grad_norm/{name}", pd.Series(dtype=float))
-        row[f"grad norm {name}"] = norms.agg(over_epochs)
-    row["AP"] = run.result.get("best_val_AP", math.nan)
-    return row
-
-
-# %% ../nbs/04a_divergence.ipynb #grid-table-2
-def grid_table(trials: optuna.Study) -> pd.DataFrame:
-    """All cells that were run, one per row."""
-    return pd.DataFrame([read_cell(t) for t in trials.trials if t.state.is_finished()])
-
-
-# %% ../nbs/04a_divergence.ipynb #pair-differences
-def pair_differences(cells: pd.DataFrame, factor: str, level: str) -> np.ndarray:
-    """AP at `level` minus AP at the recipe's level, one per pair of cells equal in all else.
-
-    A pair in which one run gave up has no difference.
-    """
-    others = [name for name in (*FACTORS, "seed") if name != factor]
-    here = cells[cells[factor] == level]
-    pairs = here.merge(cells[cells[factor] == RECIPE[factor]], on=others)
-    return (pairs["AP_x"] - pairs["AP_y"]).dropna().to_numpy()
-
-
-# %% ../nbs/04a_divergence.ipynb #mean-with-interval
-def mean_with_interval(
-    differences: np.ndarray, rng: np.random.Generator, draws: int = 2000
-) -> dict[str, float]:
-    """Mean of pairs with a 95 % bootstrap interval over them; missing without any pair."""
-    if not len(differences):
-        return {"pairs": 0} | dict.fromkeys(("AP_difference", "low", "high"), math.nan)
-    means = rng.choice(differences, (draws, len(differences))).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    found = {"pairs": len(differences), "AP_difference": differences.mean()}
-    return found | {"low": low, "high": high}
-
-
 # %% ../nbs/04a_divergence.ipynb #levels-in-order
 def _level(name: str) -> str:
     return "fp32" if name == "no" else name
-
-
-# %% ../nbs/04a_divergence.ipynb #finished-cells
-def finished_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells that have a run."""
-    if "run" not in cells:
-        return pd.DataFrame(columns=FACTORS)
-    return cells[cells["run"].notna()]
-
-
-# %% ../nbs/04a_divergence.ipynb #present-levels
-def present_levels(cells: pd.DataFrame, factor: str) -> list[str]:
-    """The levels of a factor that cells have, mildest first."""
-    order = [*precisions("cuda"), *RATES, *CLIPS, *WARMUPS, *AUGMENTATIONS]
-    return sorted(cells[factor].unique(), key=order.index)
-
-
-# %% ../nbs/04a_divergence.ipynb #at-the-recipe
-def at_the_recipe(cells: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """The cells whose other factors are all at the recipe's level."""
-    others = pd.Series(RECIPE).drop(factor)
-    chosen = cells[others.index] == others
-    return cells[chosen.all(axis=1)]
-
-
-# %% ../nbs/04a_divergence.ipynb #main-effects
-def level_row(cells: pd.DataFrame, factor: str, level: str) -> dict:
-    """What the cells of one level came to."""
-    part = cells[cells[factor] == level]
-    row = {"factor": factor, "level": _level(level)}
-    row["against"] = None if level == RECIPE[factor] else _level(RECIPE[factor])
-    row["cells"] = len(part)
-    row["diverged"] = part["diverged"].mean()
-    row["skipped"] = part["skipped"].mean()
-    row["norm_q50"] = part["grad norm q50"].mean()
-    row["norm_max"] = part["grad norm max"].max()
-    row["AP"] = part["AP"].mean()
-    return row
-
-
-# %% ../nbs/04a_divergence.ipynb #main-effects-2
-def main_effects(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row per level: its cells, and its difference in AP to the recipe's level.
-
-    `AP_difference`, `low`, `high`, `pairs`: over all pairs; with `recipe_` before them: over the
-    pairs whose other factors are at the recipe's level. Intervals: 95 %, bootstrap over pairs.
-    """
-    cells = finished_cells(cells)
-    rng = np.random.default_rng(0)
-    narrow = np.random.default_rng(0)
-    rows = []
-    for factor in FACTORS:
-        for level in present_levels(cells, factor):
-            row = level_row(cells, factor, level)
-            if level != RECIPE[factor]:
-                row |= mean_with_interval(pair_differences(cells, factor, level), rng)
-                near = pair_differences(at_the_recipe(cells, factor), factor, level)
-                found = mean_with_interval(near, narrow)
-                row |= {f"recipe_{name}": value for name, value in found.items()}
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-# %% ../nbs/04a_divergence.ipynb #crossed-effects
-def crossed_effects(cells: pd.DataFrame, factor: str, by: str) -> pd.DataFrame:
-    """What each level of `factor` changes in AP, separately at each level of `by`.
-
-    Over pairs of cells that are equal in all else; columns as in `main_effects`.
-    """
-    cells = finished_cells(cells)
-    rng = np.random.default_rng(0)
-    rows = []
-    for at in present_levels(cells, by):
-        there = cells[cells[by] == at]
-        for level in present_levels(there, factor):
-            if level != RECIPE[factor]:
-                row = {"factor": factor, "level": _level(level), by: _level(at)}
-                rows.append(row | mean_with_interval(pair_differences(there, factor, level), rng))
-    return pd.DataFrame(rows)
 
 
 # %% ../nbs/04a_divergence.ipynb #plot-grid

@@ -3,11 +3,13 @@
 import io
 
 import pytest
+from page_code import page_module
 from PIL import Image
 
-from deimv2_tfg.browse import SHOWN, Browser, Pile, pair, shown_photographs
 from deimv2_tfg.core import read_json, write_json
 from deimv2_tfg.data import annotation_file
+
+browse = page_module("07d_browse")
 
 
 def found_in(coco, split):
@@ -35,29 +37,32 @@ def run(smoke_data, tmp_path):
 
 
 def test_the_pile_is_what_was_asked_for(run, smoke_data):
-    pile = Pile(run, smoke_data)
+    pile = browse.Pile(run, smoke_data)
     coco = read_json(annotation_file(smoke_data, "test"))
-    sizes = {which: len(shown_photographs(pile, which=which, threshold=0.5)) for which in SHOWN}
+    sizes = {
+        which: len(browse.shown_photographs(pile, which=which, threshold=0.5))
+        for which in browse.SHOWN
+    }
     assert sizes["all"] == len(coco["images"]) == sizes["something wrong"] + sizes["all right"]
     assert sizes["false"] == 1
     assert sizes["missed"] >= 2
     # the unsure one is found now
-    assert len(shown_photographs(pile, which="missed", threshold=0.2)) < sizes["missed"]
+    assert len(browse.shown_photographs(pile, which="missed", threshold=0.2)) < sizes["missed"]
     first = coco["categories"][0]
     own = {a["image_id"] for a in coco["annotations"] if a["category_id"] == first["id"]}
-    assert set(shown_photographs(pile, first["name"], threshold=0.5)["image_id"]) == own
+    assert set(browse.shown_photographs(pile, first["name"], threshold=0.5)["image_id"]) == own
 
 
 def test_the_pair_shows_what_is_over_the_threshold(run, smoke_data):
-    pile = Pile(run, smoke_data)
+    pile = browse.Pile(run, smoke_data)
     last = pile.annotations["images"][-1]["id"]
-    sure, unsure = pair(pile, last, 0.5), pair(pile, last, 0.2)
+    sure, unsure = browse.pair(pile, last, 0.5), browse.pair(pile, last, 0.2)
     assert unsure.tobytes() != sure.tobytes()
     assert sure.width > sure.height
 
 
 def test_the_widget_turns_filters_and_survives_an_empty_pile(run, smoke_data):
-    browser = Browser(Pile(run, smoke_data))
+    browser = browse.Browser(browse.Pile(run, smoke_data))
     browser.which.value = "all"
     seen = {browser.picture.value}
     for _ in range(browser.place.max):

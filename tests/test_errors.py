@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from page_code import page_module
 
-from deimv2_tfg import errors as page
 from deimv2_tfg.decisions import at_working_points, working_points
 from deimv2_tfg.evaluation import coco_metrics, jittered_results
 
+page = page_module("07a_errors")
 NAMES = ["NORMAL", "CRACK", "HOLE"]
 IDS = [2, 5, 8]
 KINDS = list(page.ERROR_KINDS)

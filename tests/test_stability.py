@@ -5,11 +5,12 @@ import math
 
 import pandas as pd
 import pytest
+from page_code import page_module
 
-from deimv2_tfg import stability
 from deimv2_tfg.core import append_line
 from deimv2_tfg.recipes import TrainConfig
 
+stability = page_module("04a_divergence")
 GRID = {
     "precision": ["no"],
     "rate": ["scaled", "4 x"],
