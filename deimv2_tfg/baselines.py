@@ -6,8 +6,8 @@
 __all__ = [
     'BACKBONES', 'ANCHORS', 'LITE_ANCHORS', 'SMALL_RPN', 'FASTER_RCNN', 'with_pyramid',
     'resnet18_fpn', 'efficientnet_b0_fpn', 'lite0_fpn', 'anchors_for', 'torchvision_target',
-    'Baseline', 'save_baseline', 'load_baseline', 'build_baseline', 'baseline_config',
-    'native_size', 'overfit', 'trained',
+    'Baseline', 'save_baseline', 'load_baseline', 'build_baseline', 'family_of',
+    'baseline_config', 'native_size', 'overfit', 'trained',
 ]  # fmt: skip
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
@@ -32,7 +32,7 @@ from .core import Study, atomic_write, one_at_a_time, read_json, write_json
 from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
 from .lite import CHANNELS, LiteFeatures, draw_lite, load_imagenet
 from .recipes import TrainConfig, frozen_stages
-from .training import Family, finished_before, phase1_config, train
+from .training import DEIMV2, Family, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
 
 
@@ -272,6 +272,11 @@ FASTER_RCNN = Family(
     backbone=".backbone.body.",
     models=tuple(BACKBONES),
 )
+
+
+def family_of(model: str) -> Family:
+    """The family of a network by the name of its model: Faster R-CNN's backbones, else DEIMv2."""
+    return FASTER_RCNN if model in BACKBONES else DEIMV2
 
 
 # %% ../nbs/06_baselines.ipynb #baseline-config

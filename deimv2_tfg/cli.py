@@ -7,10 +7,11 @@ __all__ = [
     'TAKES', 'RANGES', 'SWITCH', 'COMMANDS', 'Device', 'Counts', 'Split', 'field_comments',
     'nearest', 'plain_message', 'Parser', 'configuration_of', 'add_fields', 'command_parser',
     'spelled_out', 'command', 'usable_device', 'interrupt_is_terminate', 'train_command',
-    'fuse_command', 'evaluate_command', 'predict_command', 'export_command', 'doctor_command',
-    'import_command', 'split_command', 'describe_command', 'synth_command', 'convert_command',
-    'run_row', 'runs_command', 'compare_command', 'report_command', 'bench_command',
-    'bench_table', 'exit_code', 'overview', 'called', 'told', 'main', 'narrow_exports',
+    'cv_command', 'fuse_command', 'evaluate_command', 'predict_command', 'export_command',
+    'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
+    'convert_command', 'run_row', 'runs_command', 'compare_command', 'report_command',
+    'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told', 'main',
+    'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
@@ -221,10 +222,23 @@ def interrupt_is_terminate():
 @command
 def train_command(config: TrainConfig):
     """Train a detector, or resume this configuration's training; prints the run's directory."""
+    from deimv2_tfg.baselines import family_of
     from deimv2_tfg.training import train
 
     with interrupt_is_terminate():
-        return train(config)
+        return train(config, family_of(config.model))
+
+
+# %% ../nbs/08_cli.ipynb #cv-command
+@command
+def cv_command(config: TrainConfig):
+    """Train on every fold of a folder that `split --folds` wrote; prints the table out of fold."""
+    from deimv2_tfg.folds import fold_table, train_folds
+
+    with interrupt_is_terminate():
+        runs = train_folds(config)
+    table = fold_table(config.data_dir, {config.model: runs})
+    return table.T.to_string(header=False, na_rep="-", float_format="{:.3f}".format)
 
 
 # %% ../nbs/08_cli.ipynb #train

@@ -699,7 +699,7 @@ SECTIONS = {
     "5.4 Training with text": "05_multimodal",
     "6.1 Metrics": "01g_metrics 03c_decisions 07_results",
     "6.2 Success and failure": "07a_errors 07b_use 07d_browse",
-    "6.3 Comparison of all networks": "07c_thesis 07e_report",
+    "6.3 Comparison of all networks": "07c_thesis 07e_report 07f_folds",
 }
 
 

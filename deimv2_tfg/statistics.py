@@ -8,7 +8,7 @@ __all__ = [
     'ClassMatches', 'weighted_ap', 'mean_over_classes', 'image_strata', 'bootstrap_weights',
     'stratified_weights', 'Sampled', 'sample_ap', 'interval', 'interval_coverage', 'Estimate',
     'estimate', 'sign_flip_p', 'holm', 'sign_flip_power', 'smallest_difference', 'seed_pairs',
-    'Effect', 'paired_effect', 'image_swap_p', 'wilson', 'auroc',
+    'Effect', 'paired_effect', 'joined', 'image_swap_p', 'wilson', 'auroc',
 ]  # fmt: skip
 
 # %% ../nbs/00c_statistics.ipynb #st-imports
@@ -417,8 +417,8 @@ def paired_effect(
 
 
 # %% ../nbs/00c_statistics.ipynb #st-both
-def _both(a: ClassMatches, b: ClassMatches) -> ClassMatches:
-    """The tables of two models as one over 2 x I images: those of `a`, then those of `b`."""
+def joined(a: ClassMatches, b: ClassMatches) -> ClassMatches:
+    """Two tables of one class as one: over the images of `a`, then those of `b`."""
     scores = np.concatenate([a.scores, b.scores])
     behind = b.image + len(a.objects)
     image = np.concatenate([a.image, behind])
@@ -433,7 +433,7 @@ def _both(a: ClassMatches, b: ClassMatches) -> ClassMatches:
 # %% ../nbs/00c_statistics.ipynb #st-swapped
 def _swapped_difference(first: list, second: list, one: np.ndarray) -> np.ndarray:
     """Difference in AP (B,) of the two mixtures of two models: `one` (2 x I, B) and the rest."""
-    mixed = [_both(a, b) for a, b in zip(first, second, strict=True)]
+    mixed = [joined(a, b) for a, b in zip(first, second, strict=True)]
     mean_ap = [mean_over_classes([weighted_ap(t, w) for t in mixed]) for w in (one, 1 - one)]
     return (mean_ap[0] - mean_ap[1]).mean(axis=0)
 
