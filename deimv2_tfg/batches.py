@@ -19,8 +19,13 @@ from .transforms import MixingDataset, TrainTransform, at_fraction, collate
 
 
 # %% ../nbs/03h_batches.ipynb #augmented
-def augmented(dataset: DetectionDataset, config: TrainConfig) -> MixingDataset:
-    """The training photographs as the configuration augments and mixes them, as bytes."""
+def augmented(
+    dataset: DetectionDataset, config: TrainConfig, light_later: bool = False
+) -> MixingDataset:
+    """The training photographs as the configuration augments and mixes them, as bytes.
+
+    `light_later`: their light is only drawn, for `relit` on the device.
+    """
     change = TrainTransform(
         config.image_size,
         as_bytes=True,
@@ -30,6 +35,7 @@ def augmented(dataset: DetectionDataset, config: TrainConfig) -> MixingDataset:
         photometric=config.photometric,
         zoom_out=config.zoom_out,
         iou_crop=config.iou_crop,
+        light_later=light_later,
     )
     chances = (config.mosaic, config.mixup, config.copy_blend)
     return MixingDataset(dataset, change, config.image_size, *chances)

@@ -507,7 +507,8 @@ LACKS = (
 
 def lacks_memory(error: Exception) -> bool:
     """Whether an error says that the memory of a card (or of the machine) was not enough."""
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in LACKS)
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in LACKS)
+    return named or isinstance(error, torch.OutOfMemoryError)
 
 
 def part_sizes(batch: int) -> list[int]:

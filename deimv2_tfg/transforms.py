@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = [
     'IMAGE_MEAN', 'IMAGE_STD', 'CLEAN', 'QUARTER_TURNS', 'LIGHT', 'normalised', 'to_pixel_values',
-    'as_photograph', 'on_canvas', 'in_pixels', 'in_fractions', 'augmentation', 'EvalTransform',
-    'eval_transform', 'TrainTransform', 'mosaic', 'mixup', 'copy_blend', 'at_fraction',
-    'MixingDataset', 'input_sizes', 'at_size', 'collate',
+    'as_photograph', 'on_canvas', 'in_pixels', 'in_fractions', 'DrawnLight', 'relit',
+    'augmentation', 'EvalTransform', 'eval_transform', 'TrainTransform', 'mosaic', 'mixup',
+    'copy_blend', 'at_fraction', 'MixingDataset', 'input_sizes', 'at_size', 'collate',
 ]  # fmt: skip
 
 # %% ../nbs/01c_transforms.ipynb #51d6256b
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -26,12 +27,29 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
+@functools.cache
+def _centre(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (3, 1, 1), copied to a device once: each copy would be waited for."""
+    both = torch.tensor([IMAGE_MEAN, IMAGE_STD]).to(device)
+    return both[0].view(3, 1, 1), both[1].view(3, 1, 1)
+
+
+def _as_shares(pixels: torch.Tensor, plain: bool) -> torch.Tensor:
+    """Bytes or network inputs (..., 3, H, W) as float32 from 0 to 1."""
+    if pixels.dtype == torch.uint8:
+        return v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    mean, std = _centre(pixels.device)
+    return pixels if plain else pixels * std + mean
+
+
+def _centred(shares: torch.Tensor, plain: bool) -> torch.Tensor:
+    mean, std = _centre(shares.device)
+    return shares if plain else (shares - mean).div_(std)
+
+
 def normalised(pixels: torch.Tensor, plain: bool = False) -> torch.Tensor:
     """Bytes (..., 3, H, W) as the float32 that `to_pixel_values` gives; what is float stays so."""
-    if pixels.dtype != torch.uint8:
-        return pixels
-    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-    return scaled if plain else v2.functional.normalize(scaled, list(IMAGE_MEAN), list(IMAGE_STD))
+    return _centred(_as_shares(pixels, plain), plain) if pixels.dtype == torch.uint8 else pixels
 
 
 def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.Compose:
@@ -53,9 +71,7 @@ def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.
 
 def as_photograph(pixel_values: torch.Tensor) -> torch.Tensor:
     """A network input (3, H, W) as something to look at: (H, W, 3), 0 to 1."""
-    mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD).view(3, 1, 1)
-    return (pixel_values * std + mean).clamp(0, 1).permute(1, 2, 0)
+    return _as_shares(pixel_values, plain=False).clamp(0, 1).permute(1, 2, 0)
 
 
 # %% ../nbs/01c_transforms.ipynb #to-tv
@@ -99,6 +115,70 @@ _EXPOSURE = {"brightness": (0.75, 1.25), "contrast": (0.7, 1.3)}
 LIGHT = v2.RandomPhotometricDistort(**_EXPOSURE, saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.5)
 
 
+# %% ../nbs/01c_transforms.ipynb #drawn-light
+class DrawnLight:
+    """Draws what `LIGHT` would do to a photograph, `chance` of the time, and leaves it to `relit`.
+
+    It goes to `target["light"]` (8,): factors of brightness, contrast, saturation, turn of the hue,
+    factor of the contrast if it is last, order of the channels.
+    """
+
+    def __init__(self, chance: float):
+        self.chance = chance
+
+    def __call__(self, photograph: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        drawn = {}
+        if torch.rand(1) < self.chance:
+            drawn = LIGHT.make_params([photograph])
+        factors = [drawn.get(f"{name}_factor") for name in ("brightness", "contrast", "saturation")]
+        brightness, contrast, saturation = (factor or 1.0 for factor in factors)
+        contrasts = (contrast, 1.0) if drawn.get("contrast_before") else (1.0, contrast)
+        order = drawn.get("channel_permutation")
+        channels = range(3) if order is None else order.tolist()
+        turn = drawn.get("hue_factor") or 0.0
+        light = [brightness, contrasts[0], saturation, turn, contrasts[1], *channels]
+        return photograph, target | {"light": torch.tensor(light)}
+
+
+# %% ../nbs/01c_transforms.ipynb #relit
+def _blended(shares: torch.Tensor, others: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (shares * factor + others * (1 - factor)).clamp(0, 1)
+
+
+def _contrasted(shares: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    grey = v2.functional.rgb_to_grayscale(shares)
+    return _blended(shares, grey.mean((1, 2, 3), keepdim=True), factor)
+
+
+def _with_hue_turned(shares: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Photographs (B, 3, H, W), 0 to 1, with the hue of HSV turned by `turn` (B, 1, 1) circles."""
+    high = shares.amax(1)
+    spread = high - shares.amin(1)
+    divisor = torch.where(spread > 0, spread, 1)
+    r, g, b = ((high[:, None] - shares) / divisor[:, None]).unbind(1)  # 0: the largest
+    sixths = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r)) + 6 * turn
+    distances = [(n + sixths) % 6 for n in (5, 3, 1)]
+    slopes = [torch.minimum(k, 4 - k).clamp(0, 1) for k in distances]
+    return torch.stack([high - spread * slope for slope in slopes], 1)
+
+
+# %% ../nbs/01c_transforms.ipynb #relit-2
+def relit(pixels: torch.Tensor, lights: torch.Tensor, plain: bool = False) -> torch.Tensor:
+    """A batch (B, 3, H, W), `normalised`, each photograph in its own light (B, 8) of `DrawnLight`.
+
+    `pixels`: bytes or numbers, as `normalised` takes them. No part waits for a card.
+    """
+    shares = _as_shares(pixels, plain)
+    brightness, before, saturation, turn, after = lights[:, :5, None, None, None].unbind(1)
+    shares = (shares * brightness).clamp(0, 1)
+    shares = _contrasted(shares, before)
+    shares = _blended(shares, v2.functional.rgb_to_grayscale(shares), saturation)
+    shares = _with_hue_turned(shares, turn[:, 0])
+    shares = _contrasted(shares, after)
+    channels = lights[:, 5:, None, None].long()
+    return _centred(shares.gather(1, channels.expand_as(shares)), plain)
+
+
 # %% ../nbs/01c_transforms.ipynb #augmentation-2
 def augmentation(
     flips: bool = True,
@@ -107,14 +187,16 @@ def augmentation(
     photometric: float = 0.5,
     zoom_out: float = 0.0,
     iou_crop: float = 0.25,
+    light_later: bool = False,
 ) -> v2.Compose:
     """Random changes of photograph and boxes (torchvision's type).
 
-    Each number is a probability, 0 turns its part off.
+    Each number is a probability, 0 turns its part off. `light_later`: see `DrawnLight`.
     """
     parts = []
     if photometric:
-        parts.append(v2.RandomApply([LIGHT], photometric))
+        light = DrawnLight(photometric) if light_later else v2.RandomApply([LIGHT], photometric)
+        parts.append(light)
     if zoom_out:
         parts += [v2.RandomZoomOut(fill=114, side_range=(1.0, 2.0), p=zoom_out), CLEAN]
     if iou_crop:

@@ -23,6 +23,7 @@ from deimv2_tfg.pretraining import MaskedViT, random_mask
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.step import count_boxes, training_step
 from deimv2_tfg.training import DEIMV2, in_parts
+from deimv2_tfg.transforms import _centre
 
 TRAINED = ("tiny", "small", "lite", "s", "m", "thesis_m", "atto", "n", "l")
 ASKED = ("tiny", "small", "lite", "s", "m", "thesis_m", "femto", "pico", "x")
@@ -30,10 +31,13 @@ ASKED = ("tiny", "small", "lite", "s", "m", "thesis_m", "femto", "pico", "x")
 
 @pytest.fixture
 def card(monkeypatch):
-    anchor_logits.cache_clear()
+    caches = (anchor_logits, _centre)
+    for cached in caches:
+        cached.cache_clear()
     with fake_card(monkeypatch) as card:
         yield card
-    anchor_logits.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def targets_of(counts, device="cpu") -> list[dict]:
@@ -205,6 +209,19 @@ def test_host_waits_do_not_grow_with_the_batch(card):
         assert len(training.card.waits) <= 3, collections.Counter(training.card.waits)
 
 
+def test_bytes_become_numbers_in_their_own_light_without_a_wait(card):
+    training = Training(card)
+    targets = targets_of([2, 1])
+    for kind in ({}, {"light": torch.tensor([1.1, 0.9, 1.2, 0.01, 1.0, 2.0, 0.0, 1.0])}):
+        lit = [target | kind for target in targets]
+        pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+        in_parts(training, pixels, lit)  # the first copies what the others keep
+        card.waits.clear()
+        ((pixel_values, _),) = in_parts(training, pixels, lit)
+        assert pixel_values.device == DEVICE and pixel_values.dtype == torch.float32
+        assert card.waits == []
+
+
 # Most operations that a step of M may ask of a card, without views: 4,000 in all.
 BUDGET = {
     "backward": 2100,
@@ -277,11 +294,15 @@ def test_loading_leaves_the_cards_generators_alone(smoke_data, monkeypatch):
 
 def test_batches_and_generators_do_not_depend_on_the_number_of_workers(smoke_data):
     seen = []
-    for workers in (0, 2):
+    for workers, first in ((0, 0), (2, 0), (0, 1)):
         config = TrainConfig(str(smoke_data), image_size=64, batch_size=4, num_workers=workers)
-        view = augmented(load_dataset(smoke_data, "train"), config)
+        view = augmented(load_dataset(smoke_data, "train"), config, light_later=True)
         torch.manual_seed(3)
-        images = [pixel_values for pixel_values, _ in epoch_batches(view, config, 0)]
-        seen.append([*images, torch.rand(3)])
-    assert len(seen[0]) > 2
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        found = []
+        for pixels, targets in epoch_batches(view, config, 0, first):
+            found += [pixels, torch.stack([target["light"] for target in targets])]
+        seen.append([*found, torch.rand(3)])
+    whole, with_workers, from_the_second = seen
+    assert len(set(torch.cat(whole[1:-1:2])[:, 0].tolist())) > 2
+    assert all(torch.equal(a, b) for a, b in zip(whole, with_workers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], from_the_second, strict=True))

@@ -1,10 +1,13 @@
 """The trainer: a run is found again, resumes as if nothing had happened, takes no bad step."""
 
 import dataclasses
+import errno
 import itertools
 import math
 import re
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import accelerate
@@ -21,7 +24,7 @@ from deimv2_tfg.guard import is_incident, random_state, set_random_state, stop_r
 from deimv2_tfg.journal import end_table
 from deimv2_tfg.optim import make_ema, parameter_groups, pick_precision
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.runs import Log, Run, load_state
+from deimv2_tfg.runs import Log, Run, TrainingStopped, load_state, save_state
 from deimv2_tfg.step import count_boxes, shares_of, training_step
 from deimv2_tfg.training import (
     DEIMV2,
@@ -105,6 +108,55 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(config, tmp_path, monke
     resumed = load_state(train(cut))
     assert same_tensors(whole["model"], resumed["model"])
     assert same_tensors(whole["ema"], resumed["ema"])
+
+
+def test_a_snapshot_is_of_its_moment_and_written_meanwhile(config, tmp_path, monkeypatch):
+    free = threading.Event()
+
+    def when_free(*state):
+        assert free.wait(60)
+        return save_state(*state)
+
+    monkeypatch.setattr(training, "save_state", when_free)
+    trainer = training.Trainer(config, tmp_path)
+    kept = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    training.snapshot(trainer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(1)
+    assert load_state(trainer.run) is None
+    free.set()
+    assert training.restore(trainer) and same_tensors(kept, trainer.model.state_dict())
+
+
+def test_an_exception_waits_for_the_snapshot(config, monkeypatch):
+    def slowly(*state):
+        time.sleep(0.5)
+        return save_state(*state)
+
+    def fails(trainer, *batch):
+        if trainer.step == 3:
+            raise RuntimeError("a fault of step 4")
+        ordinary(trainer, *batch)
+
+    ordinary = training.train_batch
+    monkeypatch.setattr(training, "save_state", slowly)
+    monkeypatch.setattr(training, "train_batch", fails)
+    with pytest.raises(RuntimeError, match="a fault of step 4"):
+        train(config)
+    assert load_state(find_run(config))["counters"]["epoch"] == 1
+
+
+def test_what_fails_in_the_writing_is_raised_in_the_training(config, monkeypatch):
+    def second_fails(run, step, state):
+        if step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_state(run, step, state)
+
+    monkeypatch.setattr(training, "save_state", second_fails)
+    with pytest.raises(TrainingStopped, match="the disk is full.*step-00000000"):
+        train(config)
+    assert not Run(find_run(config)).finished
 
 
 def test_a_bad_data_dir_stops_before_anything_is_written(config, tmp_path):

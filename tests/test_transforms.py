@@ -4,8 +4,11 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.ops import box_convert
+from torchvision.transforms import v2
 
 from deimv2_tfg.transforms import (
+    LIGHT,
+    DrawnLight,
     MixingDataset,
     TrainTransform,
     at_fraction,
@@ -15,6 +18,8 @@ from deimv2_tfg.transforms import (
     input_sizes,
     mixup,
     mosaic,
+    normalised,
+    relit,
 )
 
 OFF = {"flips": False, "photometric": 0, "zoom_out": 0, "iou_crop": 0}
@@ -64,6 +69,49 @@ def test_boxes_stay_on_what_they_name(kind):
         if len(target["boxes"]):
             assert target["boxes"][:, 2:].min() * 96 > 1
             assert bright_in_boxes(x, target) > 0.95
+
+
+def as_shares(photograph):
+    return v2.functional.to_dtype(v2.functional.to_image(photograph), torch.float32, scale=True)
+
+
+def test_light_on_a_batch_is_that_of_each_photograph():
+    "torchvision's own on numbers; on bytes, which it rounds after each part, a level on average."
+    photographs = [Image.effect_noise((30, 20), 80).convert("RGB") for _ in range(40)]
+    for i, photograph in enumerate(photographs):
+        photograph.paste((9 * i % 256, 5 * i % 256, 200), (3, 3, 20, 12))
+    torch.manual_seed(0)
+    lights = [DrawnLight(1.0)(p, {})[1]["light"] for p in photographs]
+    drawn_next = torch.rand(3)
+    torch.manual_seed(0)
+    drawn = [torch.rand(1) < 1 and LIGHT.make_params([p]) for p in photographs]
+    assert torch.equal(torch.rand(3), drawn_next)
+    pixels = torch.stack([v2.functional.pil_to_tensor(p) for p in photographs])
+    found = relit(pixels, torch.stack(lights), plain=True)
+    own = [LIGHT.transform(as_shares(p), d) for p, d in zip(photographs, drawn, strict=True)]
+    assert (found - torch.stack(own)).abs().max() < 1e-5
+    rounded = [as_shares(LIGHT.transform(p, d)) for p, d in zip(photographs, drawn, strict=True)]
+    assert 255 * (found - torch.stack(rounded)).abs().mean() < 1
+    again = relit(normalised(pixels), torch.stack(lights))
+    assert torch.allclose(again, normalised((255 * found).round().byte()), atol=0.02)
+
+
+def test_without_light_a_batch_stays_as_it_is():
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    as_it_is = torch.stack([DrawnLight(0.0)(None, {})[1]["light"]] * 2)
+    assert torch.allclose(relit(pixels, as_it_is), normalised(pixels), atol=1e-5)
+
+
+def test_light_that_is_drawn_for_later_changes_no_other_choice():
+    kinds = {"photometric": 0.7, "zoom_out": 0.5, "quarter_turns": 0.5}
+    for i in range(12):
+        targets = []
+        for later in (False, True):
+            change = TrainTransform(32, light_later=later, **kinds)
+            photograph, target = blob(i)
+            targets.append(change(photograph, target)[1])
+        assert torch.equal(targets[0]["boxes"], targets[1]["boxes"])
+        assert targets[1]["light"].shape == (8,)
 
 
 def test_mosaic_keeps_boxes_whose_centre_is_in_the_window():
