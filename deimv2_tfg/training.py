@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = [
     'DEIMV2', 'COUNTERS', 'WORKSPACE', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family',
-    'measured_precisions', 'fastest_precision', 'Trainer', 'set_rate', 'in_parts', 'snapshot',
-    'restore', 'fit_micro_batch', 'train_batch', 'train_epoch', 'predict_val', 'keep_as_best',
-    'validate', 'training_code', 'hashed_fields', 'find_run', 'check_model', 'first_state',
-    'open_run', 'end_epoch', 'end_run', 'train', 'finished_before', 'phase1_config', 'phase1_run',
+    'measured_precisions', 'fastest_precision', 'Trainer', 'set_rate', 'in_parts',
+    'finish_snapshot', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch', 'train_epoch',
+    'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields', 'find_run',
+    'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'finished_before',
+    'phase1_config', 'phase1_run',
 ]  # fmt: skip
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
@@ -23,12 +24,14 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.utils._pytree import tree_map
 
 from deimv2_tfg.core import (
     Study,
@@ -114,7 +117,7 @@ from .precision import attention_in_float32
 from .splits import bind_data
 from .step import count_boxes, training_step
 from .synthetic import study_data
-from .transforms import at_fraction, at_size, input_sizes, normalised
+from .transforms import at_fraction, at_size, input_sizes, normalised, relit
 from .weights import LoadReport, find_weights, init_weights
 
 
@@ -149,7 +152,8 @@ def _build_deimv2(config, num_classes):
     model = build_detector(shape)
     report = LoadReport(taken="random weights")
     if config.init != "scratch":
-        classes = load_dataset(config.data_dir, "train").classes
+        own = config.init != "imagenet"  # a detector's, whose classes may be others
+        classes = load_dataset(config.data_dir, "train").classes if own else None
         report = init_weights(model, config.init, classes=classes)
     model.start = dataclasses.asdict(report)
     return model
@@ -238,7 +242,9 @@ def _open_data(trainer):
         dataset = load_dataset(config.data_dir, split, cache=photograph_cache(*kept))
         setattr(trainer, f"{split}_set", dataset)
     place = (trainer.accelerator.process_index, trainer.accelerator.num_processes)
-    trainer.batches = Batches(augmented(trainer.train_set, config), config, *place)
+    on_card = trainer.accelerator.device.type == "cuda"
+    view = augmented(trainer.train_set, config, light_later=on_card)
+    trainer.batches = Batches(view, config, *place)
     trainer.sizes = input_sizes(config.image_size, config.multi_scale)
     if min(trainer.sizes) <= 32 and min(config.batch_size, len(trainer.train_set)) == 1:
         why = "one photograph of 32 px is one number a channel and cannot be normalised"
@@ -342,6 +348,8 @@ class Trainer:
         self.compute_losses = family.losses(config, self.train_set.num_classes)
         self.rows = []  # of the epoch so far: (names, values on the device) of each step
         self.log = None
+        self.writer = ThreadPoolExecutor(1)
+        self.writing = None  # the snapshot that `writer` writes
         for name, value in COUNTERS.items():
             setattr(self, name, value)
 
@@ -388,21 +396,38 @@ def _targets_on(targets: list[dict], device) -> list[dict]:
 def in_parts(trainer: Trainer, pixels: torch.Tensor, targets: list, size: int = 0) -> list[tuple]:
     """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets).
 
-    pixels: of a loader, uint8 or float32; there they are normalised and brought to side `size`
-    (0: as they are).
+    pixels: of a loader, uint8 or float32; there they are put in the light that was drawn for them,
+    normalised and brought to side `size` (0: as they are).
     """
     device = trainer.accelerator.device
     moved = _targets_on(targets, device)
     n = trainer.micro or len(targets)
     plain = trainer.config.model in PLAIN_INPUT
-    pixel_values = normalised(pixels.to(device, non_blocking=True), plain)
+    pixels = pixels.to(device, non_blocking=True)
+    if "light" in targets[0]:
+        lights = torch.stack([target["light"] for target in targets])
+        pixel_values = relit(pixels, lights.to(device, non_blocking=True), plain)
+    else:
+        pixel_values = normalised(pixels, plain)
     split = at_size(pixel_values, size or pixel_values.shape[-1]).split(n)
     return [(part, moved[i * n : (i + 1) * n]) for i, part in enumerate(split)]
 
 
 # %% ../nbs/04_training_stability.ipynb #snapshot
+def finish_snapshot(trainer: Trainer):
+    """Wait until the last snapshot is written. Raises what its writing raised."""
+    writing, trainer.writing = trainer.writing, None
+    if writing:
+        writing.result()
+
+
+def _on_host(value):
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+
+
 def snapshot(trainer: Trainer):
-    """Save everything that resuming needs."""
+    """Save everything that resuming needs: copied now, written by `trainer.writer`."""
+    finish_snapshot(trainer)
     scaler = trainer.accelerator.scaler
     state = {
         "model": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
@@ -414,13 +439,15 @@ def snapshot(trainer: Trainer):
         "counters": {name: getattr(trainer, name) for name in COUNTERS},
     }
     if trainer.main:
-        save_state(trainer.run, trainer.step, state)
-    trainer.accelerator.wait_for_everyone()
+        copied = tree_map(_on_host, state)
+        trainer.writing = trainer.writer.submit(save_state, trainer.run, trainer.step, copied)
 
 
 # %% ../nbs/04_training_stability.ipynb #restore
 def restore(trainer: Trainer, leave=()) -> bool:
     """Resume from the last whole state (counters in `leave` stay); False where there is none."""
+    finish_snapshot(trainer)
+    trainer.accelerator.wait_for_everyone()
     if (state := load_state(trainer.run)) is None:
         return False
     trainer.accelerator.unwrap_model(trainer.model).load_state_dict(state["model"])
@@ -719,6 +746,7 @@ def first_state(trainer: Trainer):
     for warning in check_recipe(config, len(trainer.train_set)):
         warnings.warn(warning, stacklevel=2)
     snapshot(trainer)
+    finish_snapshot(trainer)  # workers are forked next, better beside no thread
 
 
 # %% ../nbs/04_training_stability.ipynb #say-of-others
@@ -734,7 +762,7 @@ def _say_of_others(trainer: Trainer):
         trainer.say(f"{done}; to go on from its weights: --init {nearby(run.path)}")
 
 
-#| export
+# %% ../nbs/04_training_stability.ipynb #say-of-others-2
 def open_run(trainer: Trainer):
     """Resume from the last state, or write the first one; open the log."""
     if trainer.main:
@@ -763,6 +791,7 @@ def end_epoch(trainer: Trainer, values: dict, started: float):
     """Log an epoch, evaluate where it is due, save, and say it."""
     config = trainer.config
     epoch = trainer.epoch + 1
+    finish_snapshot(trainer)
     if trainer.main:
         trainer.log("train", trainer.step, epoch, values)
     if epoch % config.eval_every == 0 or epoch == config.epochs:
@@ -781,6 +810,7 @@ def end_epoch(trainer: Trainer, values: dict, started: float):
 # %% ../nbs/04_training_stability.ipynb #end-run
 def end_run(trainer: Trainer):
     """Choose the thresholds of the best weights, write the result: the run is finished."""
+    finish_snapshot(trainer)
     if trainer.main:
         store_thresholds(trainer.run.best, trainer.val_set.coco, trainer.run.predictions("val"))
         seen = trainer.step * min(trainer.config.batch_size, len(trainer.train_set))
@@ -801,6 +831,25 @@ def end_run(trainer: Trainer):
     trainer.accelerator.wait_for_everyone()
 
 
+# %% ../nbs/04_training_stability.ipynb #train-on
+def _train_on(trainer: Trainer, stop: Callable):
+    """Epoch after epoch to the end. Raises `SystemExit` where `stop()` names a signal."""
+    while not trainer.finished:
+        started = time.perf_counter()
+        try:
+            values = train_epoch(trainer, stop)
+        except Diverged as why:
+            roll_back(trainer, why)
+            continue
+        if values is None:
+            snapshot(trainer)
+            finish_snapshot(trainer)
+            at = f"epoch {trainer.epoch + 1}, step {trainer.step}"
+            trainer.say(f"stopped at {at}; saved, and the same training goes on from there")
+            raise SystemExit(128 + (stop() or signal.SIGTERM))
+        end_epoch(trainer, values, started)
+
+
 # %% ../nbs/04_training_stability.ipynb #train
 def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
     """Train a network, or resume, or find, the run of this configuration; its directory.
@@ -819,21 +868,10 @@ def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
     writing = only_writer(run) if PartialState().is_main_process else contextlib.nullcontext()
     with writing, full_disk_named(run), stop_requests() as stop:
         trainer = Trainer(config, run, family)
-        open_run(trainer)
-        while not trainer.finished:
-            started = time.perf_counter()
-            try:
-                values = train_epoch(trainer, stop)
-            except Diverged as why:
-                roll_back(trainer, why)
-                continue
-            if values is None:
-                snapshot(trainer)
-                at = f"epoch {trainer.epoch + 1}, step {trainer.step}"
-                trainer.say(f"stopped at {at}; saved, and the same training goes on from there")
-                raise SystemExit(128 + (stop() or signal.SIGTERM))
-            end_epoch(trainer, values, started)
-        end_run(trainer)
+        with trainer.writer:  # whatever ends the training waits for its last snapshot
+            open_run(trainer)
+            _train_on(trainer, stop)
+            end_run(trainer)
     return run.path
 
 
