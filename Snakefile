@@ -23,8 +23,7 @@ READS = {
     "errors": ["baselines"],
     "index": CHAPTERS,
     "memoria": ["baselines", "errors", "pretraining", "thesis"],
-    "results": ["multimodal", "baselines"],
-    "thesis": ["results", "errors"],
+    "thesis": ["baselines", "multimodal"],
 }
 TRAINS = {"training", "stability", "levers", "multimodal", "baselines", "pretraining"}
 
@@ -144,10 +143,6 @@ onstart:
         warm_up()
 
 
-wildcard_constraints:
-    chapter="[^/]+",
-
-
 localrules:
     all,
 
@@ -211,8 +206,14 @@ rule training:
         " && rm {output}.part"
 
 
+# The pages that wait for one another are begun first, so that the others fill the cores beside them.
+WAITED_FOR = "|".join(c for c in CHAPTERS if module_of(c) in {"baselines", "multimodal", "thesis"})
+
+
 # A page, executed. What is left of one that failed is beside it, in failed/.
 rule chapter:
+    wildcard_constraints:
+        chapter=rf"(?!({WAITED_FOR})\.)[^/]+",
     output:
         f"{RUNS}/pages/{{chapter}}.ipynb",
     input:
@@ -234,3 +235,9 @@ rule chapter:
         " && python -S '{HERE}/studies/warm.py' papermill --no-progress-bar --log-level ERROR -k python3 '{input.notebook}' '{params.begun}' {params.given}"
         " 2> >(grep -v IPKernelApp >&2) && mv '{params.begun}' '{output}'"
         ' && echo "{wildcards.chapter}: $(($(date +%s) - start)) s"'
+
+
+use rule chapter as waited_for with:
+    wildcard_constraints:
+        chapter=WAITED_FOR,
+    priority: 40

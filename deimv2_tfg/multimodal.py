@@ -42,7 +42,6 @@ from deimv2_tfg.core import (
 from deimv2_tfg.evaluation import (
     LOADERS,
     check_classes,
-    coco_metrics,
     detector_directory,
     judged,
     predict,
@@ -272,9 +271,14 @@ def _write_about(run: Path, config: FusionConfig, text: ClassText, classes: list
 
 # %% ../nbs/05_multimodal.ipynb #save-judged
 def _save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
-    """Write predictions and COCO metrics of a split into a run directory; gives the metrics."""
-    metrics = coco_metrics(coco, results)
+    """Write predictions and COCO metrics of a split into a run directory; gives the metrics.
+
+    Of val, also the thresholds: both ask for the same judgement, which is remembered.
+    """
+    metrics = judged(coco, results=results).metrics
     Run(run).save_predictions(split, results, metrics)
+    if split == "val":
+        store_thresholds(Run(run).best, coco, results)
     return metrics
 
 
@@ -309,7 +313,6 @@ def _train_frozen(run: Path, config: FusionConfig, text: ClassText) -> None:
     about["meta"] = Run(config.run).about_best.get("meta", {})
     write_json(run / "best" / "config.json", about)
     metrics = _judge_head(run, head, data)
-    store_thresholds(run / "best", data.coco["val"], Run(run).predictions("val"))
     steps = config.epochs * math.ceil(len(train_queries) / config.batch_size)
     log("val", steps, config.epochs, {f"val/{k}": v for k, v in metrics["val"].items()})
     result = {"epochs": config.epochs, "steps": steps, "seconds": seconds}
