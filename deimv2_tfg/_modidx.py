@@ -1263,6 +1263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                  'deimv2_tfg.runs._definitions': ('runs.html#_definitions', 'deimv2_tfg/runs.py'),
                                  'deimv2_tfg.runs._git': ('runs.html#_git', 'deimv2_tfg/runs.py'),
                                  'deimv2_tfg.runs._has_docstring': ('runs.html#_has_docstring', 'deimv2_tfg/runs.py'),
+                                 'deimv2_tfg.runs._syntax': ('runs.html#_syntax', 'deimv2_tfg/runs.py'),
                                  'deimv2_tfg.runs._version': ('runs.html#_version', 'deimv2_tfg/runs.py'),
                                  'deimv2_tfg.runs.all_runs': ('runs.html#all_runs', 'deimv2_tfg/runs.py'),
                                  'deimv2_tfg.runs.code_hash': ('runs.html#code_hash', 'deimv2_tfg/runs.py'),

@@ -89,16 +89,18 @@ def _has_docstring(body) -> bool:
 
 
 # %% ../nbs/00b_runs.ipynb #source-hash-2
+@cache
+def _syntax(source: str) -> bytes:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if _has_docstring(getattr(node, "body", None)):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree).encode()
+
+
 def source_hash(*sources: str) -> str:
     """Hash of Python sources as the interpreter sees them, without comments and docstrings."""
-    trees = []
-    for source in sources:
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if _has_docstring(getattr(node, "body", None)):
-                node.body = node.body[1:] or [ast.Pass()]
-        trees.append(ast.dump(tree).encode())
-    return hash_bytes(*trees)
+    return hash_bytes(*map(_syntax, sources))
 
 
 # %% ../nbs/00b_runs.ipynb #definitions
@@ -108,14 +110,18 @@ def _assigned(node) -> list[str]:
 
 
 # %% ../nbs/00b_runs.ipynb #definitions-2
-def _definitions(module: str) -> tuple[dict, dict]:
-    """Top-level definitions of a module by name, and `{name: (module, name there)}` of imports."""
+@cache
+def _definitions(text: str) -> tuple[dict, dict]:
+    """Of a module's text: {name: (source, names in it)} of its top level, and its imports.
+
+    Imports are `{name: (module, name there)}`, those of this package.
+    """
     defined, imported = {}, {}
-    for node in ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined[node.name] = node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            defined |= dict.fromkeys(_assigned(node), node)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
+            names = [node.name] if hasattr(node, "name") else _assigned(node)
+            used = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+            defined |= dict.fromkeys(names, (ast.unparse(node), used))
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
             if node.level or source.startswith("deimv2_tfg."):
@@ -139,14 +145,13 @@ def reachable_code(module: str, name: str, leave_out=()) -> dict[str, str]:
         if key in found or {module, key} & set(leave_out):
             continue
         if module not in modules:
-            modules[module] = _definitions(module)
-        defined, imported = modules[module]
+            modules[module] = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+        defined, imported = _definitions(modules[module])
         if name in imported:
             waiting.append(imported[name])
         if name in defined:
-            found[key] = ast.unparse(defined[name])
-            used = [n for n in ast.walk(defined[name]) if isinstance(n, ast.Name)]
-            waiting += [(module, n.id) for n in used]
+            found[key], used = defined[name]
+            waiting += [(module, other) for other in used]
     return dict(sorted(found.items()))
 
 
