@@ -75,10 +75,11 @@ class EpochView(Dataset):
 class Epochs(Dataset):
     """All epochs of a training as one data set: item (epoch, k) is item k of that `EpochView`.
 
-    The view's mixtures and augmentation are those of the epoch's place in the training.
+    The mixtures and augmentation of a `MixingDataset` are those of the epoch's place in the
+    training. `config`: also of a pre-training.
     """
 
-    def __init__(self, view: MixingDataset, config: TrainConfig):
+    def __init__(self, view: Dataset, config: TrainConfig):
         self.view = view
         self.config = config
         self.current = EpochView(view, config.seed, 0)
@@ -88,7 +89,8 @@ class Epochs(Dataset):
         config = self.config
         if epoch != self.current.epoch:
             self.current = EpochView(self.view, config.seed, epoch)
-        self.view.on = at_fraction(epoch / config.epochs, config.plain, config.mix_until)
+        if isinstance(self.view, MixingDataset):
+            self.view.on = at_fraction(epoch / config.epochs, config.plain, config.mix_until)
         return self.current[k]
 
 
@@ -121,14 +123,17 @@ class Places:
 
 # %% ../nbs/03h_batches.ipynb #batches
 class Batches:
-    """A training's batches, epoch after epoch, from one set of worker processes."""
+    """A training's batches, epoch after epoch, from one set of worker processes.
 
-    def __init__(self, view: MixingDataset, config: TrainConfig, rank=0, processes=1):
+    `together`: what makes a batch of a list of items.
+    """
+
+    def __init__(self, view: Dataset, config: TrainConfig, rank=0, processes=1, together=collate):
         self.places = Places(len(view), config.batch_size, rank, processes)
         self.loader = DataLoader(
             Epochs(view, config),
             batch_sampler=self.places,
-            collate_fn=collate,
+            collate_fn=together,
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -12,15 +12,15 @@ __all__ = [
 # %% ../nbs/09_pretraining.ipynb #exports
 import dataclasses
 import io
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from deimv2_tfg.core import (
@@ -42,7 +42,9 @@ from deimv2_tfg.runs import (
     save_state,
 )
 
+from .batches import Batches
 from .copies import clusters, same_pairs
+from .data import Reading, photograph_cache, spare_workers
 from .deployment import list_files
 from .detector import DetectorConfig, build_detector
 from .evaluation import evaluate
@@ -51,7 +53,7 @@ from .photographs import look_at_all
 from .recipes import Schedule, TrainConfig, lr_factor
 from .results import compare
 from .training import train
-from .transforms import to_pixel_values
+from .transforms import normalised
 
 
 # %% ../nbs/09_pretraining.ipynb #photographs
@@ -70,20 +72,24 @@ def unlabelled(source: str | Path) -> list[Path]:
 
 # %% ../nbs/09_pretraining.ipynb #unlabelled
 class Unlabelled(Dataset):
-    """Random crops (3, S, S) of photographs, turned over at random, as `pixel_values`."""
+    """Random crops (3, S, S) of photographs, turned over at random, as bytes.
 
-    def __init__(self, files, image_size: int, smallest=0.4):
+    A photograph is decoded once and kept at twice the size of a crop; `workers`: processes that
+    share what is kept.
+    """
+
+    def __init__(self, files, image_size: int, smallest=0.4, workers: int = 0):
         self.files = list(files)
+        self.read = photograph_cache("auto", reading=Reading(2 * image_size), workers=workers)
         crop = v2.RandomResizedCrop(image_size, (smallest, 1.0), antialias=True)
         flips = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()
-        self.change = v2.Compose([crop, *flips, to_pixel_values(image_size)])
+        self.change = v2.Compose([crop, *flips, v2.ToImage()])
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        with Image.open(self.files[i]) as file:
-            return self.change(file.convert("RGB"))
+        return self.change(self.read(self.files[i]))
 
 
 # %% ../nbs/09_pretraining.ipynb #without-copies
@@ -131,7 +137,8 @@ class MaskedViT(nn.Module):
             tokens = block(tokens, position_embeddings=positions)
         predicted = self.to_pixels(tokens[:, -mask.shape[1] :]).float()
         patches = nn.functional.unfold(pixel_values.float(), self.patch, stride=self.patch)
-        return (predicted - patches.transpose(1, 2)).abs().mean(-1)[mask].mean()
+        errors = (predicted - patches.transpose(1, 2)).abs().mean(-1)
+        return (errors * mask).sum() / mask.sum()
 
 
 # %% ../nbs/09_pretraining.ipynb #vit-name
@@ -219,18 +226,23 @@ def find_pretraining(config: PretrainConfig, files: list) -> Path:
 
 
 # %% ../nbs/09_pretraining.ipynb #pretrain-step
-def _pretrain_step(model: MaskedViT, optimizer, pixel_values, mask, half: bool) -> float:
-    """One update; the loss. Raises `FloatingPointError` where it is not finite."""
+def _pretrain_step(model: MaskedViT, optimizer, pixels, mask, half: bool) -> float:
+    """One update; the loss, for which a card is waited for once.
+
+    Raises `FloatingPointError` where it is not finite.
+    """
     device = next(model.parameters()).device
+    pixel_values = normalised(pixels.to(device, non_blocking=True))
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        loss = model(pixel_values.to(device), mask.to(device))
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}")
+        loss = model(pixel_values, mask.to(device, non_blocking=True))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value}")
     optimizer.step()
-    return loss.item()
+    return value
 
 
 # %% ../nbs/09_pretraining.ipynb #pretrain-epoch
@@ -238,22 +250,24 @@ def _takes_bf16(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def pretrain_epoch(model, optimizer, loader, config: PretrainConfig, epoch: int, device) -> float:
-    """One pass over the photographs; the mean loss.
+def pretrain_epoch(model, optimizer, batches, config: PretrainConfig, epoch: int, device) -> float:
+    """One pass over the photographs; the mean loss. What is hidden is drawn from seed and epoch.
 
     Raises `FloatingPointError` where a loss is not finite.
     """
+    seed_everything(config.seed * 100_003 + epoch)
+    loader = batches.of(epoch)
     schedule = Schedule(config.warmup, config.flat, config.lr_end)
     half = _takes_bf16(str(device))
     total = config.epochs * len(loader)
     losses = []
-    for k, pixel_values in enumerate(loader):
+    for k, pixels in enumerate(loader):
         rate = config.lr * lr_factor(schedule, (epoch * len(loader) + k + 1) / total)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        mask = random_mask(len(pixel_values), config.image_size // 16, config.ratio)
+        mask = random_mask(len(pixels), config.image_size // 16, config.ratio)
         try:
-            losses.append(_pretrain_step(model, optimizer, pixel_values, mask, half))
+            losses.append(_pretrain_step(model, optimizer, pixels, mask, half))
         except FloatingPointError as e:
             where = f"epoch {epoch + 1}, step {k}"
             raise FloatingPointError(f"{where}: {e}; a lower lr may help") from None
@@ -283,27 +297,12 @@ def _start_or_resume(run: Path, config: PretrainConfig) -> _Progress:
     else:
         model.load_state_dict(state["model"])
     model.to(default_device()).train()
-    decay = {"weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, **decay)
+    how = {"weight_decay": config.weight_decay, "fused": default_device() in ("cuda", "cpu")}
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, **how)
     if state is None:
         return _Progress(model, optimizer)
     optimizer.load_state_dict(state["optimizer"])
     return _Progress(model, optimizer, state["epoch"], state["seconds"])
-
-
-# %% ../nbs/09_pretraining.ipynb #epoch-loader
-def _epoch_loader(config: PretrainConfig, data: Unlabelled, epoch: int) -> DataLoader:
-    """The photographs in an order of the epoch's own, a part of a batch left out."""
-    seed = config.seed * 100_003 + epoch
-    seed_everything(seed)
-    return DataLoader(
-        data,
-        min(config.batch_size, len(data)),
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.num_workers,
-        generator=torch.Generator().manual_seed(seed),
-    )
 
 
 # %% ../nbs/09_pretraining.ipynb #save-progress
@@ -318,11 +317,11 @@ def _pretrain(run: Path, config: PretrainConfig, files: list) -> None:
     started = time.perf_counter()
     state = _start_or_resume(run, config)
     log = Log(run, state.epoch)
-    data = Unlabelled(files, config.image_size)
+    data = Unlabelled(files, config.image_size, workers=config.num_workers)
+    batches = Batches(data, config, together=torch.stack)
+    device = next(state.model.parameters()).device
     for epoch in progress(range(state.epoch, config.epochs), "pre-training"):
-        loader = _epoch_loader(config, data, epoch)
-        device = next(state.model.parameters()).device
-        loss = pretrain_epoch(state.model, state.optimizer, loader, config, epoch, device)
+        loss = pretrain_epoch(state.model, state.optimizer, batches, config, epoch, device)
         state.epoch = epoch + 1
         values = {"train/loss": loss, "train/lr": state.optimizer.param_groups[0]["lr"]}
         log("train", state.epoch, state.epoch, values)

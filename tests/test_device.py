@@ -193,7 +193,9 @@ def test_pretraining_stays_on_the_card(card):
     model = real(MaskedViT, vit).train()
     mask = random_mask(2, 4).to(DEVICE)
     pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
+    card.waits.clear()
     updates_on_the_card(model, lambda: model(pixel_values, mask))
+    assert card.waits == []
 
 
 def test_tensors_on_two_devices_are_noticed(card):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deimv2_tfg import data
 from deimv2_tfg import pretraining as p
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.recipes import TrainConfig
@@ -14,9 +15,9 @@ from deimv2_tfg.runs import Run, load_state
 from deimv2_tfg.weights import init_weights
 
 
-def config(data, runs, **changes):
+def config(photographs, runs, **changes):
     short = {"epochs": 4, "batch_size": 6, "lr": 2e-3} | changes
-    return p.PretrainConfig((str(data),), str(runs), "tiny", 64, **short)
+    return p.PretrainConfig((str(photographs),), str(runs), "tiny", 64, **short)
 
 
 def test_photographs_of_the_test_are_not_seen(smoke_data, tmp_path):
@@ -51,6 +52,26 @@ def test_an_interruption_makes_no_difference(smoke_data, tmp_path, monkeypatch):
     assert Run(again).result["images_seen"] == 4 * 18
 
 
+def test_workers_make_no_difference_and_decode_once(smoke_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
+    read = data.read_photograph
+
+    def noted(source, *rest):
+        with (tmp_path / "reads").open("a") as file:
+            file.write(f"{source}\n")
+        return read(source, *rest)
+
+    monkeypatch.setattr(data, "read_photograph", noted)
+    weights = []
+    for workers in (0, 2):
+        (tmp_path / "reads").write_text("")
+        run = p.pretrain(config(smoke_data, tmp_path / f"{workers}", num_workers=workers))
+        weights.append(torch.load(run / "vit.pt", weights_only=True))
+        assert len((tmp_path / "reads").read_text().split()) == 18
+    alone, with_workers = weights
+    assert all(torch.equal(alone[k], with_workers[k]) for k in alone)
+
+
 def test_what_it_wrote_is_a_start_for_the_detector(smoke_data, tmp_path):
     run = p.pretrain(config(smoke_data, tmp_path, epochs=1))
     states = []
@@ -75,7 +96,7 @@ def test_the_arms_differ_in_the_first_weights_only(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_it(smoke_data, tmp_path, monkeypatch):
     def not_finite(self, pixel_values, mask):
-        return pixel_values.sum() * float("nan")
+        return self.to_pixels.weight.sum() * float("nan")
 
     monkeypatch.setattr(p.MaskedViT, "forward", not_finite)
     with pytest.raises(FloatingPointError, match="epoch 1"):
