@@ -1119,8 +1119,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                         'deimv2_tfg.pretraining.Unlabelled.__len__': ( 'pretraining.html#unlabelled.__len__',
                                                                                        'deimv2_tfg/pretraining.py'),
                                         'deimv2_tfg.pretraining._Progress': ('pretraining.html#_progress', 'deimv2_tfg/pretraining.py'),
-                                        'deimv2_tfg.pretraining._epoch_loader': ( 'pretraining.html#_epoch_loader',
-                                                                                  'deimv2_tfg/pretraining.py'),
                                         'deimv2_tfg.pretraining._pretrain': ('pretraining.html#_pretrain', 'deimv2_tfg/pretraining.py'),
                                         'deimv2_tfg.pretraining._pretrain_step': ( 'pretraining.html#_pretrain_step',
                                                                                    'deimv2_tfg/pretraining.py'),
