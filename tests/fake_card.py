@@ -196,9 +196,13 @@ def _accumulate(variable, grad):
     variable.grad = grad.detach() if variable.grad is None else variable.grad.add_(grad)
 
 
+_passes = [0]  # number of the backward pass
+
+
 @torch.no_grad()
 def backward(loss):
     "Gradients of the leaves by walking `grad_fn`: torch's own engine asks for a real card."
+    _passes[0] += 1
     users = collections.Counter()
     found, todo = {loss.grad_fn}, [loss.grad_fn]
     while todo:
@@ -274,7 +278,10 @@ class Accelerator:
 
 @contextlib.contextmanager
 def fake_card(monkeypatch):
-    "A `Card` that is in force; what leaves the fake world is replaced."
+    """A `Card` that is in force; what leaves the fake world is replaced.
+
+    Checkpointed blocks are computed again once in a backward pass, as in torch's engine.
+    """
     foreach = [*_foreach_utils._foreach_supported_types, FakeTensor]
     monkeypatch.setattr(_foreach_utils, "_foreach_supported_types", foreach)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
@@ -282,6 +289,7 @@ def fake_card(monkeypatch):
     monkeypatch.setattr("deimv2_tfg.criterion.fetch", fetch)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: _passes[0])
     with FakeTensorMode(allow_non_fake_inputs=True), Card() as card:
         yield card
 
