@@ -28,7 +28,6 @@ from deimv2_tfg.findings import (
     warning_kind,
 )
 
-from .core import progress
 from .photographs import whole_number
 
 # %% ../nbs/00h_annotations.ipynb #box-kinds
@@ -52,13 +51,19 @@ def is_number(value) -> bool:
 
 
 # %% ../nbs/00h_annotations.ipynb #box-problem
+def _four_numbers(box) -> bool:
+    return isinstance(box, list) and len(box) == 4 and {type(v) for v in box} <= {int, float}
+
+
 def box_problem(box, width: float, height: float) -> tuple[str, str] | None:
     """(kind, message) for a COCO box in pixels on an image of this size, or None."""
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+    if not _four_numbers(box):
         return "box-malformed", f"{box} is not four numbers x, y, width, height"
+    x, y, w, h = box
+    if x >= 0 and y >= 0 and 2 <= w < width - x and 2 <= h < height - y:
+        return None  # as most are
     if not all(map(math.isfinite, box)):
         return "box-nan", f"{box} is not four finite numbers x, y, width, height"
-    x, y, w, h = box
     if w < 0 or h < 0:
         return "box-negative", f"{box} has a negative side"
     if w == 0 or h == 0:
@@ -113,7 +118,8 @@ def mask_facts(segmentation, size: tuple) -> tuple[list, float] | None:
         corner, end = xy.min(0), xy.max(0)
         if max(-corner.min(), end.max()) > 2 * max(size):
             return None  # of another image; pycocotools would draw it, however large
-        area = mask.area(mask.merge(mask.frPyObjects(segmentation, height, width)))
+        codes = mask.frPyObjects(segmentation, height, width)
+        area = mask.area(codes[0] if len(codes) == 1 else mask.merge(codes))
         return [*corner.tolist(), *(end - corner).tolist()], float(area)
     if isinstance(segmentation, dict) and _run_lengths(segmentation, width, height):
         code = segmentation
@@ -144,11 +150,9 @@ def mended_box(annotation: dict, size: tuple | None, trusted: bool = True, clip:
     sticks out is cut off.
     """
     box = annotation.get("bbox")
-    edge = size or (math.inf, math.inf)
-    problem = box_problem(box, *edge)
-    if problem and problem[0] == "box-malformed" and box_numbers(box):
-        box = box_numbers(box)
-        problem = box_problem(box, *edge)
+    if not _four_numbers(box):
+        box = box_numbers(box) or box
+    problem = box_problem(box, *(size or (math.inf, math.inf)))
     if problem is None:
         return box
     if problem[0] in NO_ANSWER or not trusted or size is None:
@@ -177,7 +181,9 @@ def _as_corners(sheet: Sheet) -> tuple[str, int, int, int]:
     for i, a in enumerate(sheet.coco["annotations"]):
         entry = sheet.images.get(id_key(a.get("image_id"))) if isinstance(a, dict) else None
         box = box_numbers(a.get("bbox")) if entry and entry.size and entry.trusted else None
-        problem = box_problem(box, *entry.size) if box is not None else ("",)
+        if box is None:
+            continue
+        problem = box_problem(box, *entry.size)
         outside += problem is not None and problem[0] == "box-outside"
         if problem is None or problem[0] == "box-over-edge":  # others are evidence for nothing
             rows.append((i, *box, *entry.size))
@@ -518,7 +524,7 @@ def _sound_annotations(sheet: Sheet) -> list[tuple]:
         Place(sheet, "annotations", first).say("box-corners", "bbox", message)
     ids = _Ids(annotations)
     checked = []
-    for at, a in progress(sheet.places("annotations"), "annotations", delay=2):
+    for at, a in sheet.places("annotations", "annotations"):
         checked.append(_check_annotation(at, a, ids, corners))
     sound = [row for row in checked if row]
     crowds = sum(row[-1] for row in sound)
@@ -542,8 +548,9 @@ warning_kind("box-two-classes", "keep the class that is meant: a detector cannot
 def _check_boxes_twice(sheet: Sheet, sound: list[tuple]):
     """Two boxes at one place."""
     first = {}
-    for i, a, box, entry, _ in sound:
-        place = (entry.index, *(round(v, 1) for v in box))
+    rounded = np.round([box for _, _, box, _, _ in sound], 1).tolist()
+    for (i, a, box, entry, _), place in zip(sound, rounded, strict=True):
+        place = (entry.index, *place)
         before = first.setdefault(place, a)
         if before is a:
             continue

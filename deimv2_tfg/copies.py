@@ -16,7 +16,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -105,7 +105,7 @@ def fingerprints(thumbnails) -> np.ndarray:
     `thumbnails`: (n, 64, 64) uint8.
     """
     parts = []
-    for start in progress(range(0, len(thumbnails), 128), "detail of photographs", delay=2):
+    for start in progress(range(0, len(thumbnails), 128), "detail of photographs", delay=1):
         some = thumbnails[start : start + 128].astype(np.float32)
         whole = detail(some, open_pixels(some))
         fours = whole.reshape(-1, SIDE // 2, 2, SIDE // 2, 2)
@@ -130,7 +130,11 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     worst: the 10 % quantile of the correlations in 8 x 8 blocks, of those that are half open.
     """
     weights = open_pixels(a) * open_pixels(b)
-    x, y = detail(np.stack([a, b]), weights)
+    return _agreement(*detail(np.stack([a, b]), weights), weights)
+
+
+def _agreement(x, y, weights) -> tuple[np.ndarray, np.ndarray]:
+    """`similarity` of thumbnails whose detail is known."""
     product = _blocks(x * y)
     power_x = _blocks(x * x)
     power_y = _blocks(y * y)
@@ -141,7 +145,7 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     counted = np.sort(np.where(half_open, local, np.inf))
     tenth = half_open.sum(1) // 10
     at = np.minimum(tenth, counted.shape[1] - 1)
-    worst = counted[np.arange(len(a)), at]
+    worst = counted[np.arange(len(x)), at]
     closed = weights.mean((1, 2)) < 0.1
     return np.where(closed, 0, overall), np.nan_to_num(worst, posinf=0)
 
@@ -184,7 +188,7 @@ def _candidates(prints, share, block: int = 512) -> np.ndarray:
     """
     found = []
     flat = prints.reshape(len(prints), -1)
-    for start in progress(range(0, len(prints), block), "comparing photographs", delay=2):
+    for start in progress(range(0, len(prints), block), "comparing photographs", delay=1):
         stop = min(start + block, len(prints))
         best, how = _best_orientation(flat[start:stop], prints)
         open_in_both = np.minimum.outer(share[start:stop], share)
@@ -230,19 +234,44 @@ def same_pairs(photographs: list[Photograph], least: float = SAME) -> pd.DataFra
     return pairs.sort_values(order, ascending=[False, True, True], ignore_index=True)
 
 
+# %% ../nbs/00f_copies.ipynb #whole-details
+def _whole_details(thumbnails):
+    """A function (i, orientation) giving the detail of a thumbnail that is open everywhere."""
+    everywhere = np.ones((SIDE, SIDE), np.float32)
+
+    @lru_cache(4096)  # of 16 KiB
+    def whole(i, orientation):
+        return detail(turned(thumbnails[i], orientation), everywhere)
+
+    return whole
+
+
 # %% ../nbs/00f_copies.ipynb #alike
+def _eights(pairs) -> list:
+    """Eight at a time: their arrays are small enough for malloc to keep, four times as fast."""
+    return [pairs[start : start + 8] for start in range(0, len(pairs), 8)]
+
+
 def _alike(thumbnails, least: float):
     """(i, j, orientation, similarity) of different thumbnails (n, 64, 64) that show the same."""
     share = np.array([open_pixels(t).mean() for t in thumbnails])
     pairs = _candidates(fingerprints(thumbnails), share)
-    # Eight at a time: their arrays are small enough for malloc to keep, four times as fast.
-    for start in progress(range(0, len(pairs), 8), "comparing candidates", delay=2, unit="8 pairs"):
-        some = pairs[start : start + 8]
-        others = [turned(thumbnails[j], k) for _, j, k in some]
-        overall, worst = similarity(thumbnails[some[:, 0]], np.stack(others))
+    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 2]))]  # by orientation: `whole` forgets less
+    is_open = (share[pairs[:, :2]] == 1).all(1)
+    whole = _whole_details(thumbnails)
+    eights = _eights(pairs[is_open]) + _eights(pairs[~is_open])
+    for some in progress(eights, "comparing candidates", delay=1, unit="8 pairs"):
+        i, j, k = some.T
+        if share[[*i, *j]].min() == 1:
+            x = np.stack([whole(a, 0) for a in i])
+            y = np.stack(list(map(whole, j, k)))
+            overall, worst = _agreement(x, y, np.ones_like(x))
+        else:
+            others = np.stack(list(map(turned, thumbnails[j], k)))
+            overall, worst = similarity(thumbnails[i], others)
         same = (overall >= least) & (worst >= NOWHERE)
-        for (i, j, k), value in zip(some[same], overall[same], strict=True):
-            yield i, j, k, round(float(value), 4)
+        for pair, value in zip(some[same], overall[same], strict=True):
+            yield *pair, round(float(value), 4)
 
 
 # %% ../nbs/00f_copies.ipynb #clusters
@@ -415,7 +444,7 @@ def copy_recall(photographs: list[Photograph], chosen) -> pd.DataFrame:
     sound = [i for i in chosen if photographs[i].pixels_digest and not photographs[i].flat]
     cluster = clusters(n, same_pairs(photographs)[["a", "b"]])
     kinds = [(kind, i) for kind in COPIES for i in sound]
-    shown = progress(kinds, "planting copies", delay=2)
+    shown = progress(kinds, "planting copies", delay=1)
     copies = [planted(photographs[i], kind) for kind, i in shown]
     originals = [i for _, i in kinds]
     source = np.array([*range(n), *originals])

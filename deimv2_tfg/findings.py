@@ -14,7 +14,9 @@ __all__ = [
 import os
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +29,8 @@ from deimv2_tfg.photographs import (
     safe_path,
     whole_number,
 )
+
+from .core import progress
 
 # %% ../nbs/00g_findings.ipynb #annotation-file
 SPLITS = ("train", "val", "test")
@@ -79,7 +83,7 @@ class Finding:
 
 
 # %% ../nbs/00g_findings.ipynb #mend
-@dataclass(frozen=True)
+@dataclass(slots=True)  # there may be hundreds of thousands
 class Mend:
     """The one right answer to a finding: a new value for `coco[part][index][key]`.
 
@@ -183,9 +187,10 @@ class Sheet:
     def say(self, kind: str, field: str, message: str):
         self.report.add(kind, f"{self.split}/{self.split}.json", field, message)
 
-    def places(self, part: str):
-        """(place, entry) of every entry of a part."""
-        for index, entry in enumerate(self.coco[part]):
+    def places(self, part: str, bar: str = ""):
+        """(place, entry) of every entry of a part; `bar`: what a bar of progress says."""
+        entries = progress(self.coco[part], bar, delay=1) if bar else self.coco[part]
+        for index, entry in enumerate(entries):
             yield Place(self, part, index), entry
 
 
@@ -366,13 +371,12 @@ error_kind("image-size-invalid", "give width and height in whole pixels")
 
 
 # %% ../nbs/00g_findings.ipynb #check-id
-def _check_id(at: Place, image: dict, taken: set) -> int:
-    """The whole number that identifies an image; `taken`: those of images and annotations."""
+def _check_id(at: Place, image: dict, free: Iterator[int]) -> int:
+    """The whole number that identifies an image; `free`: those of neither image nor annotation."""
     raw = image.get("id")
     whole = whole_number(raw)
     if whole is None:
-        whole = max(taken, default=0) + 1
-        taken.add(whole)
+        whole = next(free)
     if raw is None:
         at.set("image-incomplete", "id", whole)
     elif type(raw) is not int:
@@ -469,9 +473,9 @@ def check_images(sheet: Sheet):
     paths = _check_file_names(sheet)
     listed = [image for image in sheet.coco["images"] if isinstance(image, dict)]
     named = [image.get("id") for image in listed] + list(sheet.boxes)
-    taken = {whole for v in named if (whole := whole_number(v)) is not None}
+    free = count(1 + max((whole_number(v) or 0 for v in named), default=0))
     of_file = {}
-    for at, image in sheet.places("images"):
+    for at, image in sheet.places("images", "heads of files"):
         absent = [key for key in NEEDED if not isinstance(image, dict) or image.get(key) is None]
         if absent:
             at.say("image-incomplete", "", f"{', '.join(absent)} missing")
@@ -480,7 +484,7 @@ def check_images(sheet: Sheet):
             continue
         path = paths.get(at.index)
         header = header_of(path) if path else None
-        number = _check_id(at, image, taken)
+        number = _check_id(at, image, free)
         key = id_key(image.get("id"))
         size = _check_size(at, image, header, sheet.boxes[key])
         trusted = header is None or (header.size == size and header.orientation == 1)

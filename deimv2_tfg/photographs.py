@@ -68,9 +68,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 # %% ../nbs/00a_photographs.ipynb #whole-number-2
 def whole_number(value) -> int | None:
     """The whole number that a value says: 1 for 1, 1.0, "1" and "1.0"; None where it says none."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
+    if type(value) is int:
         return value
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
@@ -85,9 +83,9 @@ def number(value) -> float | None:
 
     A decimal comma says none, since it may as well part thousands.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
     if isinstance(value, str) and not DECIMAL.fullmatch(value.strip()):
+        return None
+    if type(value) not in (int, float, str):
         return None
     try:
         return float(value)
@@ -372,4 +370,4 @@ def look_at_all(paths: Iterable, desc="looking at photographs") -> list[Photogra
     paths = list(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looks = pool.map(look_at, paths)
-        return list(progress(looks, desc, total=len(paths), unit="photograph", delay=2))
+        return list(progress(looks, desc, total=len(paths), unit="photograph", delay=1))

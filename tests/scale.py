@@ -136,6 +136,22 @@ def references_as_text(coco):
         a |= {"image_id": str(a["image_id"]), "bbox": [str(v) for v in a["bbox"]]}
 
 
+def polygons_alone(coco):
+    for a in coco["annotations"]:
+        x, y, w, h = a.pop("bbox")
+        a["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def names_of_windows(coco):
+    for image in coco["images"]:
+        image["file_name"] = f"images\\{image['file_name']}"
+
+
+def one_id_for_all(coco):
+    for a in coco["annotations"]:
+        a["id"] = 1
+
+
 @case("doctor-annotations", 15, 700, annotated)
 def check(folder):
     return f"{len(check_dataset(folder).errors)} errors"
@@ -146,7 +162,14 @@ def fix(folder):
 
 
 case("fix-sound", 20, 700, annotated)(fix)
-for change in (without_ids, sizes_as_text, references_as_text):
+for change in (
+    without_ids,
+    sizes_as_text,
+    references_as_text,
+    polygons_alone,
+    names_of_windows,
+    one_id_for_all,
+):
     case(f"fix-{change.__name__.replace('_', '-')}", 20, 900, damaged(change))(fix)
 
 

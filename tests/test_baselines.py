@@ -194,7 +194,7 @@ def test_the_same_trainer_and_the_same_judge(smoke_data, tmp_path, capsys):
         )
         == 0
     )
-    assert cli.main(["export", str(run)]) == 1 and "only DEIMv2" in capsys.readouterr().err
+    assert cli.main(["export", str(run)]) == 2 and "only DEIMv2" in capsys.readouterr().err
 
 
 def test_other_sizes_take_smaller_batches(smoke_data):

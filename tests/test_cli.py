@@ -97,28 +97,75 @@ def test_a_typo_is_answered_with_the_nearest_name(line, meant, capsys):
     "line",
     [
         "train nowhere",
+        "train DATA --model tiny --init nowhere",
+        "train DATA --model tiny --image_size 50",
+        "train DATA --model resnet18 --init nowhere.pth",
+        "train DATA --model tiny --device gpu",
+        "fuse nowhere DATA",
         "evaluate nowhere nowhere",
+        "evaluate nowhere.json DATA",
+        "evaluate EMPTY DATA",
         "predict nowhere nowhere",
-        "convert nothing.pth out",
-        "runs nowhere",
+        "predict EMPTY DATA --threshold nan",
+        "export nowhere",
+        "export EMPTY",
         "import nowhere out",
+        "import EMPTY out",
+        "import DATA DATA",
+        "split nowhere out",
+        "split DATA out --shares 1,2",
+        "split DATA DATA",
         "describe nowhere",
+        "convert nothing.pth out",
+        "convert DATA/train/train.json out",
+        "runs nowhere",
+        "compare nowhere nothing",
+        "report nothing-of-this-name",
+        "doctor DATA --fix --out DATA/copy",
+        "synth DATA",
     ],
 )
-def test_what_is_not_there_is_a_message_and_no_traceback(line, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_message_and_exit_code_2(line, smoke_data, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
-    code, message = said(capsys, *line.split())
-    assert code == 1
-    assert message.startswith("deimv2-tfg: ")
-    assert "Traceback" not in message
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").symlink_to(smoke_data)
+    words = line.replace("DATA", "data").replace("EMPTY", "empty").split()
+    code, message = said(capsys, *words)
+    assert code == 2
+    assert message.startswith("deimv2-tfg")
+    assert "Traceback" not in message and len(message) < 2000
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (ValueError("field: wrong"), 2),
+        (FileNotFoundError(2, "No such file or directory", "a.json"), 2),
+        (NotADirectoryError(20, "Not a directory", "a.json"), 2),
+        (OSError(28, "No space left on device"), 1),
+        (KeyError("field"), None),
+        (TypeError("a fault of ours"), None),
+    ],
+)
+def test_a_fault_of_ours_is_no_bad_input(error, expected, capsys, monkeypatch):
+    def fail(**options):
+        raise error
+
+    monkeypatch.setattr(cli, "called", lambda words: (fail, {}))
+    if expected is None:
+        with pytest.raises(type(error)):
+            cli.main(["runs"])
+    else:
+        assert said(capsys, "runs") == (expected, f"deimv2-tfg: {error}\n")
 
 
 def test_a_gpu_that_is_not_there_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", bool)
     (tmp_path / "config.json").write_text("{}")
     code, message = said(capsys, "predict", str(tmp_path), "x", "--device", "cuda")
-    assert code == 1
+    assert code == 2
     assert "no GPU" in message
 
 

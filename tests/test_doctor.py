@@ -792,3 +792,23 @@ def test_the_report_shows_pairs_as_pictures(tmp_path, base):
         Image.open(tmp_path / "report" / "pairs.png").width > 500
         and "test/images/zz.jpg" in (tmp_path / "report" / "pairs.csv").read_text()
     )
+
+
+def test_every_pass_of_a_check_and_a_correction_has_a_bar(tmp_path, base, monkeypatch):
+    shutil.copytree(base[0], tmp_path / "set")
+    file = tmp_path / "set" / "train" / "train.json"
+    coco = json.loads(file.read_text())
+    for annotation in coco["annotations"]:
+        del annotation["iscrowd"]
+    file.write_text(json.dumps(coco))
+    bars = {}
+
+    def bar(iterable, desc, **options):
+        bars[desc] = options["delay"]
+        return iterable
+
+    monkeypatch.setattr("deimv2_tfg.core.tqdm", bar)
+    fix_dataset(tmp_path / "set")
+    passes = {"heads of files", "annotations", "looking at photographs", "detail of photographs"}
+    passes |= {"comparing photographs", "comparing candidates", "corrections"}
+    assert passes <= bars.keys() and max(bars[name] for name in passes) <= 2

@@ -447,7 +447,7 @@ def test_evaluate_refuses_changed_data_unless_told(smoke_data, tmp_path, monkeyp
     with pytest.raises(DatasetError, match="changed: test/test.json"):
         evaluate(run, data, "val")
     assert (
-        main(["evaluate", str(run), str(data), "--split", "val"]) == 1
+        main(["evaluate", str(run), str(data), "--split", "val"]) == 2
         and not (run / "data_changes.jsonl").exists()
     )
     record = (run / "metrics_val.json").read_bytes()

@@ -896,9 +896,9 @@ def test_import_from_the_command_line(tmp_path, smoke_data, capsys):
     assert cli.main(["import", str(tmp_path / "yolo"), str(tmp_path / "out")]) == 0
     assert content(tmp_path / "out") == content(smoke_data)
     assert "24 photographs" in capsys.readouterr().out
-    assert cli.main(["import", str(tmp_path / "yolo"), str(tmp_path / "out")]) == 1
+    assert cli.main(["import", str(tmp_path / "yolo"), str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
-    assert cli.main(["import", str(tmp_path / "nothing"), str(tmp_path / "o")]) == 1
+    assert cli.main(["import", str(tmp_path / "nothing"), str(tmp_path / "o")]) == 2
 
 
 def test_readers_keep_what_they_read(smoke_data, tmp_path):

@@ -110,5 +110,5 @@ def test_the_command_takes_a_run_or_a_study(run, study, capsys):
     out = study.parent / "study.html"
     assert main(["report", str(study), "--out", str(out), "--language", "es"]) == 0
     assert "<title>tiny</title>" in out.read_text()
-    assert main(["report", "nothing-of-this-name"]) == 1
+    assert main(["report", "nothing-of-this-name"]) == 2
     assert "no such run" in capsys.readouterr().err

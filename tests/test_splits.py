@@ -180,8 +180,8 @@ def test_commands(data, tmp_path, capsys):
         and (tmp_path / "folds" / "fold2" / "splits.json").exists()
     )
     assert (
-        cli.main(["split", str(data), str(tmp_path / "x"), "--shares", "1,2"]) == 1
-        and cli.main(["split", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
+        cli.main(["split", str(data), str(tmp_path / "x"), "--shares", "1,2"]) == 2
+        and cli.main(["split", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     )
 
 
