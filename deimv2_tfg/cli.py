@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    'TAKES', 'RANGES', 'SWITCH', 'COMMANDS', 'Device', 'Counts', 'Split', 'field_comments',
-    'nearest', 'plain_message', 'Parser', 'configuration_of', 'add_fields', 'command_parser',
-    'spelled_out', 'command', 'usable_device', 'interrupt_is_terminate', 'train_command',
-    'cv_command', 'fuse_command', 'evaluate_command', 'predict_command', 'export_command',
-    'doctor_command', 'import_command', 'split_command', 'describe_command', 'synth_command',
-    'convert_command', 'run_row', 'runs_command', 'compare_command', 'report_command',
-    'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told', 'main',
-    'narrow_exports',
+    'TAKES', 'RANGES', 'SWITCH', 'COMMANDS', 'Device', 'Counts', 'Split', 'BAD_INPUT',
+    'field_comments', 'nearest', 'plain_message', 'Parser', 'configuration_of', 'add_fields',
+    'command_parser', 'spelled_out', 'command', 'usable_device', 'interrupt_is_terminate',
+    'train_command', 'cv_command', 'fuse_command', 'evaluate_command', 'predict_command',
+    'export_command', 'doctor_command', 'import_command', 'split_command', 'describe_command',
+    'synth_command', 'convert_command', 'run_row', 'runs_command', 'compare_command',
+    'report_command', 'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told',
+    'main', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
@@ -652,6 +652,9 @@ def called(words: Sequence[str]) -> tuple[Callable, dict]:
 
 
 # %% ../nbs/08_cli.ipynb #main
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
 def told(error: BaseException) -> bool:
     """Whether an exception's message is all that a user needs: a wrong value, file or data set."""
     ours = type(error).__module__.startswith("deimv2_tfg.")
@@ -676,7 +679,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not told(e):
             raise
         print(f"deimv2-tfg: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, BAD_INPUT) else 1
 
 
 # %% ../nbs/08_cli.ipynb #narrow-exports
