@@ -262,6 +262,8 @@ def evaluate_command(
     batch_size: PositiveInt = 16,
     device: Device | None = None,
     allow_changed: bool = False,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    score_threshold: ClosedUnitInterval = 0.0,
 ):
     """COCO metrics of a run's best weights, or of another tool's results, as JSON.
 
@@ -273,6 +275,8 @@ def evaluate_command(
         batch_size: photographs at once
         device: where; null: a GPU where there is one
         allow_changed: also on data that changed since the training
+        precision: what it is computed in; no: float32
+        score_threshold: detections that score less are left out
     """
     from deimv2_tfg import baselines, multimodal  # noqa: F401  (their detectors open by kind)
     from deimv2_tfg.evaluation import evaluate
@@ -285,6 +289,8 @@ def evaluate_command(
         batch_size,
         usable_device(device),
         allow_changed=allow_changed,
+        precision=precision,
+        score_threshold=score_threshold,
     )
 
 

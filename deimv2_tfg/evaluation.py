@@ -14,6 +14,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -184,10 +185,13 @@ def trained_image_size(run_or_checkpoint: str | Path | Run) -> int | tuple[int, 
 
 
 # %% ../nbs/03b_evaluation.ipynb #record-name
-def record_name(run: Run, split: str, image_size, data: str = "") -> str:
-    """Name of an evaluation among a run's files: the split, and what differs from the training.
+def record_name(
+    run: Run, split: str, image_size, data: str = "", precision: str = "no", least: float = 0
+) -> str:
+    """Name of an evaluation among a run's files: the split, and what is not as usual.
 
-    data: hash of the data set, where it is another than that of the run.
+    data: hash of the data set, where it is another than that of the run; least: the score from
+    which detections count.
     """
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     size = f"{height}px" if height == width else f"{height}x{width}px"
@@ -196,11 +200,17 @@ def record_name(run: Run, split: str, image_size, data: str = "") -> str:
         parts.append(size)
     if data:
         parts.append(f"data{data[:8]}")
+    if precision != "no":
+        parts.append(precision)
+    if least > 0:
+        parts.append(f"from{least:g}")
     return "-".join(parts)
 
 
 # %% ../nbs/03b_evaluation.ipynb #evaluate-results
-def evaluate_results(file: str | Path, data_dir: str | Path, split: str = "test") -> dict:
+def evaluate_results(
+    file: str | Path, data_dir: str | Path, split: str = "test", score_threshold: float = 0.0
+) -> dict:
     """COCO metrics of the results file of another tool on one split; see `summarise`.
 
     Classes that it finds nothing of are warned of. Raises `ValueError` with all that is wrong with
@@ -208,6 +218,7 @@ def evaluate_results(file: str | Path, data_dir: str | Path, split: str = "test"
     """
     dataset = load_dataset(data_dir, split)
     results = read_results(file, dataset.coco)
+    results = [r for r in results if r["score"] >= score_threshold]
     found = judged(dataset.coco, results=results)
     silent = [t.name for t in found.tables if t.objects.any() and not len(t.scores)]
     if silent:
@@ -226,29 +237,38 @@ def evaluate(
     device: str | None = None,
     progress: bool = False,
     allow_changed: bool = False,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    score_threshold: float = 0.0,
 ) -> dict[str, float]:
     """COCO metrics of a run's best weights, of a detector directory, or of a file of results.
 
     Keys: see `summarise`. For a run, `predictions_<split>.json` and `metrics_<split>.json` (nan as
-    null) are written beside its config.json; at another size, or on changed data, under a name that
-    says so. Where that cannot be written, it is warned of. Raises FileNotFoundError where there are
-    no weights, ValueError where the classes differ or a file cannot be judged, DatasetError where a
-    run's data are not those it was made from (a photograph or an annotation changed, of whichever
-    split), unless `allow_changed`, which `data_changes.jsonl` of the run then says.
+    null) are written beside its config.json; at another size, on changed data, in less than float32
+    ("no") or without the scores under a threshold, under a name that says so. Where that cannot be
+    written, it is warned of. Raises FileNotFoundError where there are no weights, ValueError where
+    the classes differ or a file cannot be judged, DatasetError where a run's data are not those it
+    was made from (a photograph or an annotation changed, of whichever split), unless
+    `allow_changed`, which `data_changes.jsonl` of the run then says.
     """
     path = Path(run_or_checkpoint)
     if path.suffix == ".json" and path.is_file():
-        return evaluate_results(path, data_dir, split)
+        if image_size or precision != "no":
+            raise ValueError(f"{path}: image_size and precision are for networks, not for results")
+        return evaluate_results(path, data_dir, split, score_threshold)
     checkpoint, run = detector_directory(path), Run(path)
     bound = run.read("data.json").get("hash")
     data = bind_data(path, data_dir, allow_changed) if bound else None
     model, dataset = open_detector(checkpoint), load_dataset(data_dir, split)
     check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
     size = image_size or trained_image_size(path)
-    results = predict(model, dataset, size, batch_size, device, progress)
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.autocast(torch.device(device or "cpu").type, dtype, enabled=dtype is not None):
+        results = predict(model, dataset, size, batch_size, device, progress)
+    results = [r for r in results if r["score"] >= score_threshold]
     metrics = judged(dataset.coco, results=results).metrics
     if checkpoint != path:
-        name = record_name(run, split, size, "" if data == bound else data)
+        changed = "" if data == bound else data
+        name = record_name(run, split, size, changed, precision, score_threshold)
         try:
             run.save_predictions(name, results, metrics)
         except OSError as error:

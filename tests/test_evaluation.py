@@ -581,6 +581,39 @@ def test_another_size_does_not_touch_the_record(root, tmp_path, monkeypatch):
     assert {p.name for p in run.glob("metrics_test-*")} == others
 
 
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"precision": "bf16"}, "test-bf16"),
+        ({"score_threshold": 0.5}, "test-from0.5"),
+        ({"precision": "bf16", "score_threshold": 0.5, "image_size": 32}, "test-32px-bf16-from0.5"),
+    ],
+)
+def test_another_precision_or_threshold_is_a_record_of_its_own(
+    root, tmp_path, monkeypatch, options, name
+):
+    seen = []
+
+    def predict(model, dataset, *_):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        boxes = [0, 0, 9, 9], [0, 0, 5, 5]
+        about = {"image_id": dataset.coco["images"][0]["id"], "category_id": 1}
+        pairs = zip(boxes, (0.5, 0.49), strict=True)
+        return [about | {"bbox": box, "score": score} for box, score in pairs]
+
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
+    monkeypatch.setattr(evaluation, "predict", predict)
+    run = make_run(tmp_path / "runs" / "one", image_size=64)
+    evaluate(run, root)
+    record = {p: p.read_bytes() for p in run.glob("*_test.json")}
+    evaluate(run, root, **options)
+    assert {p: p.read_bytes() for p in record} == record and len(record) == 2
+    assert {p.stem for p in run.glob("metrics_test-*")} == {f"metrics_{name}"}
+    assert seen == [None, torch.bfloat16 if "precision" in options else None]
+    stored = json.loads((run / f"predictions_{name}.json").read_text())
+    assert len(stored) == (1 if "score_threshold" in options else 2)
+
+
 @pytest.mark.finding("training.md:33")
 def test_a_run_on_a_read_only_disk_is_judged(root, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
