@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = [
     'PROFILES', 'PACKAGE', 'Profile', 'default_device', 'default_profile', 'project_root',
-    'Study', 'open_study', 'one_at_a_time', 'to_jsonable', 'atomic_write', 'write_json',
-    'read_json', 'append_line', 'read_lines', 'keep_lines', 'hash_bytes', 'seed_everything',
-    'progress',
+    'Study', 'check_parameters', 'open_study', 'one_at_a_time', 'to_jsonable', 'atomic_write',
+    'write_json', 'read_json', 'append_line', 'read_lines', 'keep_lines', 'hash_bytes',
+    'seed_everything', 'progress',
 ]  # fmt: skip
 
 # %% ../nbs/00_core.ipynb #5949b251
+import ast
 import dataclasses
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import random
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +107,34 @@ class Study:
         return project_root() / "thesis_figures" / self.name
 
 
+# %% ../nbs/00_core.ipynb #unknown-parameters
+def _assigned(cell: str) -> set[str]:
+    """Names that a cell binds."""
+    names = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
+def check_parameters(cells: list[str]):
+    """Raise `ValueError` for parameters in papermill's cell that no cell before it has."""
+    given = [i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")]
+    for i in given:
+        known = set().union(*map(_assigned, cells[:i]))
+        unknown = _assigned(cells[i]) - known
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise ValueError(
+                f"no parameter of this page: {names}; it has {', '.join(sorted(known))}"
+            )
+
+
 # %% ../nbs/00_core.ipynb #open-study
 def open_study(profile=None, data_dir=None, study=None, seed=0, chapter="") -> Study:
     """The `Study` that a chapter's parameters describe.
 
-    Raises `ValueError` for a profile that does not exist.
+    Raises `ValueError` for a profile that does not exist, and in a page for parameters that it does
+    not have.
     """
+    check_parameters(getattr(sys.modules["__main__"], "In", []))
     name = profile or default_profile(data_dir)
     if name not in PROFILES:
         raise ValueError(f"profile={name!r}: choose one of {', '.join(PROFILES)}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from deimv2_tfg.core import (
     append_line,
     atomic_write,
+    check_parameters,
     keep_lines,
     open_study,
     read_json,
@@ -66,3 +68,19 @@ def test_the_light_rooms_load_nothing_heavy():
     code = f"import sys, deimv2_tfg.core, deimv2_tfg.runs, deimv2_tfg.recipes; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.finding("training.md:26")
+def test_a_parameter_that_a_page_does_not_have_is_refused():
+    page = "profile = None  # a size\nseed = 0"
+    check_parameters([page, "# Parameters\nseed = 7\n", "epochs = 3"])
+    with pytest.raises(ValueError, match="no parameter of this page: Seed, epochs; it has profile"):
+        check_parameters(["", page, "# Parameters\nepochs = 3\nSeed = 7\nprofile = 'smoke'"])
+
+
+@pytest.mark.finding("training.md:26")
+def test_a_page_looks_at_what_it_was_given(monkeypatch):
+    main = types.SimpleNamespace(In=["seed = 0", "# Parameters\ndataset = 'x'"])
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with pytest.raises(ValueError, match="no parameter of this page: dataset; it has seed"):
+        open_study()
