@@ -29,8 +29,10 @@ from torchvision.models.resnet import ResNet18_Weights
 from torchvision.ops import box_convert
 
 from .core import Study, atomic_write, one_at_a_time, read_json, write_json
+from .cost import StepMemory, stepped_memory
 from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
 from .lite import CHANNELS, LiteFeatures, draw_lite, load_imagenet
+from .optim import pick_precision
 from .recipes import TrainConfig, frozen_stages
 from .training import DEIMV2, Family, finished_before, phase1_config, train
 from .transforms import collate, eval_transform
@@ -262,6 +264,13 @@ def _predict_baseline(model, dataset, image_size, device):
     return predict(model, dataset, image_size, device=device)
 
 
+def _baseline_memory(config: TrainConfig, num_classes: int) -> StepMemory:
+    shape = dataclasses.replace(config, init="scratch", frozen=frozen_stages(config))
+    model = build_baseline(shape, num_classes).train()
+    dtype = torch.bfloat16 if pick_precision(config) in ("bf16", "fp16") else None
+    return stepped_memory(model, _baseline_losses(config, num_classes), config.image_size, dtype)
+
+
 FASTER_RCNN = Family(
     "faster_rcnn",
     build_baseline,
@@ -269,6 +278,7 @@ FASTER_RCNN = Family(
     _predict_baseline,
     save_baseline,
     code=(("baselines", "FASTER_RCNN"),),
+    memory=_baseline_memory,
     backbone=".backbone.body.",
     models=tuple(BACKBONES),
 )

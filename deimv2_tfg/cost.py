@@ -8,8 +8,8 @@ __all__ = [
     'latency', 'peak_of', 'peak_memory', 'device_name', 'model_cost', 'way_latency',
     'latency_table', 'StepParts', 'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
     'LiveMemory', 'unmatched_losses', 'fake_tensors', 'fake_detector', 'counted_step',
-    'StepMemory', 'counted_memory', 'lacks_memory', 'part_sizes', 'largest_part', 'waits_of',
-    'allocated_peak', 'card_table',
+    'StepMemory', 'counted_memory', 'stepped_memory', 'lacks_memory', 'part_sizes',
+    'largest_part', 'waits_of', 'allocated_peak', 'card_table',
 ]  # fmt: skip
 
 # %% ../nbs/03d_cost.ipynb #cost-imports
@@ -490,6 +490,28 @@ def counted_memory(config: DetectorConfig, image_size: int, *how) -> StepMemory:
     """`StepMemory` of a network; `how`: `dtype` and `prepare` of `counted_step`."""
     one, two = (counted_step(config, image_size, batch, *how) for batch in (1, 2))
     return StepMemory(2 * one - two, two - one)
+
+
+# %% ../nbs/03d_cost.ipynb #stepped-memory
+def stepped_memory(model, compute_losses, image_size: int, dtype=None, boxes=4) -> StepMemory:
+    """`StepMemory` of any network on the CPU, by real steps of one photograph and of two.
+
+    `compute_losses`: as `training_step` takes it. For what fake tensors cannot go through, such as
+    a choice of boxes by their scores. Gradients are taken away, random numbers drawn.
+    """
+    others = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+    target = {"labels": torch.zeros(boxes, dtype=torch.int64), "image_id": 0}
+    target["boxes"] = torch.full((boxes, 4), 0.25)
+    peaks = []
+    for images in (1, 2):
+        with LiveMemory([*model.parameters(), *model.buffers(), *others]) as live:
+            pixel_values = torch.rand(images, 3, image_size, image_size)
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                losses = compute_losses(model, pixel_values, [target] * images, 0)
+            sum(losses.values()).backward()
+        model.zero_grad(set_to_none=True)
+        peaks.append(live.peak)
+    return StepMemory(2 * peaks[0] - peaks[1], peaks[1] - peaks[0])
 
 
 # %% ../nbs/03d_cost.ipynb #largest-part

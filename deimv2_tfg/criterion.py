@@ -582,7 +582,11 @@ class Criterion:
         with torch.autocast(device.type, enabled=False):
             truth = pack_targets(targets, device)
             heads = stack_heads(tensors)
-            own, union = match(self, heads, tensors, truth, epoch)
+            try:
+                own, union = match(self, heads, tensors, truth, epoch)
+            except NonFiniteLossError:
+                average_over_processes([0, 0], device)  # the others wait for these counts
+                raise
             losses = all_terms(self, outputs, tensors, heads, truth, own, union)
         if device.type == "cpu":
             check_terms(losses, truth.image_ids)

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'ROUTINE_SCALE', 'KEPT_BATCHES', 'anywhere', 'check_everywhere', 'random_state',
-    'set_random_state', 'saved_buffers', 'restore_buffers', 'is_finite', 'watch', 'diagnose',
-    'Diverged', 'loss_scale', 'is_incident', 'record_incident', 'replay', 'roll_back',
-    'stop_requests',
+    'ROUTINE_SCALE', 'KEPT_BATCHES', 'anywhere', 'random_state', 'set_random_state',
+    'saved_buffers', 'restore_buffers', 'is_finite', 'watch', 'diagnose', 'Diverged',
+    'loss_scale', 'is_incident', 'record_incident', 'replay', 'roll_back', 'stop_requests',
 ]  # fmt: skip
 
 # %% ../nbs/03g_guard.ipynb #guard-imports
@@ -23,15 +22,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from deimv2_tfg.criterion import (
-    NonFiniteLossError,
-    check_peaks,
-    fetch,
-    float_outputs,
-    peaks,
-)
-
 from .core import append_line, atomic_write
+from .criterion import NonFiniteLossError
 from .recipes import TrainConfig, config_of
 from .runs import Run, refuse_stopped, to_bytes
 
@@ -44,21 +36,6 @@ def anywhere(flag: bool, device="cpu") -> bool:
     raised = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
     return bool(raised)
-
-
-# %% ../nbs/03g_guard.ipynb #check-everywhere
-def check_everywhere(outputs, image_ids: list):
-    """Raise `NonFiniteLossError` in all processes where an output of any of them is not finite.
-
-    outputs: what the detector gives in training, a mapping of names to tensors.
-    """
-    mine = None
-    try:
-        check_peaks(fetch(peaks(float_outputs(outputs))), image_ids)
-    except NonFiniteLossError as e:
-        mine = e
-    if anywhere(mine is not None, outputs["layer_logits"].device):
-        raise mine or NonFiniteLossError(["an output in another process"], image_ids)
 
 
 # %% ../nbs/03g_guard.ipynb #random-state

@@ -206,7 +206,7 @@ def frozen_stages(config: TrainConfig) -> int:
     """Stages of EfficientNet-Lite0 that this training leaves as they are, its stem included."""
     if config.frozen is not None:
         return config.frozen
-    return 2 if config.init == "imagenet" else 0
+    return 2 if config.init == "imagenet" and config.model.startswith("lite") else 0
 
 
 # %% ../nbs/03f_recipes.ipynb #lr-factor

@@ -57,7 +57,6 @@ from deimv2_tfg.data import (
 from deimv2_tfg.guard import (
     Diverged,
     anywhere,
-    check_everywhere,
     is_incident,
     random_state,
     record_incident,
@@ -174,10 +173,7 @@ def _deimv2_losses(config, num_classes):
     criterion = build_criterion(DetectorConfig.named(config.model, num_classes), change)
 
     def losses(model, pixel_values, targets, epoch):
-        outputs = model(pixel_values, targets=targets)
-        if PartialState().num_processes > 1:
-            check_everywhere(outputs, [t["image_id"] for t in targets])
-        return criterion(outputs, targets, epoch=epoch)
+        return criterion(model(pixel_values, targets=targets), targets, epoch=epoch)
 
     return losses
 

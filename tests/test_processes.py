@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
-from deimv2_tfg import training
+from accelerate.utils import gather_object
+
+from deimv2_tfg import criterion, training
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
 from deimv2_tfg.step import training_step
@@ -45,6 +47,9 @@ trainer.model.train()
 for m in trainer.model.modules():
     if isinstance(m, torch.nn.BatchNorm2d):
         m.eval()
+training._counted_part = lambda trainer, batch: 1 if last else batch
+largest = training.fit_micro_batch(trainer, lambda n: None)
+trainer.micro = 0
 parts = in_parts(trainer, *next(iter(trainer.batches.of(0))))
 set_rate(trainer)
 
@@ -59,6 +64,8 @@ def spoilt(*args):
     return {k: v * (math.nan if last else 1) for k, v in trainer.compute_losses(*args).items()}
 
 
+fetched, fetch = [], criterion.fetch
+criterion.fetch = lambda tensors: fetched.append(1) or fetch(tensors)
 step = step_on(parts)
 losses = {}
 for name, value in step.losses.items():
@@ -69,6 +76,7 @@ if rank == 0:
     found = {"losses": losses, "norm": step.grad_norm, "grads": grads}
     found |= {"weights": plain.state_dict(), "lr": trainer.rates[0]}
     torch.save(found, out / "step.pt")
+transfers = len(fetched)
 metrics = validate(trainer)
 poisoned = step_on([(x * (math.nan if last else 1), t) for x, t in parts])
 after = step_on(parts, spoilt)
@@ -84,8 +92,10 @@ def second_is_bad(model, losses, parts, *rest):
 
 training.training_step = second_is_bad
 run = Run(train(config))
+agreed = gather_object([(largest, transfers)])
 if rank == 0:
-    done = {"processes": n, "failures": [poisoned.failure, after.failure], "AP": metrics["val/AP"]}
+    done = {"agreed": agreed}
+    done |= {"processes": n, "failures": [poisoned.failure, after.failure], "AP": metrics["val/AP"]}
     done |= {"run": str(run.path), "incidents": run.incidents().to_dict("records")}
     (out / "done.json").write_text(json.dumps(done))
 """
@@ -161,6 +171,11 @@ def test_what_one_process_sees_both_skip(both):
         assert len(incident["image_ids"]) == 4
         seen.append(set(incident["image_ids"]))
     assert seen[0] == seen[1]
+
+
+def test_the_smaller_part_wins_everywhere_and_a_step_has_one_transfer(both):
+    "Of a batch of four the second process could take one at a time, the first its whole half."
+    assert [done["agreed"] for _, done, _ in both] == [[[4, 1]], [[1, 1], [1, 1]]]
 
 
 def test_a_whole_run_of_two_processes(both):
