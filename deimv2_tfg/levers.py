@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'LEVERS', 'TRAINER', 'COMPILING', 'compile_static', 'l1_distance', 'transformers_losses',
-    'bench_optimizer', 'BenchStep', 'bench_photographs', 'endless_batches', 'step_times',
-    'bench_lever', 'why_missing', 'bench_config', 'measured_lever', 'bench_train',
+    'LEVERS', 'TRAINER', 'COMPILING', 'LOADING', 'compile_static', 'l1_distance',
+    'transformers_losses', 'bench_optimizer', 'BenchStep', 'bench_photographs', 'endless_batches',
+    'step_times', 'bench_lever', 'why_missing', 'enlarged', 'bench_config', 'measured_lever',
+    'bench_train', 'CountedReading', 'bench_loading',
 ]  # fmt: skip
 
 # %% ../nbs/04d_levers.ipynb #levers-exports
@@ -16,15 +17,27 @@ import itertools
 import math
 import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
-from .batches import augmented, epoch_batches
-from .core import open_study, seed_everything
-from .data import CacheError, load_dataset, photograph_cache
+from deimv2_tfg.data import (
+    CacheError,
+    Photographs,
+    PhotographsOnDisk,
+    Reading,
+    load_dataset,
+    photograph_cache,
+)
+
+from .batches import Batches, augmented, epoch_batches
+from .core import open_study, project_root, read_json, seed_everything, write_json
+from .doctor import SPLITS, annotation_file
 from .library_loss import transformers_arguments, transformers_terms
 from .optim import make_ema, parameter_groups, start_accelerator
 from .recipes import TrainConfig
@@ -208,12 +221,49 @@ def why_missing(levers, gpu: bool, compiled: bool) -> str:
     return ""
 
 
+# %% ../nbs/04d_levers.ipynb #enlarged
+def _enlarged_split(root: Path, out: Path, split: str, sides: tuple[int, int]):
+    coco = read_json(annotation_file(root, split))
+    factors = {}
+    for image in coco["images"]:
+        with Image.open(root / split / "images" / image["file_name"]) as photograph:
+            larger = photograph.convert("RGB").resize(sides)
+        image["file_name"] = Path(image["file_name"]).with_suffix(".jpg").name
+        x, y = sides[0] / image["width"], sides[1] / image["height"]
+        factors[image["id"]] = (x, y, x, y)
+        image["width"], image["height"] = sides
+        larger.save(out / split / "images" / image["file_name"], quality=90)
+    for a in coco["annotations"]:
+        pairs = zip(a["bbox"], factors[a["image_id"]], strict=True)
+        a["bbox"] = [edge * factor for edge, factor in pairs]
+        a["area"] = a["bbox"][2] * a["bbox"][3]
+        a.pop("segmentation", None)
+    write_json(annotation_file(out, split), coco)
+
+
+def enlarged(root: str | Path, out: str | Path, sides: tuple[int, int]) -> Path:
+    """A data set with its photographs as JPEGs of `sides` (width, height), made where missing."""
+    root, out = Path(root), Path(out)
+    for split in SPLITS:
+        (out / split / "images").mkdir(parents=True, exist_ok=True)
+        if not annotation_file(out, split).is_file():
+            _enlarged_split(root, out, split, sides)
+    return out
+
+
 # %% ../nbs/04d_levers.ipynb #bench-config
 def bench_config(batch, image_size, model, data_dir, workers: int) -> TrainConfig:
-    """The training that levers are measured on: M at 640 px on a GPU, tiny at 64 px without."""
+    """The training that levers are measured on: M at 640 px on a GPU, tiny at 64 px without.
+
+    The photographs of the GPU are the demo's, enlarged: those of the thesis take minutes to draw.
+    """
     gpu = torch.cuda.is_available()
+    if not data_dir:
+        data_dir = study_data(open_study("demo" if gpu else "smoke"))
+        if gpu:
+            data_dir = enlarged(data_dir, project_root() / "runs" / "data" / "bench", (640, 640))
     return TrainConfig(
-        data_dir or str(study_data(open_study("thesis" if gpu else "smoke"))),
+        str(data_dir),
         model=model or ("m" if gpu else "tiny"),
         image_size=image_size or (640 if gpu else 64),
         batch_size=batch or (16 if gpu else 4),
@@ -274,3 +324,64 @@ def bench_train(
     device = "cuda" if gpu else "cpu"
     table = pd.DataFrame(rows).assign(device=device, threads=torch.get_num_threads())
     return table.assign(workers=workers)
+
+
+# %% ../nbs/04d_levers.ipynb #bench-loading
+LOADING = {  # photographs on disk, worker processes, light left to the card
+    "decoded each time": (False, 0, False),
+    "shrunk once": (True, 0, False),
+    "shrunk once, two workers": (True, 2, False),
+    "shrunk once, light later": (True, 0, True),
+}
+
+
+@dataclass(frozen=True)
+class CountedReading(Reading):
+    """A `Reading` that leaves a byte in the file `notes` for each photograph that is decoded."""
+
+    notes: str = ""
+
+    def __call__(self, source, name="") -> Image.Image:
+        with Path(self.notes).open("ab") as file:
+            file.write(b".")
+        return super().__call__(source, name)
+
+
+# %% ../nbs/04d_levers.ipynb #bench-loading-2
+def _epoch_cost(batches: Batches, epoch: int, notes: Path) -> dict:
+    before = notes.stat().st_size
+    started = time.process_time()
+    seen = sum(len(targets) for _, targets in batches.of(epoch))
+    seconds = time.process_time() - started
+    rate = math.nan if batches.loader.num_workers else seen / seconds
+    return {"photographs_per_second": rate, "decoded": notes.stat().st_size - before}
+
+
+def _loading_batches(how: tuple, root: Path, folder: str, image_size: int, notes) -> Batches:
+    on_disk, workers, light_later = how
+    config = TrainConfig(str(root), image_size=image_size, batch_size=4, num_workers=workers)
+    longest = round(config.shrink * image_size) if on_disk else 0
+    reading = CountedReading(longest, notes=str(notes))
+    cache = PhotographsOnDisk(folder, 2**30, reading) if on_disk else Photographs(reading)
+    dataset = load_dataset(root, "train", cache=cache)
+    return Batches(augmented(dataset, config, light_later), config)
+
+
+def bench_loading(image_size: int = 640, repeats: int = 3, sides=(2304, 1728)) -> pd.DataFrame:
+    """Photographs that one core loads a second (of processor time), and decodings an epoch.
+
+    A row for each of `LOADING` and its first and later epochs, the mean of `repeats` rounds.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = enlarged(study_data(open_study("smoke")), Path(folder) / "data", sides)
+        notes = Path(folder) / "notes"
+        notes.touch()
+        for name, how in list(LOADING.items()) * repeats:
+            with tempfile.TemporaryDirectory() as cache:
+                batches = _loading_batches(how, root, cache, image_size, notes)
+                for epoch in range(3):
+                    row = {"loading": name, "epoch": "later" if epoch else "first"}
+                    rows.append(row | _epoch_cost(batches, epoch, notes))
+    table = pd.DataFrame(rows).groupby(["loading", "epoch"], sort=False).mean().reset_index()
+    return table.assign(image_size=image_size, megapixels=math.prod(sides) / 1e6)

@@ -7,7 +7,8 @@ import torch
 from deimv2_tfg import levers
 from deimv2_tfg.cli import main
 from deimv2_tfg.cost import PARTS, memory_table, parts_table
-from deimv2_tfg.levers import LEVERS, bench_lever, bench_train
+from deimv2_tfg.data import load_dataset
+from deimv2_tfg.levers import LEVERS, LOADING, bench_lever, bench_loading, bench_train
 from deimv2_tfg.recipes import TrainConfig
 
 pytestmark = pytest.mark.skipif(
@@ -84,6 +85,28 @@ def test_workers_and_the_command(config, capsys, monkeypatch):
     assert main(["bench", "train", "--repeats", "2", "--workers", "3", "--compiled"]) == 0
     said = capsys.readouterr().out.split()
     assert said == ["repeats", "workers", "compiled", "0", "2", "3", "True"]
+
+
+def test_photographs_are_decoded_in_the_first_epoch_alone():
+    table = bench_loading(64, 1, (512, 384)).set_index(["loading", "epoch"])
+    decoded = table["decoded"].unstack()
+    assert list(decoded.loc["decoded each time"]) == [12, 12]
+    kept = decoded.drop(index="decoded each time")
+    assert len(kept) == len(LOADING) - 1
+    assert (kept["first"] == 12).all() and (kept["later"] == 0).all()
+    rates = table["photographs_per_second"].unstack()
+    assert rates.loc["shrunk once", "later"] > rates.loc["decoded each time", "later"]
+    assert rates.loc["shrunk once, two workers"].isna().all()
+
+
+def test_a_card_is_measured_on_photographs_of_640_px(smoke_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(levers, "study_data", lambda study: smoke_data)
+    config = levers.bench_config(None, None, None, None, 0)
+    assert (config.model, config.image_size, config.batch_size) == ("m", 640, 16)
+    photograph = load_dataset(config.data_dir, "train").photograph(0)
+    assert photograph.size == (640, 640)
 
 
 def test_parts_of_a_step_add_up_and_are_above_their_floor():

@@ -226,8 +226,9 @@ def test_bytes_become_numbers_in_their_own_light_without_a_wait(card):
         pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
         in_parts(training, pixels, lit)  # the first copies what the others keep
         card.waits.clear()
-        ((pixel_values, _),) = in_parts(training, pixels, lit)
+        ((pixel_values, _),) = in_parts(training, pixels, lit, size=96)
         assert pixel_values.device == DEVICE and pixel_values.dtype == torch.float32
+        assert pixel_values.shape == (2, 3, 96, 96)
         assert card.waits == []
 
 

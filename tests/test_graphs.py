@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.detector import DetectorConfig, build_detector, encode
 from deimv2_tfg.graphs import (
+    EncoderPart,
     capture_encoder,
     compile_detector,
     faster,
@@ -72,6 +73,26 @@ def test_six_counts_of_boxes_share_one_graph_without_a_break(model, monkeypatch)
     losses = Criterion(6)(output, targets_of(counts))
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_backbone_and_encoder_alone_are_one_graph_without_a_break(model, monkeypatch):
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    torch._dynamo.reset()
+    counters.clear()
+    part = EncoderPart(model).eval()
+    compiled = torch.compile(part, backend=count, dynamic=False)
+    for _ in range(3):
+        pixel_values = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.allclose(compiled(pixel_values), part(pixel_values), atol=1e-5)
+    model.train()
+    assert len(graphs) == 1 and not counters["graph_break"]
 
 
 def test_padded_denoising_queries_change_neither_answers_nor_gradients(model):

@@ -14,7 +14,7 @@ import accelerate
 import pytest
 import torch
 
-from deimv2_tfg import step, training
+from deimv2_tfg import optim, step, training
 from deimv2_tfg.baselines import FASTER_RCNN
 from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import DatasetError, load_dataset
@@ -405,6 +405,20 @@ def test_precision_by_generation_of_the_card(config, monkeypatch, capability, ex
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert pick_precision(config) == expected
     assert pick_precision(dataclasses.replace(config, device="cpu")) == "no"
+
+
+def test_what_a_card_is_asked_for_and_how_processes_share(config, monkeypatch):
+    "TF32; buffers are broadcast only where batch norms are not synchronised, as they are on cards."
+    made, asked = [], []
+    monkeypatch.setattr(optim, "Accelerator", lambda **given: made.append(given))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        optim.start_accelerator(config, "no")
+    torch.backends.cudnn.benchmark = False
+    shared = [given["kwargs_handlers"][0] for given in made]
+    assert [how.broadcast_buffers for how in shared] == [True, False]
+    assert all(how.find_unused_parameters for how in shared) and asked == ["high"]
 
 
 def test_a_first_step_in_fp16_that_is_refused_lowers_the_scale():
