@@ -45,6 +45,7 @@ def keep_frequencies(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
     return vit
 
 
+# %% ../nbs/02_backbone.ipynb #correct-vit-b
 def correct_vit(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
     """Take out of transformers' ViT, in place, what DEIMv2's does not have.
 

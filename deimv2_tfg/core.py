@@ -114,6 +114,7 @@ def _assigned(cell: str) -> set[str]:
     return {name.id for name in names if isinstance(name.ctx, ast.Store)}
 
 
+# %% ../nbs/00_core.ipynb #unknown-parameters-2
 def check_parameters(cells: list[str]):
     """Raise `ValueError` for parameters in papermill's cell that no cell before it has."""
     given = [i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")]

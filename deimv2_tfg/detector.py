@@ -421,6 +421,7 @@ def reset_class_heads(model: Detector) -> None:
         model.model.denoising_class_embed.reset_parameters()
 
 
+# %% ../nbs/03_detector.ipynb #reset-class-heads-b
 def _reset_heads(model):
     decoder = model.model.decoder
     reset_class_heads(model)

@@ -63,6 +63,7 @@ def correct_dinov3(vit: DINOv3ViTBackbone) -> DINOv3ViTBackbone:
     return keep_frequencies(vit)
 
 
+# %% ../nbs/02e_dinov3.ipynb #correct-dinov3-b
 @torch.no_grad()
 def draw_dinov3(vit: DINOv3ViTBackbone) -> None:
     """Registers as the class token, and layer scales that let a block begin almost silent."""

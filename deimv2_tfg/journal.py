@@ -74,6 +74,7 @@ def in_time(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+# %% ../nbs/03l_journal.ipynb #say-b
 def nearby(path) -> str:
     """A path as seen from the working directory, where it lies in it."""
     path = Path(path).absolute()

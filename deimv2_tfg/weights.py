@@ -63,6 +63,7 @@ def _is_state(part) -> bool:
     return all(isinstance(value, torch.Tensor) for value in part.values())
 
 
+# %% ../nbs/02a_weights.ipynb #choose-state-2
 def choose_state(stored) -> tuple[dict, str]:
     """The state dict in what a file held, and the name of the part that it is.
 
@@ -365,6 +366,7 @@ def _drop_repeats(state: dict) -> tuple[dict, list[str]]:
     return kept, [name for name in SIZE_DEPENDENT if name in state]
 
 
+# %% ../nbs/02a_weights.ipynb #drop-repeats-2
 def _drop_masks(state: dict) -> dict:
     "Without DINOv3's masks, which must leave out the bias of the keys and nothing else."
     masks = {name: value for name, value in state.items() if name.endswith(".qkv.bias_mask")}
@@ -437,6 +439,7 @@ def stored_blocks(path) -> tuple | None:
     return tuple(blocks) if blocks else None
 
 
+# %% ../nbs/02a_weights.ipynb #stored-blocks-2
 def check_blocks(model: nn.Module, source) -> None:
     """Raises `WeightsError` where `source` is a file whose weights are for other blocks."""
     blocks = None if isinstance(source, dict) else stored_blocks(source)

@@ -62,14 +62,14 @@ def test_the_study_leaves_figures_tables_and_its_training(home, study):
 
 
 def test_a_chapter_alone_makes_what_it_needs(home, tmp_path):
-    done = papermill(home, tmp_path, "05_multimodal", "-p", "study", "alone")
+    done = papermill(home, tmp_path, "07d_browse", "-p", "study", "alone")
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((home / "runs/alone").glob("detector-*/result.json"))
 
 
 def test_a_bad_data_dir_stops_with_every_problem(home, tmp_path):
     given = ["-p", "data_dir", str(tmp_path)]
-    done = papermill(home, tmp_path, "04_training_stability", *given)
+    done = papermill(home, tmp_path, "01_data", *given)
     assert done.returncode != 0
     for part in ("train/train.json", "val/val.json", "test/test.json", "Expected layout"):
         assert part in done.stderr

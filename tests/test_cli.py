@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deimv2_tfg import cli
+from deimv2_tfg.options import field_comments
 from deimv2_tfg.recipes import FusionConfig, TrainConfig
 from tools import pages
 
@@ -204,7 +205,7 @@ def test_shipped_recipes_are_read(recipe):
 def test_help_explains_the_fields(config):
     name = "train" if config is TrainConfig else "fuse"
     parser = cli.command_parser(cli.COMMANDS[name], name)
-    comments = cli.field_comments(config)
+    comments = field_comments(config)
     assert len(comments) > 15
     text = " ".join(parser.format_help().split())
     assert all(comment.replace("%", "%") in text for comment in comments.values())

@@ -25,7 +25,6 @@ PARAMETERS = {"profile", "data_dir", "study", "seed"}
 ABSOLUTE = re.compile(r"(?<![\w./:])/(?:home|root|work|tmp|Users|mnt|content|kaggle)/[\w.-]+")
 LONG_PAGES = {  # "page": why it is longer
     "03_detector": "the whole network, one part per cell",
-    "08_cli": "one cell per command",
 }
 SHOWN_ELSEWHERE = {}  # "page.name": why no cell near its definition uses it
 

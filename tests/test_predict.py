@@ -466,19 +466,26 @@ def test_a_fault_of_the_user_is_a_message(
     assert "deimv2-tfg" in capsys.readouterr().err
 
 
-@pytest.mark.finding("training.md:22")
-def test_an_exported_network_is_the_same_network(run, tmp_path):
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The run's network as a file of ONNX, from the command line."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "tiny.onnx")]) == 0
-    notes = json.loads((tmp_path / "tiny.json").read_text())
+    file = tmp_path_factory.mktemp("exported") / "tiny.onnx"
+    assert cli.main(["export", str(run), "--out", str(file)]) == 0
+    return file
+
+
+@pytest.mark.finding("training.md:22")
+def test_an_exported_network_is_the_same_network(run, exported):
+    notes = json.loads(exported.with_suffix(".json").read_text())
     model = load_detector(run / "best")
     assert notes["largest_difference"] < 1e-4
     assert notes["classes"] == model.classes
     assert notes["thresholds"] == run_thresholds(run).values
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(exported.parent.glob("*.part"))
     session = pytest.importorskip("onnxruntime").InferenceSession(
-        str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"]
+        str(exported), providers=["CPUExecutionProvider"]
     )
     ends = [*session.get_inputs(), *session.get_outputs()]
     assert [v.shape[0] for v in ends] == ["batch"] * 3
@@ -490,12 +497,12 @@ def test_an_exported_network_is_the_same_network(run, tmp_path):
     assert "255" in told["scale"] and "stretch" in told["resize"]
     for n in (1, 3, 5):
         pixel_values = torch.randn(n, 3, 64, 64)
-        difference = deployment.onnx_difference(tmp_path / "tiny.onnx", model, pixel_values)
+        difference = deployment.onnx_difference(exported, model, pixel_values)
         assert difference < 1e-4
     with torch.no_grad():
         model.model.decoder.class_embed[-1].bias.add_(0.1)
     # the comparison can fail
-    assert deployment.onnx_difference(tmp_path / "tiny.onnx", model, pixel_values) > 0.01
+    assert deployment.onnx_difference(exported, model, pixel_values) > 0.01
 
 
 def test_swapped_queries_are_no_difference_and_a_moved_box_is_one():
@@ -562,11 +569,8 @@ def test_a_longer_training_names_the_shorter_one(smoke_data, tmp_path, capsys, m
 
 
 @pytest.mark.finding("training.md:22")
-def test_the_onnx_file_alone_says_how_to_use_it(run, smoke_data, tmp_path):
-    for needed in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
-    file = deployment.export_onnx(str(run), str(tmp_path / "alone.onnx"))
-    session = pytest.importorskip("onnxruntime").InferenceSession(str(file))
+def test_the_onnx_file_alone_says_how_to_use_it(run, smoke_data, exported):
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(exported))
     told = session.get_modelmeta().custom_metadata_map
     path = list_files(smoke_data / "test" / "images")[0]
     size = json.loads(told["width"]), json.loads(told["height"])

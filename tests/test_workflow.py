@@ -53,17 +53,13 @@ def test_a_study_says_what_it_asks_costs_and_expects(study):
     assert yaml.safe_load(study.read_text())["profile"]
 
 
-def test_the_plan_has_every_chapter_and_each_training(tmp_path):
-    plan = said(tmp_path, "--cores", "2", "--dry-run")
-    for chapter in CHAPTERS:
-        assert f"chapter {chapter}" in plan
-    assert "training phase1" in plan
-    more = said(tmp_path, "--cores", "2", "--dry-run", study="gpu")
-    assert "training seed5" in more
-    assert "--image_size 1024" in more
+def test_the_plan_of_a_study_has_its_trainings(tmp_path):
+    plan = said(tmp_path, "--cores", "2", "--dry-run", study="gpu")
+    assert "training seed5" in plan
+    assert "--image_size 1024" in plan
 
 
-def test_phase_1_is_the_training_that_chapters_look_for(tmp_path, monkeypatch):
+def test_the_plan_has_every_chapter_and_the_training_that_they_look_for(tmp_path, monkeypatch):
     from deimv2_tfg import cli
     from deimv2_tfg.core import open_study
     from deimv2_tfg.synthetic import study_data
@@ -71,6 +67,9 @@ def test_phase_1_is_the_training_that_chapters_look_for(tmp_path, monkeypatch):
 
     monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
     plan = said(tmp_path, "--cores", "1", "--dry-run", "--printshellcmds")
+    for chapter in CHAPTERS:
+        assert f"chapter {chapter}" in plan
+    assert "training phase1" in plan
     line = next(line for line in plan.splitlines() if "deimv2-tfg train" in line)
     words = line.split("deimv2-tfg ")[1].split(" | ")[0].replace("'", "").split()
     _, options = cli.called(words)
@@ -96,7 +95,6 @@ def test_only_what_changed_is_made_again(tmp_path, copy):
     page = "runs/smoke/pages/01b_formats.ipynb"
     data = "runs/smoke/data.txt"
     said(home, "--cores", "1", data, page, snakefile=copy)
-    assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
 
     notebook = copy.parent / "nbs/01b_formats.ipynb"
     content = json.loads(notebook.read_text())
@@ -105,8 +103,6 @@ def test_only_what_changed_is_made_again(tmp_path, copy):
             cell["outputs"] = []
             cell["execution_count"] = 7
     notebook.write_text(json.dumps(content))
-    assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
-
     unrelated = copy.parent / "deimv2_tfg/multimodal.py"
     unrelated.write_text(unrelated.read_text() + "\nNEW = 1\n")
     assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
