@@ -4,178 +4,36 @@
 
 # %% auto #0
 __all__ = [
-    'TAKES', 'RANGES', 'SWITCH', 'COMMANDS', 'Device', 'Counts', 'Split', 'BAD_INPUT',
-    'field_comments', 'nearest', 'plain_message', 'Parser', 'configuration_of', 'add_fields',
-    'command_parser', 'spelled_out', 'command', 'usable_device', 'interrupt_is_terminate',
-    'train_command', 'cv_command', 'fuse_command', 'evaluate_command', 'predict_command',
-    'export_command', 'doctor_command', 'import_command', 'split_command', 'describe_command',
-    'synth_command', 'convert_command', 'run_row', 'runs_command', 'compare_command',
-    'report_command', 'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told',
-    'main', 'narrow_exports',
+    'COMMANDS', 'Device', 'Counts', 'Split', 'BAD_INPUT', 'command', 'usable_device',
+    'interrupt_is_terminate', 'train_command', 'cv_command', 'fuse_command', 'evaluate_command',
+    'predict_command', 'export_command', 'doctor_command', 'import_command', 'split_command',
+    'describe_command', 'synth_command', 'convert_command', 'run_row', 'runs_command',
+    'compare_command', 'report_command', 'bench_command', 'bench_table', 'exit_code', 'overview',
+    'called', 'told', 'main', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
 import contextlib
 import dataclasses
-import difflib
 import inspect
-import io
 import json
 import re
 import shlex
 import signal
 import sys
 import textwrap
-import tokenize
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from jsonargparse.typing import restricted_string_type as pattern
 
-from deimv2_tfg.recipes import (
-    FUSION_RANGES,
-    MODELS,
-    TRAIN_RANGES,
-    FusionConfig,
-    TrainConfig,
-    Within,
-)
-
 from .core import PROFILES, project_root, to_jsonable
+from .options import command_parser, configuration_of, nearest, spelled_out
+from .recipes import MODELS, FusionConfig, TrainConfig
 from .runs import all_runs, run_named
-
-
-# %% ../nbs/08_cli.ipynb #field-comments
-def field_comments(config: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass, `{field: comment}`."""
-    source = inspect.getsource(config)
-    comments = {}
-    field = ""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        starts_line = token.line.lstrip().startswith(f"{token.string}:")
-        if token.type == tokenize.NAME and starts_line:
-            field = token.string
-        elif token.type == tokenize.COMMENT and field:
-            words = token.string.lstrip("# ")
-            comments[field] = f"{comments[field]} {words}" if field in comments else words
-    return comments
-
-
-# %% ../nbs/08_cli.ipynb #nearest
-TAKES = {
-    "ClosedUnitInterval": "a number from 0 to 1",
-    "Counts": "three numbers, as 320,48,96",
-    "Device": "cpu, mps, cuda or cuda:1",
-    "NonNegativeInt": "a whole number, 0 or more",
-    "PositiveInt": "a whole number, 1 or more",
-    "bool": "true or false",
-    "float": "a number",
-    "int": "a whole number",
-}
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean ...?` for the known word that is most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-# %% ../nbs/08_cli.ipynb #plain-message
-def plain_message(message: str) -> str:
-    """A message of jsonargparse on one line: the option, what it takes, what was given."""
-    option = re.match(r'Parser key "(.+)":', message)
-    if option is None:
-        return " ".join(message.split())
-    given = re.search(r"(?:Given value|Got value): (.*)|: (\S+) does not conform", message)
-    value = next(filter(None, given.groups()), "") if given else ""
-    if choices := re.search(r"Literal\[(.*?)\]", message):
-        takes = f"one of {choices.group(1)}"
-    else:
-        kind = re.search(r"(?:Not of type |<class '(?:\w+\.)*)(\w+)", message)
-        takes = TAKES.get(kind.group(1), kind.group(1)) if kind else " ".join(message.split())
-    return f"--{option.group(1)} takes {takes}, not {value!r}"
-
-
-# %% ../nbs/08_cli.ipynb #parser
-class Parser(ArgumentParser):
-    """A parser whose errors are one line on standard error, exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None):
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            name = unknown.group(1).split("=")[0]
-            message += nearest(name, list(self._option_string_actions))
-        print(f"{self.prog}: {plain_message(message)}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-# %% ../nbs/08_cli.ipynb #configuration-of
-RANGES = {TrainConfig: TRAIN_RANGES, FusionConfig: FUSION_RANGES}
-
-
-def configuration_of(function: Callable) -> type | None:
-    """The dataclass that a function takes as its only argument, if that is what it takes."""
-    kinds = [p.annotation for p in inspect.signature(function).parameters.values()]
-    return kinds[0] if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]) else None
-
-
-# %% ../nbs/08_cli.ipynb #add-fields
-def add_fields(parser: ArgumentParser, config: type):
-    """The fields of a dataclass as options, with their comments and ranges as help."""
-    comments = field_comments(config)
-    parser.add_class_arguments(config, as_group=False, as_positional=True)
-    for action in parser._actions:
-        allowed = RANGES[config].get(action.dest)
-        if allowed is not None and not isinstance(allowed, Within):
-            allowed = f"one of {', '.join(map(repr, allowed))}"
-        words = [comments.get(action.dest), f"allowed: {allowed}" if allowed else None]
-        action.help = "; ".join(filter(None, words)) or action.help
-
-
-# %% ../nbs/08_cli.ipynb #command-parser
-def command_parser(function: Callable, name: str) -> ArgumentParser:
-    """The parser of one command: positionals for what has no default, an option for the rest.
-
-    Of a function that needs nothing, the first parameter may be given without its name.
-    """
-    said = inspect.getdoc(function).split("Args:")[0]
-    parser = Parser(prog=f"deimv2-tfg {name}", description=said, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file with options")
-    if config := configuration_of(function):
-        add_fields(parser, config)
-        return parser
-    parameters = list(inspect.signature(function).parameters.values())
-    words = {p.name: "+" for p in parameters if p.annotation == list[str]}
-    if all(p.default is not p.empty for p in parameters):
-        words[parameters[0].name] = "?"
-    for parameter, nargs in words.items():
-        parser.add_argument(parameter, nargs=nargs)
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*words})
-    return parser
-
-
-# %% ../nbs/08_cli.ipynb #switches
-SWITCH = re.compile(r"--(no_)?(\w+)$")
-
-
-def spelled_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """A command's words: underscores in the names of options, every switch with its value."""
-    switches = {action.dest for action in parser._actions if "true" in (action.metavar or "")}
-    spelled = []
-    for index, word in enumerate(words):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = "--" + name[2:].replace("-", "_") + equals + value
-        switch = SWITCH.match(word)
-        following = words[index + 1].lower() if index + 1 < len(words) else ""
-        if switch and switch.group(2) in switches and following not in ("true", "false"):
-            word = f"--{switch.group(2)}={'false' if switch.group(1) else 'true'}"
-        spelled.append(word)
-    return spelled
-
 
 # %% ../nbs/08_cli.ipynb #command
 COMMANDS: dict[str, Callable] = {}

@@ -220,6 +220,7 @@ def edge_offsets(refs: torch.Tensor, boxes: torch.Tensor, reg_scale) -> torch.Te
     return away / unit - reg_scale / 2
 
 
+# %% ../nbs/03a_criterion.ipynb #edge-offsets-2
 def two_bins(offsets: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The bin left of each offset and the share (in [0, 1]) of the bin right of it.
 
@@ -298,6 +299,7 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(f"not finite: {what}. Images of this batch: {self.image_ids}")
 
 
+# %% ../nbs/03a_criterion.ipynb #nonfinitelosserror-b
 def peaks(outputs: dict) -> dict:
     """Largest magnitude of every output; NaN stays NaN.
 
@@ -342,6 +344,7 @@ def check_targets(labels: np.ndarray, boxes: np.ndarray, truth: Truth, num_class
             raise ValueError(f"targets with {what}: images {images}")
 
 
+# %% ../nbs/03a_criterion.ipynb #check-targets-2
 def check_terms(losses: dict, image_ids: list) -> None:
     """Raises `NonFiniteLossError` with the terms that are not finite (waits for the device)."""
     values = torch.stack([value.detach() for value in losses.values()])
