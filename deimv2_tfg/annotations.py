@@ -52,7 +52,11 @@ def is_number(value) -> bool:
 
 # %% ../nbs/00h_annotations.ipynb #box-problem
 def _four_numbers(box) -> bool:
-    return isinstance(box, list) and len(box) == 4 and {type(v) for v in box} <= {int, float}
+    """Four numbers, of a size that a float can have."""
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    plain = {type(v) for v in box} <= {int, float} or all(map(is_number, box))
+    return plain and not any(type(v) is int and abs(v) > 2**63 for v in box)
 
 
 def box_problem(box, width: float, height: float) -> tuple[str, str] | None:
@@ -91,13 +95,30 @@ def _polygons(segmentation: list) -> bool:
 
 
 # %% ../nbs/00h_annotations.ipynb #run-lengths
+def _unpacked(text: str) -> list | None:
+    """The runs of a compressed code: five bits a sign, from the third on as differences."""
+    runs, value, shift = [], 0, 0
+    for sign in text:
+        bits = ord(sign) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        value -= (bits & 16) << shift - 4  # the sign of the number
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return None if shift else runs
+
+
 def _run_lengths(segmentation: dict, width: int, height: int) -> bool:
-    """Is it a run-length code of an image of this size? Compressed ones are taken at their word."""
+    """Is it a run-length code of an image of this size?"""
     if segmentation.get("size") != [height, width]:
         return False
     counts = segmentation.get("counts")
     if isinstance(counts, str):
-        return bool(counts) and counts.isascii()
+        counts = _unpacked(counts)
     sound = isinstance(counts, list) and all(type(v) is int and v >= 0 for v in counts)
     return sound and sum(counts) == width * height
 
@@ -242,7 +263,7 @@ def read_categories(sheet: Sheet):
     for at, c in sheet.places("categories"):
         raw = c.get("id") if isinstance(c, dict) else None
         name = c.get("name") if isinstance(c, dict) else None
-        if type(raw) is not int or not isinstance(name, str):
+        if type(raw) is not int or not isinstance(name, str) or not name.strip():
             message = f"{c!r} has no whole number as id, or no name"
             at.say("category-incomplete", "", message)
         if raw is None:

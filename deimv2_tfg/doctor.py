@@ -89,6 +89,7 @@ MODES = {
     "1": "mode-bilevel",
     "CMYK": "mode-cmyk",
     "YCCK": "mode-cmyk",
+    "LAB": "mode-cmyk",
 }
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),

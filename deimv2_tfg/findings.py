@@ -418,6 +418,7 @@ def _check_size(at: Place, image: dict, header: Photograph | None, boxes: list) 
     """Width and height that an image's boxes are on; None where nothing tells."""
     said = image.get("width"), image.get("height")
     size = tuple(whole_number(v) or 0 for v in said)
+    size = tuple(v if v < 2**31 else 0 for v in size)
     if min(size) > 0 and {type(v) for v in said} == {int}:
         return size
     if None not in said:

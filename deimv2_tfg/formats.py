@@ -28,6 +28,7 @@ import yaml
 from defusedxml.ElementTree import parse as parse_xml
 
 from deimv2_tfg.photographs import (
+    DEEP,
     PICTURES,
     PhotographError,
     header_of,
@@ -178,7 +179,8 @@ def photograph_size(path: Path, declared: tuple | None = None) -> tuple[int, int
     """
     header = header_of(path)
     if header.problem or header.deep:
-        raise PhotographError(path, header.deep or f"photo-{header.problem}", header.message)
+        kind = header.deep or f"photo-{header.problem}"
+        raise PhotographError(path, kind, header.message or DEEP[header.deep])
     size = tuple(header.size)
     upright = size[::-1] if header.orientation >= 5 else size
     if declared is None or declared == upright != size:
@@ -192,6 +194,11 @@ def photograph_size(path: Path, declared: tuple | None = None) -> tuple[int, int
 
 
 # %% ../nbs/01b_formats.ipynb #balance
+def _sticking_out(item: Item) -> int:
+    problems = [box_problem([*box[1:5]], *item.size) for box in item.boxes]
+    return sum(problem is not None and problem[0] == "box-over-edge" for problem in problems)
+
+
 def balance(found: Foreign) -> list[str]:
     """What was used, what was counted and what was left over, one line each."""
     numbers = [len(item.boxes) for item in found.items]
@@ -200,6 +207,9 @@ def balance(found: Foreign) -> list[str]:
     objects = f"{sum(numbers)} boxes of {len(found.classes)} classes: {', '.join(found.classes)}"
     lines = [f"{found.format}: {len(numbers)} photographs, {shown}; {objects}"]
     lines += [f"{n} {what}" for what, n in found.counts.items()]
+    over = sum(_sticking_out(item) for item in found.items)
+    if over:
+        lines.append(f"{over} boxes stick out: they count as far as they lie on the photograph")
     for kind, files in found.left.items():
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         lines.append(f"{len(files)} {LEFTOVERS[kind]}: {', '.join(files[:3])}{more}")
@@ -219,12 +229,18 @@ def _wrong_boxes(item: Item) -> list[str]:
 
 
 # %% ../nbs/01b_formats.ipynb #corners
-def read_as_corners(items: Iterable[Item]) -> str:
-    """What to say of boxes that stick out, and most of which may be two corners; "" of others."""
+def read_as_corners(items: Iterable[Item], centred: bool = False) -> str:
+    """What to say of boxes that stick out, and most of which may be two corners; "" of others.
+
+    `centred`: they were written as centre and size, as YOLO does.
+    """
     rows = [(*box[1:5], *item.size) for item in items for box in item.boxes]
     x, y, w, h, width, height = np.reshape(rows, (-1, 6)).astype(float).T
     over = (x + w > width + 1) | (y + h > height + 1)
     corners = (x < w) & (w <= width + 1) & (y < h) & (h <= height + 1)
+    if centred:
+        over |= (x < -1) | (y < -1)
+        corners = (x + w / 2 < w) & (y + h / 2 < h)
     if not over.any() or corners.mean() <= 0.5:
         return ""
     return f"{over.sum()} of {len(rows)} boxes stick out: are they two corners and no sizes?"
@@ -247,7 +263,7 @@ def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
         problems.append("none of the photographs has a box")
     for item in found.items:
         problems += [f"{found.named(item.path)}: {wrong}" for wrong in _wrong_boxes(item)]
-    problems += filter(None, [read_as_corners(found.items)])
+    problems += filter(None, [read_as_corners(found.items, found.format == "YOLO")])
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"{len(problems)} problem(s) in {found.root}:\n  {shown}")
@@ -726,13 +742,28 @@ def read_yolo(text: str, width: int, height: int, classes, keypoints: bool = Fal
 
 # %% ../nbs/01b_formats.ipynb #convert-yolo
 def _yaml(path: Path) -> dict:
-    """The mapping of a yaml file; no tag of it is obeyed. Raises `ValueError`."""
+    """The mapping of a yaml file, its values as text. Raises `ValueError`, for tags as well."""
     text = read_text(path)
     try:
-        content = yaml.safe_load(text)
+        yaml.safe_load(text)  # refuses tags
+        content = yaml.load(text, yaml.BaseLoader)  # all as text: a class may be called "no"
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not readable as YAML ({error})") from None
     return content if isinstance(content, dict) else {}
+
+
+def _yaml_names(path: Path) -> dict[int, str]:
+    """{number: name} of the classes in a yaml file; empty where it has none."""
+    content = _yaml(path)
+    names = content.get("names") or {}
+    pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    numbered = {whole_number(k): name for k, name in pairs}
+    plain = all(isinstance(name, str) and name.strip() for name in numbered.values())
+    if isinstance(names, str) or None in numbered or not plain:
+        raise ValueError(f"{path}: names are neither a list nor numbered")
+    if names and whole_number(content.get("nc", len(names))) != len(names):
+        raise ValueError(f"{path}: nc is {content['nc']}, but there are {len(names)} names")
+    return dict(sorted(numbered.items()))
 
 
 def yolo_classes(root: str | Path) -> dict[int, str]:
@@ -741,16 +772,13 @@ def yolo_classes(root: str | Path) -> dict[int, str]:
     Raises `FileNotFoundError` where there is none, `ValueError` for names that are no names.
     """
     root = Path(root)
-    for path in files_of(root, [".yaml", ".yml"]):
-        names = _yaml(path).get("names")
-        if not names:
-            continue
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
-        numbered = {whole_number(k): name for k, name in pairs}
-        plain = all(isinstance(name, (str, int, float)) for name in numbered.values())
-        if isinstance(names, str) or None in numbered or not plain:
-            raise ValueError(f"{path}: names are neither a list nor numbered")
-        return {k: str(numbered[k]) for k in sorted(numbered)}
+    found = {path: _yaml_names(path) for path in files_of(root, [".yaml", ".yml"])}
+    found = {path: names for path, names in found.items() if names}
+    if found:
+        first, *others = found
+        if differ := [path for path in others if found[path] != found[first]]:
+            raise ValueError(f"{first} and {differ[0]} name the classes differently: keep one")
+        return found[first]
     for path in files_of(root, [".txt", ".names"]):
         if path.name.lower() in ("classes.txt", "obj.names"):
             lines = map(str.strip, read_text(path).splitlines())
@@ -866,11 +894,15 @@ def _cvat_box(shape) -> tuple[float, float, float, float]:
     """The box of a shape of CVAT's XML. Raises `ValueError` for a kind that has none."""
     if shape.tag in ("polygon", "polyline"):
         points = [p.split(",") for p in (shape.get("points") or "").split(";")]
+        if shape.tag == "polygon" and len(points) < 3:
+            raise ValueError(f"a polygon of {len(points)} points")
         return _around([[_finite(v, "points") for v in point] for point in points])
     if shape.tag not in CVAT_SIDES:
         raise ValueError(f"a {shape.tag} has no box")
     a, b, c, d = (_finite(shape.get(side), side) for side in CVAT_SIDES[shape.tag])
     if shape.tag == "mask":
+        if sum(_finite(run, "rle") for run in (shape.get("rle") or "").split(",")) != c * d:
+            raise ValueError(f"the mask's rle does not fill its {c:g} x {d:g} pixels")
         return a, b, c, d
     box = (a, b, c - a, d - b) if shape.tag == "box" else (a - c, b - d, 2 * c, 2 * d)
     return _turned(box, _finite(shape.get("rotation", "0"), "rotation"))
@@ -921,8 +953,8 @@ def _labelme_box(shape: dict) -> tuple[float, float, float, float]:
         centre, edge = points
         radius = np.hypot(*(edge - centre))
         return _around([centre - radius, centre + radius])
-    if len(points) < 2:
-        raise ValueError(f"a {kind} has no box")
+    if len(points) < (3 if kind == "polygon" else 2):
+        raise ValueError(f"a {kind} of {len(points)} points has no box")
     return _around(points)
 
 

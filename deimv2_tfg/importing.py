@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'FEW_VALUES', 'VOID', 'MASK_ENDING', 'SOUND', 'READERS', 'SHARES', 'mask_values', 'is_smooth',
-    'marked', 'mask_parts', 'mask_key', 'split_masks', 'value_names', 'class_layers',
+    'FEW_VALUES', 'VOID', 'MASK_ENDING', 'SOUND', 'READERS', 'ARCHIVES', 'SHARES', 'mask_values',
+    'is_smooth', 'marked', 'mask_parts', 'mask_key', 'split_masks', 'value_names', 'class_layers',
     'MaskReader', 'read_masks', 'read_folders', 'format_of', 'every_nth', 'fill_split',
     'looks_of', 'groups_of_items', 'deal_items', 'settle_splits', 'write_items', 'read_foreign',
     'import_dataset',
@@ -330,6 +330,9 @@ READERS: dict[str, Callable] = {
 }
 
 
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
+
+
 def _json_format(paths: Sequence[Path]) -> str:
     """coco or labelme, of the first json that is one of them; "" where none is."""
     for path in paths:
@@ -367,6 +370,8 @@ def format_of(source: str | Path) -> str:
         return found
     if _has_class_names(source):
         return "yolo"
+    if archives := files_of(source, ARCHIVES):
+        raise ValueError(f"{archives[0]} is an archive: unpack it first")
     photographs, masks = split_masks(files_of(source, PICTURES), source)
     if masks and photographs:
         return "masks"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'WHOLE', 'DECIMAL', 'PICTURES', 'WAYS_OUT', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP', 'LARGE',
-    'read_text', 'read_json_file', 'whole_number', 'number', 'safe_path', 'PhotographError',
-    'read_photograph', 'Photograph', 'header_of', 'thumbnail_of', 'pixel_facts', 'look_at',
-    'look_at_all',
+    'HALF', 'WHOLE', 'DECIMAL', 'PICTURES', 'WAYS_OUT', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP',
+    'LARGE', 'read_text', 'read_json_file', 'whole_number', 'number', 'safe_path',
+    'PhotographError', 'read_photograph', 'Photograph', 'header_of', 'thumbnail_of',
+    'pixel_facts', 'look_at', 'look_at_all',
 ]  # fmt: skip
 
 # %% ../nbs/00a_photographs.ipynb #imports
@@ -44,20 +44,38 @@ def read_text(path) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({found}); save it again as UTF-8") from None
 
 
+# %% ../nbs/00a_photographs.ipynb #read-json-object
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half of a sign, which needs its other half
+
+
+def _once(pairs: list) -> dict:
+    """An object of JSON, of which Python would keep the last of two values of one key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return found
+
+
 # %% ../nbs/00a_photographs.ipynb #read-json-file
 def read_json_file(path):
     """What a JSON file holds. Raises `ValueError` that names the file and the place."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        content = json.loads(text, object_pairs_hook=_once)
+        if HALF.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{path}: not valid JSON: half a sign, {e.object[e.start]!r}") from None
     except json.JSONDecodeError as e:
         place = f"line {e.lineno}, column {e.colno}"
         raise ValueError(f"{path}: not valid JSON at {place}: {e.msg}") from None
     except RecursionError:
         raise ValueError(f"{path}: not valid JSON: nested too deeply") from None
     except ValueError as e:
-        raise ValueError(
-            str(e) if str(path) in str(e) else f"{path}: not valid JSON: {e}"
-        ) from None
+        raise ValueError(f"{path}: not valid JSON: {e}") from None
 
 
 # %% ../nbs/00a_photographs.ipynb #whole-number
@@ -296,6 +314,8 @@ def thumbnail_of(image) -> np.ndarray:
         low = np.nanmin(deep)
         scaled = (deep - low) / max(np.nanmax(deep) - low, 1e-9)
         image = Image.fromarray(np.uint8(255 * np.nan_to_num(scaled)))
+    if image.mode in ("LAB", "HSV"):
+        image = image.convert("RGB")  # Pillow makes no grey of them
     enough = min(image.size) >= SIDE
     way = Image.Resampling.BOX if enough else Image.Resampling.BICUBIC
     return np.asarray(image.convert("L").resize((SIDE, SIDE), way))
