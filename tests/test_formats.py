@@ -779,7 +779,7 @@ def test_cvat_s_own_format(tmp_path):
     shapes = (
         '<box label="crack" xtl="61" ytl="39" xbr="73" ybr="56"/>',
         '<polygon label="crack" points="61,39;73,39;73,56;61,56"/>',
-        '<mask label="crack" left="61" top="39" width="12" height="17" rle="1"/>',
+        '<mask label="crack" left="61" top="39" width="12" height="17" rle="0, 204"/>',
     )
     images = []
     for k in range(12):
