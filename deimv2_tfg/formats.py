@@ -758,7 +758,8 @@ def _yaml_names(path: Path) -> dict[int, str]:
     names = content.get("names") or {}
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     numbered = {whole_number(k): name for k, name in pairs}
-    plain = all(isinstance(name, str) and name.strip() for name in numbered.values())
+    nothing = ("", "~", "null")  # as YAML writes it
+    plain = all(isinstance(v, str) and v.strip() not in nothing for v in numbered.values())
     if isinstance(names, str) or None in numbered or not plain:
         raise ValueError(f"{path}: names are neither a list nor numbered")
     if names and whole_number(content.get("nc", len(names))) != len(names):

@@ -199,7 +199,7 @@ def imported(source, out, capsys):
     "names, expected",
     [
         ("names: [yes, no]", ["yes", "no"]),
-        ("names: [on, null]", ["on", "null"]),
+        ("names: [on, off]", ["on", "off"]),
         ("names: [1.0, 0x10]", ["1.0", "0x10"]),
         ("names: {'0': grieta, '1': agujero ñ}", ["grieta", "agujero ñ"]),
         ("nc: 2\nnames: [a, b]", ["a", "b"]),
