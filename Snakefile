@@ -22,10 +22,11 @@ CHAPTERS = sorted(path.stem for path in (HERE / "nbs").glob("*.ipynb"))
 READS = {
     "errors": ["baselines"],
     "index": CHAPTERS,
-    "memoria": ["baselines", "errors", "pretraining", "thesis"],
+    "memoria": ["baselines", "errors", "pretraining", "results", "text_changes", "thesis"],
     "thesis": ["baselines", "multimodal"],
 }
-TRAINS = {"training", "stability", "levers", "multimodal", "baselines", "pretraining"}
+TRAINS = {"training", "stability", "levers", "multimodal", "text_changes", "baselines"}
+TRAINS |= {"pretraining"}
 
 study = open_study(
     config.get("profile"), config.get("data_dir"), config.get("study"), config.get("seed", 0)

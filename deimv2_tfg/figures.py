@@ -9,8 +9,8 @@ __all__ = [
     'STATES', 'SECTIONS', 'class_style', 'catalogue', 'gettext', 'class_title', 'short_titles',
     'format_number', 'caption_in', 'finish', 'place_labels', 'draw_boxes', 'for_print',
     'to_latex', 'made_by', 'run_digest', 'read_provenance', 'source_of', 'note_runs',
-    'save_figure', 'save_table', 'of_package', 'check_figures', 'section_of', 'write_index',
-    'report_figures',
+    'save_figure', 'in_language', 'save_table', 'of_package', 'check_figures', 'section_of',
+    'write_index', 'report_figures',
 ]  # fmt: skip
 
 # %% ../nbs/00d_figures.ipynb #imports
@@ -588,16 +588,27 @@ def _place(page: Study, name: str) -> Path:
 def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=None) -> Path:
     """Save a figure as PDF and a small PNG, and its data as CSV. Returns the PNG's path.
 
-    page: the opened study, whose `chapter` is the folder; by: functions that drew it (default:
-    those that the calling cell names).
+    fig: a figure, or {language: figure} of one that cannot be drawn from its data alone; those of
+    other languages are `<name>_<language>.pdf`. page: the opened study, whose `chapter` is the
+    folder; by: functions that drew it (default: those that the calling cell names).
     """
     path = _place(page, name)
-    fig.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
-    fig.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=90, metadata={"Software": None})
+    figures = dict(fig) if isinstance(fig, dict) else {"en": fig}
+    fixed = {"bbox_inches": "tight", "metadata": {"CreationDate": None}}
+    for language, figure in figures.items():
+        figure.savefig(in_language(path, language), **fixed)
+    fixed |= {"dpi": 90, "metadata": {"Software": None}}
+    figures["en"].savefig(path.with_suffix(".png"), **fixed)
     if data is not None:
         _to_csv(data, path)
     _note(sys._getframe(1), page, name, "figure", caption, runs, by)
     return path.with_suffix(".png")
+
+
+def in_language(path: Path, language: str) -> Path:
+    """The PDF of a figure of thesis_figures (a path without its suffix) in a language."""
+    ending = "" if language == "en" else f"_{language}"
+    return path.with_name(f"{path.name}{ending}.pdf")
 
 
 # %% ../nbs/00d_figures.ipynb #save-table
@@ -696,7 +707,7 @@ SECTIONS = {
     "4.4 The detector and convolutional networks": "03b_evaluation 06_baselines 09_pretraining",
     "5.2 Descriptions of the classes": "04b_text",
     "5.3 Fusion": "04c_fusion",
-    "5.4 Training with text": "05_multimodal",
+    "5.4 Training with text": "05_multimodal 05a_text_changes",
     "6.1 Metrics": "01g_metrics 03c_decisions 07_results",
     "6.2 Success and failure": "07a_errors 07b_use 07d_browse",
     "6.3 Comparison of all networks": "07c_thesis 07e_report 07f_folds",
@@ -711,10 +722,10 @@ def section_of(name: str) -> str:
 
 # %% ../nbs/00d_figures.ipynb #index-line
 def _index_line(folder: Path, record: dict) -> str:
-    suffixes = ("png", "pdf", "csv", "tex")
+    suffixes = {"png": ".png", "pdf": ".pdf", "es": "_es.pdf", "csv": ".csv", "tex": ".tex"}
     name = record["name"]
-    there = [s for s in suffixes if (folder / f"{name}.{s}").is_file()]
-    files = [f"[{s}]({name}.{s})" for s in there]
+    there = {word: s for word, s in suffixes.items() if (folder / f"{name}{s}").is_file()}
+    files = [f"[{word}]({name}{s})" for word, s in there.items()]
     title = name.rpartition("/")[2]
     links = " ".join(files)
     return f"- **{title}** {record['caption']} {links}"

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'NETWORKS', 'MEANS', 'QUALITY', 'COST', 'DRAWN', 'PARTS', 'WORDLESS', 'SHEETS', 'TEXT_WIDTH',
-    'CAPTIONS', 'SAID', 'TITLES', 'TEXTS', 'plot_detector', 'head_layers', 'plot_head', 'stored',
-    'comparison', 'roles', 'plot_against_cost', 'sheet', 'picture', 'figure_entries',
-    'table_entry', 'number_entry', 'settings_of', 'study_detector', 'diagrams', 'own_record',
-    'own_tables', 'own_figures', 'study_entries', 'make_memoria',
+    'NETWORKS', 'MEANS', 'QUALITY', 'COST', 'WORDLESS', 'TEXT_WIDTH', 'CAPTIONS', 'SAID',
+    'TITLES', 'TEXTS', 'plot_detector', 'head_layers', 'plot_head', 'stored', 'comparison',
+    'roles', 'plot_against_cost', 'picture', 'figure_entry', 'figure_entries', 'table_entry',
+    'number_entry', 'settings_of', 'study_detector', 'diagrams', 'own_record', 'own_tables',
+    'own_figures', 'study_entries', 'make_memoria',
 ]  # fmt: skip
 
 # %% ../nbs/09a_memoria.ipynb #exports
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 import typst
 from PIL import Image
@@ -34,17 +33,15 @@ from deimv2_tfg.figures import (
     for_print,
     format_number,
     gettext,
+    in_language,
     read_provenance,
-    short_titles,
     source_of,
 )
 
 from .core import PACKAGE, atomic_write, project_root, write_json
 from .detector import VARIANTS, DetectorConfig
 from .fusion import ClassText, Head, build_head
-from .results import LOSSES, chosen_points, plot_training, prediction_sheet
-from .runs import Run
-from .thesis import PLOTS, plot_attention
+from .thesis import redrawn
 
 
 # %% ../nbs/09a_memoria.ipynb #draw-blocks
@@ -262,99 +259,27 @@ def _short_name(model: str, language: str) -> str:
     return ", ".join(gettext(part, language) for part in parts)
 
 
-# %% ../nbs/09a_memoria.ipynb #curves
-def _plot_columns(table: pd.DataFrame, columns: dict, language: str, scale: str) -> plt.Figure:
-    """Columns over the epochs, by {column: its words}."""
-    fig, ax = plt.subplots(figsize=(5.4, 2.8))
-    for (column, words), dashes in zip(columns.items(), ("-", "--", "-.", ":") * 3, strict=False):
-        ax.plot(table["epoch"], table[column], dashes, label=gettext(words, language), lw=1.2)
-    ax.set(xlabel=gettext("epoch", language), yscale=scale)
-    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02))
-    return finish(fig, language)
-
-
-def _plot_losses(table: pd.DataFrame, language: str) -> plt.Figure:
-    if "split" in table:  # all of a run's metrics
-        return plot_training(table, language)
-    words = {"total": "total", **LOSSES, "denoising": "denoising queries"}
-    names = {column: said for column, said in words.items() if column in table}
-    return _plot_columns(table, names, language, "log")
-
-
-def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
-    names = {"train/grad_norm": "gradient norm before clipping", "train/loss": "loss"}
-    return _plot_columns(table, names, language, "linear")
-
-
-def _plot_matrix(table: pd.DataFrame, language: str) -> plt.Figure:
-    matrix = table.set_index(table.columns[0])
-    names = short_titles(list(matrix.columns), language)
-    fig, ax = plt.subplots(figsize=(4.4, 3.2))
-    texts = matrix.map(lambda value: format_number(value, 2, language))
-    look = {"cmap": "cividis", "annot_kws": {"fontsize": 7}, "square": True}
-    sns.heatmap(matrix, annot=texts, fmt="", ax=ax, cbar_kws={"label": "cos"}, **look)
-    ax.set_xticklabels(names, rotation=35, ha="right")
-    ax.set_yticklabels(names, rotation=0)
-    ax.set_ylabel("")
-    return finish(fig, language)
-
-
-DRAWN = PLOTS | {"training_curves": _plot_losses, "stability": _plot_norm}
-DRAWN["text_matrices"] = _plot_matrix
-PARTS = {"training_curves": "Weighted loss by family over the epochs."}  # drawn anew: not all of it
-PARTS["text_matrices"] = "Cosine of matched queries (rows) with the texts of the classes (columns)."
+# %% ../nbs/09a_memoria.ipynb #picture
 WORDLESS = ("samples",)  # stored pictures without English words
 
-# %% ../nbs/09a_memoria.ipynb #sheet
-SHEETS = ("predictions", "photographs_best", "photographs_worst")  # of photographs of a run
-SHEETS += ("telling_photographs", "text_attention")  # and of a fusion run
 
+def picture(record: dict, folder: Path, build: Path, language: str) -> tuple[Path, bool] | None:
+    """A figure's file under `build`, and whether its words are the language's; None: lost.
 
-def sheet(record: dict, table: pd.DataFrame, folder: Path, language: str) -> plt.Figure | None:
-    """Photographs with boxes in a language; None where the runs or photographs are not here."""
-    home = project_root() / "runs" / Path(folder).name
-    runs = [home / name for name in record["runs"]]
-    if not runs or not all(run.is_dir() for run in runs) or "image_id" not in table:
-        return None
-    name = Path(record["name"]).name
-    try:
-        if name == "text_attention":
-            return plot_attention(table, Run(runs[0]).data_dir / "test" / "images", language)
-        points = None if name == "predictions" else chosen_points(runs[0])
-        others = dict.fromkeys(["with text"], runs[1]) if name == "telling_photographs" else None
-        images = list(table["image_id"].drop_duplicates() if others is None else table["image_id"])
-        return prediction_sheet(runs[0], images, points=points, language=language, others=others)
-    except OSError:
-        return None
-
-
-# %% ../nbs/09a_memoria.ipynb #drawn-in
-def _drawn_in(record: dict, folder: Path, language: str) -> plt.Figure | None:
-    """A figure drawn anew from its csv; None where there is no csv, or no plot of it."""
-    name = Path(record["name"]).name
-    data = Path(folder) / f"{record['name']}.csv"
-    if not data.is_file():
-        return None
-    table = pd.read_csv(data)
-    if name in SHEETS and language != "en":
-        return sheet(record, table, folder, language)
-    if name in PARTS and language == "en":
-        return None  # the stored one has it all
-    return DRAWN[name](table, language) if name in DRAWN else None
-
-
-# %% ../nbs/09a_memoria.ipynb #picture
-def picture(record: dict, folder: Path, build: Path, language: str) -> Path | None:
-    """A figure's file under `build`: drawn anew where its data allow it, else the stored one."""
+    It is the one that was stored in the language, one drawn anew from its data, or any stored one.
+    """
     name = record["name"]
     out = build / f"{name}.pdf"
     out.parent.mkdir(parents=True, exist_ok=True)
-    if figure := _drawn_in(record, folder, language):
-        return _save(figure, out)
+    stored_path = Path(folder) / name
+    if (translated := in_language(stored_path, language)).is_file():
+        return Path(shutil.copy(translated, out)), True
+    data = stored_path.with_suffix(".csv")
+    if data.is_file() and (figure := redrawn(out.stem, pd.read_csv(data), language)):
+        return _save(figure, out), True
     for suffix in (".pdf", ".png"):
-        kept = (Path(folder) / name).with_suffix(suffix)
-        if kept.is_file():
-            return Path(shutil.copy(kept, out.with_suffix(suffix)))
+        if (kept := stored_path.with_suffix(suffix)).is_file():
+            return Path(shutil.copy(kept, out.with_suffix(suffix))), out.stem in WORDLESS
     return None
 
 
@@ -374,32 +299,26 @@ def _aspect(path: Path, folder: Path, name: str) -> float:
         return image.height / image.width
 
 
-# %% ../nbs/09a_memoria.ipynb #caption
-def _caption(record: dict, path: Path, language: str) -> str:
-    """A figure's caption; it says where a picture is a part, or has English words in it."""
-    name = path.stem
-    anew = name in DRAWN or path.with_suffix(".png").is_file()
-    if language == "en" or name in WORDLESS:
-        return caption_in(record["caption"], language)
-    if anew:
-        return caption_in(PARTS.get(name, record["caption"]), language)
-    note = gettext("labels in the picture as stored, in English", language)
-    return f"{caption_in(record['caption'], language)} [{note}]"
-
-
 # %% ../nbs/09a_memoria.ipynb #figure-entries
+def figure_entry(record: dict, folder: Path, build: Path, language: str) -> dict | None:
+    """Path (below build), aspect, caption and source of a figure; None where it is lost."""
+    found = picture(record, folder, build, language)
+    if found is None:
+        return None
+    path, translated = found
+    entry = {"path": str(path.relative_to(build)), "aspect": _aspect(path, folder, record["name"])}
+    entry["caption"] = caption_in(record["caption"], language)
+    if not translated:
+        note = gettext("labels in the picture as stored, in English", language)
+        entry["caption"] += f" [{note}]"
+    return entry | {"source": source_of(record, language)}
+
+
 def figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
-    """{name: path (below build), aspect, caption, source} of the study's figures."""
-    entries = {}
-    for record in read_provenance(folder):
-        path = picture(record, folder, build, language) if record["kind"] == "figure" else None
-        if path:
-            entry = {"path": str(path.relative_to(build))}
-            entry["aspect"] = _aspect(path, folder, record["name"])
-            entry["caption"] = _caption(record, path, language)
-            entry["source"] = source_of(record, language)
-            entries[record["name"]] = entry
-    return entries
+    """The `figure_entry` of each of a study's figures, by name."""
+    records = [r for r in read_provenance(folder) if r["kind"] == "figure"]
+    entries = {r["name"]: figure_entry(r, folder, build, language) for r in records}
+    return {name: entry for name, entry in entries.items() if entry}
 
 
 # %% ../nbs/09a_memoria.ipynb #table-entry
@@ -523,6 +442,13 @@ def own_figures(folder: Path, build: Path, language: str) -> dict[str, dict]:
 SAID = ("not run",)  # words that the layout itself writes
 
 
+def _data_name(folder: Path) -> str:
+    """The name of the study's data set: the study's, without its profile."""
+    profiles = {r.get("profile") for r in read_provenance(folder)}
+    ending = next((f"_{p}" for p in profiles if folder.name.endswith(f"_{p}")), "")
+    return folder.name.removesuffix(ending)
+
+
 def study_entries(folder: str | Path, build: Path, language: str) -> dict:
     """All that the text can ask for: language, name, words, figures, tables, numbers, roles."""
     folder = Path(folder)
@@ -533,6 +459,7 @@ def study_entries(folder: str | Path, build: Path, language: str) -> dict:
     found["tables"] = own_tables(folder, language)
     networks = comparison(folder)
     found["numbers"] = {"memoria": number_entry(networks, language)}
+    found["data"] = _data_name(folder)
     found["backbone"] = study_detector(folder)[0].backbone
     found["roles"] = roles(networks)
     for row in found["roles"].values():

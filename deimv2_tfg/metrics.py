@@ -211,7 +211,7 @@ class Judged:
 
 
 # %% ../nbs/01g_metrics.ipynb #judge-content
-KEPT = 8  # evaluations; one of 200 photographs takes some 10 MB
+KEPT = 16  # evaluations; one of 200 photographs takes some 10 MB
 _KEPT: dict[str, Judged] = {}
 
 

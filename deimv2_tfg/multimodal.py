@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'PLACES', 'TEXT_PARTS', 'STAGES', 'LEARNED', 'UNFIT', 'FusionData', 'fusion_data',
-    'fusion_text', 'text_hash', 'find_fusion_run', 'fit_head', 'head_logits', 'save_head',
-    'load_head', 'FusedDetector', 'load_fused', 'thaw', 'fused_family', 'train_fusion',
-    'grid_configs', 'sample_run', 'sample_detector', 'verdict', 'cells_of', 'effect_columns',
-    'fusion_table', 'effect_table', 'plot_text_effects',
+    'PLACES', 'TEXT_PARTS', 'STAGES', 'LEARNED', 'UNFIT', 'SCHEDULES', 'MAIN_TEXTS', 'FEW_EPOCHS',
+    'GRIDS', 'FusionData', 'fusion_data', 'fusion_text', 'text_hash', 'find_fusion_run',
+    'fit_head', 'head_logits', 'save_head', 'load_head', 'FusedDetector', 'load_fused', 'thaw',
+    'fused_family', 'train_fusion', 'grid_configs', 'Grid', 'study_fusion', 'sample_run',
+    'sample_detector', 'verdict', 'cells_of', 'effect_columns', 'fusion_table', 'effect_table',
+    'plot_text_effects',
 ]  # fmt: skip
 
 # %% ../nbs/05_multimodal.ipynb #9f564af0
@@ -31,6 +32,7 @@ from safetensors.torch import save
 from torch import nn
 
 from deimv2_tfg.core import (
+    Study,
     atomic_write,
     default_device,
     hash_bytes,
@@ -70,7 +72,8 @@ from .figures import finish, gettext
 from .recipes import FusionConfig, Schedule, TrainConfig, lr_factor
 from .runs import Log, Run, code_hash, data_hash, environment, run_directory
 from .statistics import Effect, Sampled, paired_effect, sample_ap, stratified_weights
-from .text import descriptions_of, load_descriptions
+from .synthetic import study_data
+from .text import default_encoder, descriptions_of, load_descriptions
 from .training import DEIMV2, Family, train
 
 
@@ -485,6 +488,42 @@ def grid_configs(base: FusionConfig, heads, texts, seeds, learned=LEARNED) -> di
     for (head, text), seed in itertools.product(cells, seeds):
         configs[head, text, seed] = dataclasses.replace(base, head=head, text=text, seed=seed)
     return configs
+
+
+# %% ../nbs/05_multimodal.ipynb #grids
+SCHEDULES = {
+    "thesis": {"batch_size": 2, "lr": 1e-4, "warmup_steps": 500},
+    "fast": {"batch_size": 16, "lr": 1e-3, "warmup_steps": 63},
+}  # both 20 epochs, flat for 15, 3 plain
+MAIN_TEXTS = ("true", "permuted", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The heads, texts and seeds that a profile can afford."""
+
+    heads: tuple = ("contrastive", "residual", "cross_attention", "concat")
+    texts: tuple = (*MAIN_TEXTS, "words", "constant")
+    learned: tuple = LEARNED
+    seeds: int = 6
+    repeats: int = 3  # seeds of prompts and held-out classes
+    changes: dict = dataclasses.field(default_factory=dict)  # of FusionConfig
+
+
+# %% ../nbs/05_multimodal.ipynb #study-fusion
+FEW_EPOCHS = {"epochs": 2, "views": 1}
+GRIDS = {
+    "smoke": Grid(("contrastive",), MAIN_TEXTS, ("linear",), 2, 1, FEW_EPOCHS),
+    "demo": Grid(("contrastive",), MAIN_TEXTS, (), 6, 1, {"epochs": 10, "views": 1}),
+    "compact": Grid(),
+    "thesis": Grid(),
+}
+
+
+def study_fusion(page: Study, base: FusionConfig, schedule: str = "fast") -> FusionConfig:
+    """`base` as the heads of a study are trained: with its profile's changes and a schedule."""
+    base = dataclasses.replace(base, views=4, **SCHEDULES[schedule])
+    return dataclasses.replace(base, **GRIDS[page.profile.name].changes)
 
 
 # %% ../nbs/05_multimodal.ipynb #sample-run

@@ -295,7 +295,7 @@ def _drawn(photograph: Image.Image, found: list, labels: dict, names: list) -> I
     corners = box_convert(boxes, "xywh", "xyxy")
     indexes = [labels[f["category_id"]] for f in found]
     scores = [f.get("score") for f in found]
-    return draw_boxes(photograph, corners.numpy(), indexes, names, scores, side=480)
+    return draw_boxes(photograph, corners.numpy(), indexes, names, scores, side=360)
 
 
 # %% ../nbs/07_results.ipynb #sheet-axes

@@ -43,7 +43,7 @@ from deimv2_tfg.core import (
 )
 
 from .data import load_dataset
-from .figures import LANGUAGES, short_titles
+from .figures import LANGUAGES, finish, format_number, gettext, short_titles
 from .runs import file_digest
 
 # %% ../nbs/04b_text.ipynb #load-descriptions
@@ -499,17 +499,25 @@ def similarity_table(classes, embedded: TextEmbeddings) -> pd.DataFrame:
 
 
 # %% ../nbs/04b_text.ipynb #plot-similarities
-def plot_similarities(tables: dict) -> plt.Figure:
-    """One heat map per table, side by side, with a common scale."""
-    size = (0.6 + 3.6 * len(tables), 3.6)
-    fig, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
-    low = min(table.to_numpy().min() for table in tables.values())
-    style = {"annot": True, "fmt": ".2f", "cmap": "cividis", "square": True}
+def plot_similarities(table: pd.DataFrame, language: str = "en") -> plt.Figure:
+    """Heat maps of `similarity_table`s side by side, with a common scale.
+
+    table: those, one below the other, with columns texts (the title of each) and class.
+    """
+    parts = table.set_index("class").groupby("texts", sort=False)
+    size = (0.6 + 3.6 * len(parts), 3.6)
+    fig, axes = plt.subplots(1, len(parts), figsize=size, squeeze=False, layout="constrained")
+    low = table.min(numeric_only=True).min()
+    style = {"fmt": "", "cmap": "cividis", "square": True}
     style |= {"vmin": low, "vmax": max(1.0, low + 0.1)}
-    bar = {"label": "cosine", "shrink": 0.7}
-    for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
-        titles = short_titles(list(table.columns))
-        short = table.set_axis(titles, axis=0).set_axis(titles, axis=1)
-        sns.heatmap(short, ax=ax, cbar=ax is axes[0, -1], cbar_kws=bar, **style)
-        ax.set_title(title)
-    return fig
+    bar = {"label": gettext("cosine", language), "shrink": 0.7}
+    for ax, (title, part) in zip(axes[0], parts, strict=True):
+        cosines = part.drop(columns="texts")
+        texts = cosines.map(lambda value: format_number(value, 2, language))
+        titles = short_titles(list(cosines.columns), language)
+        last = ax is axes[0, -1]
+        sns.heatmap(cosines.to_numpy(), annot=texts, ax=ax, cbar=last, cbar_kws=bar, **style)
+        ax.set_xticklabels(titles, rotation=35, ha="right")
+        ax.set_yticklabels(titles, rotation=0)
+        ax.set_title(", ".join(gettext(word, language) for word in title.split(", ")))
+    return finish(fig, language)

@@ -7,7 +7,7 @@ __all__ = [
     'PLACES', 'KINDS_OF_RUN', 'AXES', 'STEEL', 'MATERIALS', 'PLOTS', 'Softmaxed', 'last_weights',
     'old_protocol', 'top_score_precision', 'verdict_table', 'study_runs', 'images_seen',
     'best_fusion', 'runs_table', 'results_table', 'learning_curves', 'head_groups', 'plot_curves',
-    'telling_photographs', 'text_attention', 'plot_attention', 'class_sources', 'render',
+    'telling_photographs', 'class_sources', 'redrawn', 'render',
 ]  # fmt: skip
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from deimv2_tfg.decisions import (
     at_working_points,
@@ -43,12 +42,12 @@ from deimv2_tfg.evaluation import (
     predict,
 )
 from deimv2_tfg.figures import (
+    LINES,
     caption_in,
     class_style,
     class_title,
     finish,
     for_print,
-    format_number,
     gettext,
     read_provenance,
     to_latex,
@@ -61,17 +60,18 @@ from deimv2_tfg.results import (
     plot_class_comparison,
     plot_per_class,
     plot_precision_recall,
+    plot_training,
 )
 
-from .core import Study, atomic_write, read_json
+from .core import Study, atomic_write, hash_bytes, read_json
 from .data import load_dataset, plot_classes
 from .errors import plot_budget, plot_found, worst_photographs
-from .fusion import Queries
 from .input_size import plot_shares
-from .multimodal import fusion_data, head_logits, load_head, plot_text_effects
-from .recipes import FusionConfig
+from .multimodal import plot_text_effects
 from .runs import Run, find_runs, load_state
 from .stability import plot_grid, plot_main_effects
+from .text import plot_similarities
+from .text_changes import plot_class_gains
 
 
 # %% ../nbs/07c_thesis.ipynb #softmax-scores
@@ -88,8 +88,7 @@ class Softmaxed(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor):
         output = self.model(pixel_values)
         shares = output.logits.float().softmax(-1)
-        output.logits = shares.clamp(1e-6, 1 - 1e-6).logit()
-        return output
+        return dataclasses.replace(output, logits=shares.clamp(1e-6, 1 - 1e-6).logit())
 
 
 # %% ../nbs/07c_thesis.ipynb #old-protocol
@@ -111,23 +110,36 @@ def last_weights(run: str | Path, ema: bool) -> torch.nn.Module:
     return model.eval()
 
 
+# %% ../nbs/07c_thesis.ipynb #remembered
+class _Remembered(torch.nn.Module):
+    """A network that is run once on a batch; asked again, it gives the same output."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        self.known = {}
+
+    def forward(self, pixel_values: torch.Tensor):
+        key = hash_bytes(pixel_values.cpu().numpy().tobytes())
+        if key not in self.known:
+            self.known[key] = self.model(pixel_values)
+        return self.known[key]
+
+
 # %% ../nbs/07c_thesis.ipynb #old-protocol-2
 def _old_predictions(run: str | Path, dataset, threshold: float) -> dict[str, list | None]:
     """COCO results by variant of the protocol; None where the run kept no raw weights."""
     size = Run(run).image_size
     kept = load_state(Path(run)) is not None
-    ema = last_weights(run, ema=True) if kept else open_detector(detector_directory(run))
-    found = {
-        "this protocol": predict(ema, dataset, size),
-        "softmax over sigmoid logits": predict(Softmaxed(ema), dataset, size),
-        "raw weights": None,
-    }
-    mistaken = None
+    ema = _Remembered(last_weights(run, True) if kept else open_detector(detector_directory(run)))
+    found = {"this protocol": predict(ema, dataset, size)}
+    found["softmax over sigmoid logits"] = predict(Softmaxed(ema), dataset, size)
+    found["raw weights"] = mistaken = None
     if kept:
-        raw = last_weights(run, ema=False)
+        raw = _Remembered(last_weights(run, ema=False))
         found["raw weights"] = predict(raw, dataset, size)
         softened = predict(Softmaxed(raw), dataset, size)
-    mistaken = [r for r in softened if r["score"] >= threshold]
+        mistaken = [r for r in softened if r["score"] >= threshold]
     above = [r for r in found["this protocol"] if r["score"] >= threshold]
     return found | {f"only scores of {threshold} and more": above, "all three": mistaken}
 
@@ -334,66 +346,6 @@ def telling_photographs(run: str | Path | Run, split: str = "test") -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-# %% ../nbs/07c_thesis.ipynb #attention
-@torch.inference_mode()
-def _attention(head: torch.nn.Module, one: Queries, label: int) -> pd.DataFrame:
-    """Queries of one photograph: x, y (in pixels), and value and score of a class."""
-    score = head_logits(head, one).sigmoid()[0, :, label]
-    value = score
-    if hasattr(head, "cosine"):
-        value = head.cosine(one.embeddings.float())[0, :, label]
-    centres = one.boxes[0, :, :2].float() * one.size[0].flip(0)
-    found = {"x": centres[:, 0], "y": centres[:, 1], "value": value, "score": score}
-    return pd.DataFrame({name: numbers.numpy() for name, numbers in found.items()})
-
-
-# %% ../nbs/07c_thesis.ipynb #text-attention
-def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataFrame:
-    """What the queries of photographs say of a class by a fusion head: one row per query.
-
-    photographs: `telling_photographs` of test. Columns class, which, image_id, x, y (in pixels),
-    value (the cosine to the class's text, of a head without one the score), score.
-    """
-    run = Run(run)
-    here = {"run": str(run.path.parent / Path(run.config["run"]).name)}
-    config = run.config | here | {"runs_dir": str(run.path.parent)}
-    known = {field.name for field in dataclasses.fields(FusionConfig)}
-    data = fusion_data(FusionConfig(**{k: v for k, v in config.items() if k in known}))
-    head = load_head(run.best / "head.safetensors")[0]
-    queries = data.splits["test"]
-    places = {image_id: k for k, image_id in enumerate(queries.image_id.tolist())}
-    tables = []
-    for row in photographs.to_dict("records"):
-        place = places[row["image_id"]]
-        label = config["classes"].index(row["class"])
-        found = _attention(head, queries[place : place + 1], label)
-        tables.append(found.assign(**row))
-    return pd.concat(tables, ignore_index=True)
-
-
-# %% ../nbs/07c_thesis.ipynb #plot-attention
-def plot_attention(table: pd.DataFrame, folder: Path, language: str = "en") -> plt.Figure:
-    """Queries of `text_attention` over their photographs: the darker, the nearer to the text.
-
-    folder: of the photographs' files, by `file_name` in the table.
-    """
-    panels = table.groupby(["class", "which"], sort=False)
-    rows = -(-len(panels) // 4)
-    fig, axes = plt.subplots(rows, 4, figsize=(7.4, 2.1 * rows), squeeze=False)
-    ends = {"vmin": table["value"].min(), "vmax": table["value"].max(), "cmap": "viridis"}
-    for ax, ((name, which), part) in zip(axes.flat, panels, strict=False):
-        ax.imshow(Image.open(folder / part["file_name"].iloc[0]).convert("L"), cmap="gray")
-        part = part.sort_values("value")
-        dots = ax.scatter(part["x"], part["y"], c=part["value"], s=5 + 60 * part["score"], **ends)
-        title = f"{class_title(name, language)}, {gettext(which, language)}"
-        score = format_number(part["score"].max(), 2, language)
-        ax.set_title(f"{title}\n{gettext('best score', language)} {score}", fontsize=7)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    fig.colorbar(dots, ax=axes, label=gettext("query and text", language), shrink=0.6)
-    return fig
-
-
 # %% ../nbs/07c_thesis.ipynb #sources
 STEEL = "crazing inclusion patches pitted_surface rolled-in_scale scratches".split()
 MATERIALS = dict.fromkeys(STEEL, "rolled steel (NEU)") | {"exp_num": "magnetic tile"}
@@ -438,9 +390,22 @@ def _plot_classes(table: pd.DataFrame, language: str) -> plt.Figure:
     return plot_classes(table.set_index("class"), language)
 
 
+def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
+    """Gradient norm before clipping, and loss, over the epochs."""
+    fig, ax = plt.subplots(figsize=(5.4, 2.8))
+    names = {"train/grad_norm": "gradient norm before clipping", "train/loss": "loss"}
+    for (column, words), dashes in zip(names.items(), LINES, strict=False):
+        ax.plot(table["epoch"], table[column], dashes, label=gettext(words, language), lw=1.2)
+    ax.set_xlabel(gettext("epoch", language))
+    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02))
+    return finish(fig, language)
+
+
+# %% ../nbs/07c_thesis.ipynb #plots-by-name
 PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
     "ap_by_images": plot_curves,
     "class_comparison": plot_class_comparison,
+    "class_gains": plot_class_gains,
     "class_distribution": _plot_classes,
     "confusion": _plot_confusion,
     "error_budget": plot_budget,
@@ -452,9 +417,21 @@ PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
     "per_class_intervals": plot_per_class,
     "precision_recall": _plot_precision_recall,
     "reliability": plot_reliability,
+    "stability": _plot_norm,
     "text_effect_plot": plot_text_effects,
+    "text_matrices": plot_similarities,
+    "text_similarity": plot_similarities,
+    "training_curves": plot_training,
     "verdicts": _plot_verdicts,
 }
+
+
+def redrawn(name: str, data: pd.DataFrame, language: str) -> plt.Figure | None:
+    """A figure of thesis_figures from its data; None where these do not say how it is drawn."""
+    try:
+        return PLOTS[name](data, language)
+    except KeyError:  # no plot of that name, or an older csv without one of its columns
+        return None
 
 
 # %% ../nbs/07c_thesis.ipynb #render-one
@@ -466,9 +443,9 @@ def _render_one(record: dict, table: pd.DataFrame, language: str, path: Path) ->
         latex = to_latex(printed, caption_in(record["caption"], language), f"tab:{name}")
         atomic_write(path.with_suffix(".tex"), latex)
         return True
-    if name not in PLOTS:
+    figure = redrawn(name, table, language)
+    if figure is None:
         return False
-    figure = PLOTS[name](table, language)
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
     return True

@@ -5,11 +5,15 @@ All of them by the workflow, as `make thesis` runs them; one alone, which has to
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from deimv2_tfg.figures import read_provenance
+from deimv2_tfg.memoria import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
@@ -59,6 +63,27 @@ def test_the_study_leaves_figures_tables_and_its_training(home, study):
     assert len(list((home / "thesis_figures/smoke").rglob("*.csv"))) > 20
     run = Path((runs / "trainings/phase1.txt").read_text().strip())
     assert (run / "result.json").exists()
+
+
+def test_examples_of_a_page_are_no_runs_of_the_study(study):
+    """A residual head of two epochs is shown in chapter 5; the smoke grid has no such head."""
+    runs, _ = study
+    configs = [json.loads(p.read_text()) for p in runs.glob("fusion-*/config.json")]
+    assert {config["head"] for config in configs} == {"contrastive", "linear"}
+    assert list((runs / "examples").glob("fusion-*/result.json"))
+
+
+def test_pictures_with_words_have_them_in_spanish(home, study, tmp_path):
+    """Stored in Spanish or drawn from their data: all that the text of the thesis names."""
+    folder = home / "thesis_figures/smoke"
+    sections = [path.read_text() for path in (ROOT / "memoria/es").glob("*.typ")]
+    named = re.findall(r'#figura\("([^"]+)"', "\n".join(sections))
+    records = {r["name"]: r for r in read_provenance(folder) if r["kind"] == "figure"}
+    there = [name for name in named if name in records]
+    assert len(there) > 15
+    for name in there:
+        _, translated = picture(records[name], folder, tmp_path, "es")
+        assert translated, name
 
 
 def test_a_chapter_alone_makes_what_it_needs(home, tmp_path):

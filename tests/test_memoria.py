@@ -164,7 +164,7 @@ def test_no_section_names_a_run_or_a_network_of_one_study():
     for path in memoria.TEXTS.glob("*/*.typ"):
         text = path.read_text()
         assert not re.search(r"(detector|fusion|faster_rcnn)-[0-9a-f]{10}", text), path
-        assert not re.search(r"\d px|resnet|efficientnet", text, re.I), path
+        assert not re.search(r"\d px|resnet|efficientnet|industrial6", text, re.I), path
 
 
 @pytest.mark.parametrize("head", ["concat", "cross_attention", "residual", "linear"])
