@@ -17,7 +17,15 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from .figures import class_title, finish, format_number, gettext, short_titles
+from deimv2_tfg.figures import (
+    caption_in,
+    class_title,
+    finish,
+    format_number,
+    gettext,
+    short_titles,
+)
+
 from .fusion import Queries
 from .multimodal import effect_columns, fusion_data, head_logits, load_head
 from .recipes import FusionConfig
@@ -128,6 +136,6 @@ def plot_class_gains(table: pd.DataFrame, language: str = "en") -> plt.Figure:
         ax.errorbar(100 * part["effect"], range(len(part)), xerr=100 * spread, **style)
         ax.axvline(0, color="0.5", linewidth=0.8)
         ax.set_yticks(range(len(part)), short_titles(list(part["class"]), language))
-        ax.set(xlabel=gettext("points of AP", language), title=gettext(title, language))
+        ax.set(xlabel=gettext("points of AP", language), title=caption_in(title, language))
     axes[0, 0].invert_yaxis()
     return finish(fig, language)
