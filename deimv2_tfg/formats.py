@@ -895,9 +895,10 @@ def _cvat_box(shape) -> tuple[float, float, float, float]:
     """The box of a shape of CVAT's XML. Raises `ValueError` for a kind that has none."""
     if shape.tag in ("polygon", "polyline"):
         points = [p.split(",") for p in (shape.get("points") or "").split(";")]
+        numbers = [[_finite(v, "points") for v in point] for point in points]
         if shape.tag == "polygon" and len(points) < 3:
             raise ValueError(f"a polygon of {len(points)} points")
-        return _around([[_finite(v, "points") for v in point] for point in points])
+        return _around(numbers)
     if shape.tag not in CVAT_SIDES:
         raise ValueError(f"a {shape.tag} has no box")
     a, b, c, d = (_finite(shape.get(side), side) for side in CVAT_SIDES[shape.tag])
