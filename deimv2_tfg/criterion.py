@@ -66,7 +66,8 @@ def focal_cost(score: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> 
     """Cost of claiming a class at probability `score`: focal loss as a positive less a negative."""
     other = 1 - score
     positive = -alpha * other**gamma * (score + 1e-8).log()
-    negative = -(1 - alpha) * score**gamma * (other + 1e-8).log()
+    share = -(1 - alpha) * score**gamma
+    negative = share * (other + 1e-8).log()
     return positive - negative
 
 
@@ -93,8 +94,8 @@ def pack_targets(targets: list[dict], device="cpu") -> Truth:
     """
     labels = torch.cat([t["labels"].reshape(-1) for t in targets])
     labels = labels.to(device, torch.int64, non_blocking=True)
-    boxes = torch.cat([t["boxes"].reshape(-1, 4) for t in targets])
-    boxes = boxes.to(device, torch.float32, non_blocking=True)
+    boxes = [t["boxes"].reshape(-1, 4) for t in targets]
+    boxes = torch.cat(boxes).to(device, torch.float32, non_blocking=True)
     counts = np.array([len(t["labels"]) for t in targets])
     image_ids = [int(t.get("image_id", i)) for i, t in enumerate(targets)]
     return Truth(labels, boxes, counts, image_ids)
@@ -204,7 +205,8 @@ def box_losses(boxes, pairs, target_boxes) -> tuple[torch.Tensor, torch.Tensor, 
     wanted = target_boxes[target]
     iou, giou = box_overlap(answers, wanted)
     distance = (answers - wanted).abs()
-    return distance.sum((1, 2)), (1 - giou).sum(1), iou.detach()
+    missing = (1 - giou).sum(1)
+    return distance.sum((1, 2)), missing, iou.detach()
 
 
 # %% ../nbs/03a_criterion.ipynb #edge-offsets
@@ -279,7 +281,8 @@ def ddf_loss(corners, logits, pairs, iou, balance, temperature: float = 5.0) -> 
         teacher = (corners[-1] / temperature).log_softmax(-1)
     student = (corners[:-1] / temperature).log_softmax(-1)
     kl = teacher.exp() * (teacher - student)
-    return (kl.sum((-1, -2)) * weight).sum((1, 2)) * temperature**2
+    per_pair = kl.sum((-1, -2)) * weight
+    return per_pair.sum((1, 2)) * temperature**2
 
 
 # %% ../nbs/03a_criterion.ipynb #nonfinitelosserror
@@ -321,7 +324,8 @@ def check_peaks(found: dict, image_ids: list) -> None:
     bad = []
     for name, peak in found.items():
         for layer, row in enumerate(np.atleast_2d(peak)):
-            wrong = [image_ids[i] for i in np.flatnonzero(~(row <= LIMIT))]
+            places = np.flatnonzero(~(row <= LIMIT))
+            wrong = [image_ids[i] for i in places]
             place = f"{name} of layer {layer}" if "layer_" in name else name
             if wrong:
                 bad.append(f"{place} (images {wrong})")
@@ -340,8 +344,8 @@ def check_targets(labels: np.ndarray, boxes: np.ndarray, truth: Truth, num_class
     problems["a box that is not finite"] = ~(boxes <= LIMIT)
     for what, wrong in problems.items():
         if wrong.any():
-            images = sorted({truth.image_ids[i] for i in truth.image[wrong]})
-            raise ValueError(f"targets with {what}: images {images}")
+            images = {truth.image_ids[i] for i in truth.image[wrong]}
+            raise ValueError(f"targets with {what}: images {sorted(images)}")
 
 
 # %% ../nbs/03a_criterion.ipynb #check-targets-2
@@ -357,8 +361,8 @@ def check_terms(losses: dict, image_ids: list) -> None:
 # %% ../nbs/03a_criterion.ipynb #fetch
 def fetch(tensors: dict) -> dict:
     """The tensors as float32 arrays on the host, in one transfer."""
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors.values()])
-    flat = flat.cpu().numpy()
+    rows = [tensor.reshape(-1).float() for tensor in tensors.values()]
+    flat = torch.cat(rows).cpu().numpy()
     arrays = {}
     start = 0
     for name, tensor in tensors.items():
@@ -401,7 +405,8 @@ def float_outputs(outputs) -> dict:
     names = [*PER_HEAD, "enc_logits", "enc_boxes"]
     if outputs.get("dn_layer_logits") is not None:
         names += [f"dn_{name}" for name in PER_HEAD]
-    missing = ", ".join(name for name in names if outputs.get(name) is None)
+    absent = [name for name in names if outputs.get(name) is None]
+    missing = ", ".join(absent)
     if missing:
         raise KeyError(f"outputs without {missing} (a detector gives them in training mode only)")
     return {name: outputs[name].float() for name in names}
@@ -513,7 +518,8 @@ def denoising_pairs(positive: list, counts: np.ndarray, num_group: int) -> np.nd
     for end, count in zip(np.cumsum(counts), counts, strict=True):
         target += list(range(end - count, end)) * num_group
     image = np.repeat(np.arange(len(counts)), lengths)
-    query = np.concatenate([np.asarray(places, np.int64) for places in positive])
+    queries = [np.asarray(places, np.int64) for places in positive]
+    query = np.concatenate(queries)
     return np.stack([image, query, np.array(target, np.int64)])
 
 
@@ -683,10 +689,12 @@ def all_terms(
     own, union, noisy = send([own, union, noisy], device)
     up = _constant(outputs["up"], device)
     reg_scale = _constant(outputs["reg_scale"], device)
-    balance = (matched, heads.logits[0, ..., 0].numel() - matched)
+    queries = heads.logits[0, ..., 0].numel()
+    balance = (matched, queries - matched)
     offsets = bin_offsets(heads.corners.shape[-1] - 1, up, reg_scale)
     rest = (truth, balance, offsets, reg_scale)
-    losses = head_terms(criterion, heads, Pairs(own, union, *counts), *rest)
+    pairs = Pairs(own, union, *counts)
+    losses = head_terms(criterion, heads, pairs, *rest)
     if denoising:
         heads = stack_heads(tensors, dn=True)
         total = counts[0] * groups

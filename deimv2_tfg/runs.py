@@ -429,15 +429,17 @@ def all_runs(folder: str | Path | None = None) -> list[Run]:
 def run_named(name: str | Path) -> str:
     """The directory that a run is called by: a path, a run's name, or `latest`.
 
-    A name is that of the directory, or the configuration's `name`; of several the latest is meant.
-    Raises `FileNotFoundError`, which names the runs that are there.
+    A name is that of the directory, or the configuration's `name`; of several the latest is meant,
+    and by `latest` the last one that has a network. Raises `FileNotFoundError`, which names the
+    runs that are there.
     """
     path = Path(name)
     if (path / "config.json").exists() or path.is_file():
         return str(name)
     runs = all_runs(path if path.is_dir() else None)
     for run in reversed(runs):
-        if name in ("latest", run.name, run.config.get("name")):
+        last = name == "latest" and run.best.is_dir()
+        if last or name in (run.name, run.config.get("name") or None):
             return str(run.path)
     names = ", ".join(run.title for run in runs[-8:]) or "none"
     raise FileNotFoundError(f"{name}: no such run; runs there: {names}")

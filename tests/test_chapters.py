@@ -6,6 +6,7 @@ All of them by the workflow, as `make thesis` runs them; one alone, which has to
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_pictures_with_words_have_them_in_spanish(home, study, tmp_path):
     for name in there:
         _, translated = picture(records[name], folder, tmp_path, "es")
         assert translated, name
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(study, home, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    photograph = next((home / "runs/data").rglob("test_00001.jpg"))
+    shutil.copy(photograph, tmp_path / "part.jpg")
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(names["found"].boxes)
+    assert all(line.split()[0] in names["detector"].names for line in lines)
 
 
 def test_a_chapter_alone_makes_what_it_needs(home, tmp_path):

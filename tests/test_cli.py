@@ -249,7 +249,7 @@ def test_runs_are_listed_and_found_by_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
     for number, date in enumerate(["2026-01-02T10:00:00", "2026-01-01T10:00:00"]):
         run = tmp_path / f"runs/mine/detector-{number}"
-        run.mkdir(parents=True)
+        (run / "best").mkdir(parents=True)
         config = {"model": "tiny", "epochs": 3, "image_size": 64, "data_dir": "photos"}
         config["name"] = f"attempt {number}"
         (run / "config.json").write_text(json.dumps(config))

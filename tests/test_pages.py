@@ -337,8 +337,3 @@ def test_every_chapter_is_listed():
     for page in CHAPTERS:
         assert f"](nbs/{page.name})" in README, page.name
         assert f"]({page.name})" in index, page.name
-
-
-def test_the_example_of_the_readme_is_python():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert {"Predictor"} <= names_in(ast.parse(example))
