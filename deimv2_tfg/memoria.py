@@ -6,9 +6,9 @@
 __all__ = [
     'NETWORKS', 'MEANS', 'QUALITY', 'COST', 'WORDLESS', 'TEXT_WIDTH', 'CAPTIONS', 'SAID',
     'TITLES', 'TEXTS', 'plot_detector', 'head_layers', 'plot_head', 'stored', 'comparison',
-    'roles', 'plot_against_cost', 'picture', 'figure_entry', 'figure_entries', 'table_entry',
-    'number_entry', 'settings_of', 'study_detector', 'diagrams', 'own_record', 'own_tables',
-    'own_figures', 'study_entries', 'make_memoria',
+    'roles', 'plot_against_cost', 'picture', 'figure_entry', 'table_entry', 'number_entry',
+    'settings_of', 'study_detector', 'diagrams', 'own_record', 'own_tables', 'own_figures',
+    'study_entries', 'make_memoria',
 ]  # fmt: skip
 
 # %% ../nbs/09a_memoria.ipynb #exports
@@ -314,7 +314,7 @@ def figure_entry(record: dict, folder: Path, build: Path, language: str) -> dict
     return entry | {"source": source_of(record, language)}
 
 
-def figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
+def _figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
     """The `figure_entry` of each of a study's figures, by name."""
     records = [r for r in read_provenance(folder) if r["kind"] == "figure"]
     entries = {r["name"]: figure_entry(r, folder, build, language) for r in records}
@@ -454,7 +454,7 @@ def study_entries(folder: str | Path, build: Path, language: str) -> dict:
     folder = Path(folder)
     found = {"language": language, "name": folder.name}
     found["words"] = {word: gettext(word, language) for word in SAID}
-    found["figures"] = figure_entries(folder, build, language)
+    found["figures"] = _figure_entries(folder, build, language)
     found["figures"] |= own_figures(folder, build, language)
     found["tables"] = own_tables(folder, language)
     networks = comparison(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'text_attention', 'plot_attention', 'class_gains', 'plot_class_gains',
+    'text_attention', 'plot_attention', 'plot_class_gains',
 ]  # fmt: skip
 
 # %% ../nbs/05a_text_changes.ipynb #tc-exports
@@ -27,10 +27,9 @@ from deimv2_tfg.figures import (
 )
 
 from .fusion import Queries
-from .multimodal import effect_columns, fusion_data, head_logits, load_head
+from .multimodal import fusion_data, head_logits, load_head
 from .recipes import FusionConfig
 from .runs import Run
-from .statistics import Sampled, paired_effect
 
 
 # %% ../nbs/05a_text_changes.ipynb #attention
@@ -111,17 +110,6 @@ def plot_attention(table: pd.DataFrame, folder: Path, language: str = "en") -> p
     bar = fig.colorbar(dots, ax=axes, label=gettext("query and text", language), shrink=0.6)
     finish(bar.ax.figure, language)
     return fig
-
-
-# %% ../nbs/05a_text_changes.ipynb #class-gains
-def class_gains(group: list[Sampled], others: list[Sampled]) -> pd.DataFrame:
-    """Effect on the mean AP and on that of each class; one of `others` alone is for all seeds."""
-    rows = []
-    for metric in ["AP", *(f"AP/{name}" for name in group[0].classes)]:
-        effect = paired_effect(group, others, metric, fixed=len(others) == 1)
-        name = metric.partition("/")[2] or "mean"
-        rows.append({"class": name} | effect_columns(effect))
-    return pd.DataFrame(rows)
 
 
 # %% ../nbs/05a_text_changes.ipynb #plot-class-gains

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'PLACES', 'KINDS_OF_RUN', 'AXES', 'STEEL', 'MATERIALS', 'PLOTS', 'Softmaxed', 'last_weights',
-    'old_protocol', 'top_score_precision', 'verdict_table', 'study_runs', 'images_seen',
-    'best_fusion', 'runs_table', 'results_table', 'learning_curves', 'head_groups', 'plot_curves',
-    'telling_photographs', 'class_sources', 'redrawn', 'render',
+    'PLACES', 'KINDS_OF_RUN', 'AXES', 'STEEL', 'MATERIALS', 'PLOTS', 'INDEXED', 'Softmaxed',
+    'last_weights', 'old_protocol', 'study_runs', 'images_seen', 'best_fusion', 'runs_table',
+    'results_table', 'learning_curves', 'plot_curves', 'telling_photographs', 'class_sources',
+    'redrawn', 'render',
 ]  # fmt: skip
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
@@ -167,32 +167,6 @@ def old_protocol(
     return table
 
 
-# %% ../nbs/07c_thesis.ipynb #top-score-precision
-def top_score_precision(annotations: dict, results: list, points: pd.DataFrame) -> pd.DataFrame:
-    """One row per class: precision at the highest score, and both rates at the working point.
-
-    annotations, results: COCO; points: thresholds by class (`working_points`).
-    """
-    curve = precision_recall(annotations, results)
-    first = curve.groupby("class", sort=False)["precision"].first()
-    applied = at_working_points(annotations, results, points).set_index("class")
-    applied = applied.loc[first.index, ["objects", "precision", "recall"]]
-    applied = applied.rename(columns=lambda c: c if c == "objects" else f"{c} at the working point")
-    applied.insert(1, "precision, interpolated at recall 0", first.astype(float))
-    return applied.reset_index()
-
-
-# %% ../nbs/07c_thesis.ipynb #part-verdict
-def verdict_table(annotations: dict, results: list, val: tuple[dict, list]) -> pd.DataFrame:
-    """Measures of the verdict on a part, and the calibration error: columns measure, value.
-
-    annotations, results: COCO, of the split that is told of; val: the same of val, which chooses.
-    """
-    verdicts = verdict_metrics(image_verdicts(annotations, results), val=image_verdicts(*val))
-    verdicts |= {"ECE": calibration_error(calibration(annotations, results))}
-    return pd.Series(verdicts).rename_axis("measure").rename("value").reset_index()
-
-
 # %% ../nbs/07c_thesis.ipynb #study-rows
 PLACES = ("data_dir", "runs_dir", "num_workers")  # of a configuration: they change no result
 
@@ -297,15 +271,6 @@ def learning_curves(runs: list | dict, measure: str = "val/AP") -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-# %% ../nbs/07c_thesis.ipynb #head-groups
-def head_groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """The seeds of each kind of head with the true text: "head: <kind>" to its largest group."""
-    groups = {}
-    for group in sorted(_with_text(runs), key=len):
-        groups[f"head: {group[0].config['head']}"] = group
-    return groups
-
-
 # %% ../nbs/07c_thesis.ipynb #plot-curves
 AXES = {"images seen": "images seen", "epoch": "epoch", "val/AP": "AP on val"}
 AXES["train/loss_mal"] = "weighted loss"
@@ -372,24 +337,7 @@ def class_sources(data_dir: str | Path) -> pd.DataFrame:
     return table.sort_index(level=0, sort_remaining=True).reset_index()
 
 
-# %% ../nbs/07c_thesis.ipynb #plots
-def _plot_confusion(table: pd.DataFrame, language: str) -> plt.Figure:
-    return plot_confusion(table.set_index(table.columns[0]), language)
-
-
-def _plot_precision_recall(curve: pd.DataFrame, language: str) -> plt.Figure:
-    return plot_precision_recall(curve, language=language)
-
-
-def _plot_verdicts(table: pd.DataFrame, language: str) -> plt.Figure:
-    return plot_verdicts(table, language=language)
-
-
 # %% ../nbs/07c_thesis.ipynb #plot-classes
-def _plot_classes(table: pd.DataFrame, language: str) -> plt.Figure:
-    return plot_classes(table.set_index("class"), language)
-
-
 def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
     """Gradient norm before clipping, and loss, over the epochs."""
     fig, ax = plt.subplots(figsize=(5.4, 2.8))
@@ -402,12 +350,12 @@ def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
 
 
 # %% ../nbs/07c_thesis.ipynb #plots-by-name
-PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
+PLOTS: dict[str, Callable[..., plt.Figure]] = {
     "ap_by_images": plot_curves,
     "class_comparison": plot_class_comparison,
     "class_gains": plot_class_gains,
-    "class_distribution": _plot_classes,
-    "confusion": _plot_confusion,
+    "class_distribution": plot_classes,
+    "confusion": plot_confusion,
     "error_budget": plot_budget,
     "grid_effects_plot": plot_main_effects,
     "grid_plot": plot_grid,
@@ -415,21 +363,24 @@ PLOTS: dict[str, Callable[[pd.DataFrame, str], plt.Figure]] = {
     "input_size": plot_shares,
     "object_effects": plot_found,
     "per_class_intervals": plot_per_class,
-    "precision_recall": _plot_precision_recall,
+    "precision_recall": plot_precision_recall,
     "reliability": plot_reliability,
     "stability": _plot_norm,
     "text_effect_plot": plot_text_effects,
     "text_matrices": plot_similarities,
     "text_similarity": plot_similarities,
     "training_curves": plot_training,
-    "verdicts": _plot_verdicts,
+    "verdicts": plot_verdicts,
 }
+INDEXED = ("class_distribution", "confusion")  # the first column of their csv is the index
 
 
 def redrawn(name: str, data: pd.DataFrame, language: str) -> plt.Figure | None:
     """A figure of thesis_figures from its data; None where these do not say how it is drawn."""
+    if name in INDEXED:
+        data = data.set_index(data.columns[0])
     try:
-        return PLOTS[name](data, language)
+        return PLOTS[name](data, language=language)
     except KeyError:  # no plot of that name, or an older csv without one of its columns
         return None
 
