@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import multiprocessing
 import os
 import random
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from deimv2_tfg import data, training
+from deimv2_tfg import data, evaluation, training
 from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import (
     CACHES,
@@ -24,6 +24,8 @@ from deimv2_tfg.data import (
     load_dataset,
     photograph_cache,
 )
+from deimv2_tfg.detector import DetectorConfig, build_detector
+from deimv2_tfg.levers import enlarged
 from deimv2_tfg.photographs import read_photograph
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import load_state
@@ -188,22 +190,8 @@ def test_processes_share_a_folder(smoke_data, tmp_path):
 
 @pytest.fixture
 def large(smoke_data, tmp_path):
-    "A data set of JPEGs of three times the side that a training at 64 px asks for."
-    root = tmp_path / "large"
-    for split in ("train", "val", "test"):
-        (root / split / "images").mkdir(parents=True)
-        coco = json.loads((smoke_data / split / f"{split}.json").read_text())
-        for image in coco["images"]:
-            photograph = Image.open(smoke_data / split / "images" / image["file_name"])
-            image["file_name"] = image["file_name"].rpartition(".")[0] + ".jpg"
-            sides = (4 * image["width"], 4 * image["height"])
-            image["width"], image["height"] = sides
-            photograph.resize(sides).save(root / split / "images" / image["file_name"])
-        for a in coco["annotations"]:
-            a["bbox"] = [4 * side for side in a["bbox"]]
-            a["area"] = 16 * a.get("area", 1)
-        (root / split / f"{split}.json").write_text(json.dumps(coco))
-    return root
+    "A data set of JPEGs of four times the side that a training at 64 px asks for."
+    return enlarged(smoke_data, tmp_path / "large", (256, 256))
 
 
 def test_workers_read_each_photograph_once_and_train_the_same(large, tmp_path, monkeypatch):
@@ -296,3 +284,22 @@ def test_workers_give_the_batches_of_one_process(smoke_data, tmp_path):
 
     for a, b in zip(batches(0, "off"), batches(2, "disk"), strict=True):
         assert torch.equal(a, b)
+
+
+def test_evaluation_loads_with_workers_where_there_is_a_card(smoke_data, monkeypatch):
+    model = build_detector(DetectorConfig.tiny())
+    dataset = load_dataset(smoke_data, "val")
+    alone = evaluation.predict(model, dataset, 64)
+    assert data.spare_workers() == 0 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert data.spare_workers() == max(0, min(4, len(os.sched_getaffinity(0)) - 1))
+    monkeypatch.undo()
+    asked = []
+
+    def loader(*given, **how):
+        asked.append(how["num_workers"])
+        return DataLoader(*given, **how)
+
+    monkeypatch.setattr(evaluation, "spare_workers", lambda: 2)
+    monkeypatch.setattr(evaluation, "DataLoader", loader)
+    assert evaluation.predict(model, dataset, 64) == alone and asked == [2]

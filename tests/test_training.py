@@ -1,5 +1,6 @@
 """The trainer: a run is found again, resumes as if nothing had happened, takes no bad step."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -419,6 +420,30 @@ def test_what_a_card_is_asked_for_and_how_processes_share(config, monkeypatch):
     shared = [given["kwargs_handlers"][0] for given in made]
     assert [how.broadcast_buffers for how in shared] == [True, False]
     assert all(how.find_unused_parameters for how in shared) and asked == ["high"]
+
+
+def test_evaluation_on_a_card_runs_under_autocast(config):
+    done = []
+
+    @contextlib.contextmanager
+    def autocast():
+        done.append("begin")
+        yield
+        done.append("end")
+
+    for device, expected in (("cuda", ["begin", "predict", "end"]), ("cpu", ["predict"])):
+        done.clear()
+        trainer = SimpleNamespace(
+            accelerator=SimpleNamespace(
+                device=torch.device(device), num_processes=1, process_index=0, autocast=autocast
+            ),
+            family=SimpleNamespace(predict=lambda *given: done.append("predict")),
+            ema=SimpleNamespace(module=torch.nn.Identity()),
+            val_set=None,
+            config=config,
+        )
+        training.predict_val(trainer)
+        assert done == expected
 
 
 def test_a_first_step_in_fp16_that_is_refused_lowers_the_scale():
