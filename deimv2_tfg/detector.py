@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'THIN', 'WIDE', 'SMALL', 'TINY', 'VARIANTS', 'NETWORKS', 'PUBLISHED_SIZES', 'DetectorConfig',
-    'TfgDeimv2Config', 'library_config', 'DetectorOutput', 'EncoderLayer', 'Detector',
-    'reset_class_heads', 'reset_parameters', 'build_detector', 'count_parameters', 'encode',
-    'anchor_logits', 'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
+    'PUBLISHED_SIZES', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
+    'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
+    'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
     'denoising_queries', 'attention_mask', 'draw_noise', 'refine', 'as_output', 'detect',
     'postprocess', 'save_detector', 'class_places', 'load_detector', 'convert_weights',
 ]  # fmt: skip
@@ -16,7 +15,7 @@ __all__ = [
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partialmethod
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ from transformers import (
     HGNetV2Backbone,
 )
 from transformers.initialization import no_init_weights
-from transformers.models.deimv2.configuration_deimv2 import Deimv2Config
 from transformers.models.deimv2.modeling_deimv2 import Deimv2EncoderLayer, inverse_sigmoid
 from transformers.utils import ModelOutput
 
@@ -46,194 +44,13 @@ from deimv2_tfg.weights import (
     stored_blocks,
 )
 
-from .backbone import Backbone, vit_config
+from .backbone import Backbone
 from .core import atomic_write, read_json, write_json
-from .dinov3 import DINOv3Backbone, dinov3_config, draw_dinov3
-from .hgnet import HGNET_STAGES, HGNetBackbone, draw_hgnet, hgnet_config
+from .dinov3 import DINOv3Backbone, draw_dinov3
+from .hgnet import HGNET_STAGES, HGNetBackbone, draw_hgnet
 from .lite import LiteBackbone, LiteFeatures, draw_lite, load_imagenet
 from .precision import autocast_weights
-
-# %% ../nbs/03_detector.ipynb #variants
-THIN = {"encoder_depth": 0.67, "encoder_expansion": 0.34}
-WIDE = {"sta_width": 32, "encoder_ffn": 1024, "decoder_ffn": 1024}
-SMALL = {
-    "vit_width": 128,
-    "vit_depth": 6,
-    "features": (1, 3, 5),
-    "width": 96,
-    "heads": 4,
-    "encoder_ffn": 256,
-    "encoder_depth": 0.34,
-    "encoder_expansion": 0.34,
-    "decoder_ffn": 256,
-    "decoder_layers": 3,
-    "num_queries": 80,
-    "num_denoising": 20,
-}
-TINY = SMALL | {
-    "vit_width": 48,
-    "vit_depth": 3,
-    "vit_heads": 2,
-    "features": (0, 1, 2),
-    "sta_width": 8,
-    "width": 48,
-    "encoder_ffn": 96,
-    "decoder_ffn": 96,
-    "decoder_layers": 2,
-    "num_queries": 30,
-    "num_denoising": 8,
-}
-VARIANTS = {"m": {}, "thesis_m": WIDE | THIN, "small": SMALL, "tiny": TINY}
-VARIANTS["s"] = {"vit_width": 192, "vit_heads": 3, "width": 192} | THIN
-VARIANTS["lite"] = SMALL | {"backbone": "lite0", "frozen": 2}
-
-# %% ../nbs/03_detector.ipynb #family-variants
-_CONV = {"encoder_depth": 0.5, "encoder_expansion": 0.34, "decoder_layers": 3}
-_N = {"backbone": "hgnet_b0", "encoder": "dfine", "width": 128, "points": (6, 6)}
-_LITE = _CONV | {"encoder": "lite", "gateway": False, "shared_box_head": True, "points": (4, 2)}
-_ATTO = {"backbone": "hgnet_atto", "width": 64, "num_queries": 100, "decoder_ffn": 160}
-_FEMTO = {"backbone": "hgnet_femto", "width": 96, "num_queries": 150, "decoder_ffn": 256}
-_PICO = {"backbone": "hgnet_pico", "width": 112, "num_queries": 200, "decoder_ffn": 320}
-_DINOV3 = {"vit_width": 384, "vit_heads": 6, "features": (5, 8, 11)}
-_L = {"backbone": "dinov3", "sta_width": 32, "width": 224, "encoder_ffn": 896}
-_L |= {"encoder_expansion": 1.0, "decoder_ffn": 1792}
-_X = {"backbone": "dinov3_gated", "sta_width": 64, "encoder_ffn": 1024, "encoder_depth": 1.37}
-_X |= {"encoder_expansion": 1.25, "decoder_ffn": 2048, "decoder_layers": 6}
-VARIANTS |= {"atto": _LITE | _ATTO, "femto": _LITE | _FEMTO, "pico": _LITE | _PICO}
-VARIANTS |= {"n": _CONV | _N, "l": _DINOV3 | _L, "x": _DINOV3 | _X}
-NETWORKS = ("vit", "dinov3", "dinov3_gated", "lite0", *HGNET_STAGES)
-
-
-# %% ../nbs/03_detector.ipynb #detectorconfig
-@dataclass(frozen=True)
-class DetectorConfig:
-    """Everything that fixes the network's shape; the defaults are DEIMv2-M's."""
-
-    num_classes: int = 6
-    vit_width: int = 256  # channels of the ViT
-    vit_depth: int = 12  # its blocks
-    vit_heads: int = 4
-    features: tuple = (3, 7, 11)  # the blocks, counted from 0, whose outputs are used
-    sta_width: int = 16  # channels of the adapter's stem
-    width: int = 256  # channels of encoder and decoder
-    heads: int = 8
-    encoder_ffn: int = 512
-    encoder_depth: float = 1.0
-    encoder_expansion: float = 0.67
-    decoder_ffn: int = 512
-    decoder_layers: int = 4
-    num_queries: int = 300
-    points: tuple = (3, 6, 3)  # sampling points at strides 8, 16, 32
-    num_denoising: int = 100  # denoising queries, at most (positive ones)
-    label_noise: float = 0.5
-    box_noise: float = 1.0
-    class_prior: float = 0.01  # score of every class at first
-    encoder: str = "deim"  # blocks of the encoder; "dfine": with 3 x 3 ends, "lite": no attention
-    gateway: bool = True  # a gate after cross-attention; else a sum and a norm
-    shared_box_head: bool = False  # one box head for all layers
-    backbone: str = "vit"  # of chapters 2, 2b, 2d, 2e; the last of its maps has stride 32
-    frozen: int = 0  # of lite0: with n, the stem and n stages of 7 are never trained
-
-    def __post_init__(self):
-        if self.backbone not in NETWORKS:
-            raise ValueError(f"backbone={self.backbone!r}: choose one of {', '.join(NETWORKS)}")
-        if self.frozen and self.backbone != "lite0":
-            raise ValueError(f"frozen={self.frozen}: only lite0 has frozen stages")
-
-    @classmethod
-    def named(cls, name: str, num_classes: int = 6, **overrides) -> "DetectorConfig":
-        """A variant by its name: `DetectorConfig.named("m", 3)` is `DetectorConfig.m(3)`.
-
-        So are atto, femto, pico, n, s, l, x, thesis_m, lite, small and tiny.
-        """
-        return cls(num_classes, **VARIANTS[name] | overrides)
-
-    @classmethod
-    def of(cls, stored: dict) -> "DetectorConfig":
-        """The configuration that JSON keeps: lists are tuples again."""
-        fields = dict(stored)
-        for name in ("features", "points"):
-            fields[name] = tuple(stored[name])
-        return cls(**fields)
-
-    @property
-    def variant(self) -> str | None:
-        """The named configuration with these tensors, apart from the classes; or None."""
-        free = ("num_classes", "num_queries", "num_denoising", "label_noise", "box_noise")
-        own = {name: getattr(self, name) for name in (*free, "class_prior")}
-        trained = dataclasses.replace(self, frozen=0)
-        same = [name for name in VARIANTS if self.named(name, frozen=0, **own) == trained]
-        return same[0] if same else None
-
-
-for _name in VARIANTS:
-    setattr(DetectorConfig, _name, partialmethod(vars(DetectorConfig)["named"], _name))
-
-
-# %% ../nbs/03_detector.ipynb #tfgdeimv2config
-class TfgDeimv2Config(Deimv2Config):
-    """The library's configuration, renamed so that its own class never loads our weights."""
-
-    model_type = "deimv2_tfg"
-
-
-# %% ../nbs/03_detector.ipynb #library-config
-def _backbone_config(c):
-    size = c.vit_width, c.vit_depth, c.vit_heads, c.features
-    if c.backbone in HGNET_STAGES:
-        return hgnet_config(c.backbone)
-    if c.backbone.startswith("dinov3"):
-        return dinov3_config(*size, gated=c.backbone == "dinov3_gated")
-    return vit_config(*size)
-
-
-def _attention(c):
-    return "eager" if c.backbone in HGNET_STAGES else "sdpa"  # there is none in HGNetv2
-
-
-def library_config(c: DetectorConfig) -> TfgDeimv2Config:
-    """Our configuration in transformers' words."""
-    levels = len(c.points)
-    encoder = dict(
-        spatial_tuning_adapter_inplanes=c.sta_width,
-        freeze_backbone_batch_norms=False,
-        encoder_hidden_dim=c.width,
-        encoder_type="lite" if c.encoder == "lite" else "hybrid",
-        encoder_in_channels=[c.width] * levels,
-        encode_proj_layers=[levels - 1],
-        feat_strides=[8, 16, 32][-levels:],
-        encoder_ffn_dim=c.encoder_ffn,
-        encoder_attention_heads=c.heads,
-        depth_mult=c.encoder_depth,
-        hidden_expansion=c.encoder_expansion,
-        encoder_has_trailing_conv=c.encoder != "deim",
-    )
-    decoder = dict(
-        d_model=c.width,
-        decoder_in_channels=[c.width] * levels,
-        num_feature_levels=levels,
-        use_gateway=c.gateway,
-        share_bbox_head=c.shared_box_head,
-        decoder_ffn_dim=c.decoder_ffn,
-        decoder_layers=c.decoder_layers,
-        decoder_attention_heads=c.heads,
-        decoder_n_points=list(c.points),
-        decoder_activation_function="silu",
-    )
-    queries = dict(
-        num_queries=c.num_queries,
-        num_denoising=c.num_denoising,
-        label_noise_ratio=c.label_noise,
-        box_noise_scale=c.box_noise,
-        initializer_bias_prior_prob=c.class_prior,
-        num_labels=c.num_classes,
-    )
-    return TfgDeimv2Config(
-        backbone_config=_backbone_config(c),
-        attn_implementation={"": "sdpa", "backbone_config": _attention(c)},
-        detector=dataclasses.asdict(c),
-        **encoder | decoder | queries,
-    )
+from .sizes import DetectorConfig, TfgDeimv2Config, library_config
 
 
 # %% ../nbs/03_detector.ipynb #detectoroutput

@@ -97,7 +97,7 @@ def check_fields(config, allowed: dict):
 
 
 # %% ../nbs/03f_recipes.ipynb #choices
-# Configurations of the detector chapter (its VARIANTS)
+# Configurations of chapter 2f (its VARIANTS)
 MODELS = ("s", "m", "thesis_m", "small", "tiny", "lite", "atto", "femto", "pico", "n", "l", "x")
 PLAIN_INPUT = ("atto", "femto", "pico", "n")  # of them: values from 0 to 1 as they are
 BASELINES = ("resnet18", "efficientnet_b0", "lite0")  # backbones of chapter 6's Faster R-CNN

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deimv2_tfg import baselines, data, detector, fusion, recipes, text
+from deimv2_tfg import baselines, data, fusion, recipes, sizes, text
 from deimv2_tfg.recipes import (
     RECIPES,
     SECOND_RUN,
@@ -74,7 +74,7 @@ def test_values_at_the_edge_are_allowed(tmp_path):
 
 
 def test_the_choices_are_those_of_the_other_chapters():
-    assert set(recipes.MODELS) == set(detector.VARIANTS)
+    assert set(recipes.MODELS) == set(sizes.VARIANTS)
     assert set(recipes.BASELINES) == set(baselines.BACKBONES)
     assert recipes.TRAIN_RANGES["cache"] == data.CACHES
     assert set(recipes.HEAD_NAMES) == set(fusion.HEADS)
