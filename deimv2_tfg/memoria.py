@@ -39,8 +39,8 @@ from deimv2_tfg.figures import (
 )
 
 from .core import PACKAGE, atomic_write, project_root, write_json
-from .detector import VARIANTS, DetectorConfig
 from .fusion import ClassText, Head, build_head
+from .sizes import VARIANTS, DetectorConfig
 from .thesis import redrawn
 
 
