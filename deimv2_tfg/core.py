@@ -201,8 +201,14 @@ def write_json(path, obj) -> Path:
 
 # %% ../nbs/00_core.ipynb #read-json
 def read_json(path):
-    """The content of a JSON file; a byte order mark, as Windows editors write it, is left out."""
-    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    """The content of a JSON file; a byte order mark, as Windows editors write it, is left out.
+
+    Raises `ValueError` with the file's name where it is none.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
 # %% ../nbs/00_core.ipynb #append-line

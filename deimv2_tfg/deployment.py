@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'PHOTOGRAPHS', 'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
-    'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
-    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count',
-    'pages_of', 'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables',
-    'clear_results', 'predict_files', 'Exported', 'query_difference', 'onnx_difference',
-    'export_notes', 'export_onnx',
+    'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds', 'kept_thresholds',
+    'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections', 'Predictor',
+    'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count', 'pages_of',
+    'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables', 'clear_results',
+    'predict_files', 'Exported', 'query_difference', 'onnx_difference', 'export_notes',
+    'export_onnx',
 ]  # fmt: skip
 
 # %% ../nbs/07b_use.ipynb #use-imports
@@ -37,6 +37,7 @@ from deimv2_tfg.evaluation import (
     open_detector,
     takes_plain_input,
     to_coco_results,
+    trained_image_size,
 )
 
 from .core import atomic_write, default_device, read_json, write_json
@@ -45,7 +46,7 @@ from .decisions import working_points
 from .detector import Detector
 from .figures import draw_boxes
 from .multimodal import FusedDetector
-from .photographs import PhotographError, read_photograph
+from .photographs import PICTURES, PhotographError, read_photograph, safe_path
 from .runs import Run, file_digest, run_named
 from .transforms import to_pixel_values
 
@@ -116,10 +117,8 @@ def run_thresholds(run_or_checkpoint: str | Path | Run) -> Thresholds:
 
 def input_size(run_or_checkpoint: str | Path | Run) -> tuple[int, int]:
     """(height, width) of the network's input. Raises `ValueError` where it is not known."""
-    size = Run(run_or_checkpoint).image_size
-    if size is None:
-        raise ValueError(f"{run_or_checkpoint}: config.json has no image_size")
-    return (size, size) if isinstance(size, int) else tuple(size)
+    size = trained_image_size(run_or_checkpoint)
+    return (size, size) if isinstance(size, int) else size
 
 
 # %% ../nbs/07b_use.ipynb #as-rgb
@@ -269,7 +268,6 @@ def category_ids_of(source: str | Path, model: torch.nn.Module) -> list[int]:
 
 
 # %% ../nbs/07b_use.ipynb #frames
-PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
@@ -290,9 +288,9 @@ def list_files(source: str | Path, leave_out: str | Path | None = None) -> list[
     if leave_out is not None:
         results = Path(leave_out).resolve()
         found = [p for p in found if results not in p.resolve().parents]
-    found = [p for p in found if p.suffix.lower() in PHOTOGRAPHS + VIDEOS]
+    found = [p for p in found if p.suffix.lower() in PICTURES + VIDEOS]
     if not found:
-        kinds = ", ".join(PHOTOGRAPHS + VIDEOS)
+        kinds = ", ".join(PICTURES + VIDEOS)
         raise FileNotFoundError(f"{source}: no photograph and no video there ({kinds})")
     return found
 
@@ -332,15 +330,18 @@ def pages_of(path: Path) -> Iterator[Image.Image]:
 
 
 def frames(
-    files: list[Path], base: Path, every: int = 1
+    files: list[Path], base: Path, every: int = 1, inside: bool = False
 ) -> Iterator[tuple[str, Image.Image | Exception]]:
     """(name, RGB photograph or the exception it caused) of files, frames and pages.
 
     `name` is relative to `base`; of a video or a scan of several pages it ends in a number.
+    `inside`: a link that leads out of `base` is not followed.
     """
     for path in files:
         name = path.relative_to(base).as_posix()
         try:
+            if inside:
+                safe_path(base, name)
             if path.suffix.lower() in VIDEOS:
                 for number, photograph in video_frames(path, every):
                     yield f"{name}#{number:06d}", photograph
@@ -349,7 +350,9 @@ def frames(
                     yield f"{name}#{number:06d}", photograph
             else:
                 yield name, read_photograph(path)
-        except (OSError, ValueError, PhotographError) as error:
+        except NeedsPackage:
+            raise
+        except Exception as error:  # a damaged page makes Pillow raise whatever its parser meets
             yield name, error
 
 
@@ -540,7 +543,8 @@ def _found(
     readable = [(name, what) for name, what in batch if isinstance(what, Image.Image)]
     for name, what in batch:
         if isinstance(what, Exception):
-            report.errors[name] = str(what).replace(str(base), "...")
+            file = str(base / name.split("#")[0])
+            report.errors[name] = str(what).removeprefix(f"{file}: ").replace(file, name)
     if not readable:
         return []
     names, photographs = zip(*readable, strict=True)
@@ -604,7 +608,7 @@ def predict_files(
     clear_results(out)
     report = PredictionReport(out)
     base = source if source.is_dir() else source.parent
-    for batch in _batches(frames(files, base, every), batch_size):
+    for batch in _batches(frames(files, base, every, source.is_dir()), batch_size):
         for name, found in _found(predictor, batch, threshold, report, base):
             said = part_verdict(found, sound, thresholds.trusted)
             report.add(name, found, said, predictor.category_ids)

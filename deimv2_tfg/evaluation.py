@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
@@ -159,17 +160,30 @@ OLDER = {"baselines:load_baseline": "faster_rcnn"}  # `loader` of directories wi
 def open_detector(directory: str | Path) -> torch.nn.Module:
     """The network of a detector directory in evaluation mode, with `.classes`, of whatever `kind`.
 
-    Raises ValueError for a kind that no chapter has registered.
+    Raises ValueError for a kind that no chapter has registered, and for a directory whose files are
+    damaged or not of one network.
     """
-    config = read_json(Path(directory) / "config.json")
+    file = Path(directory) / "config.json"
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: not the configuration of a detector")
     loader = config.get("loader")
     kind = config.get("kind") or OLDER.get(loader, loader)
-    if kind is None:
-        return load_detector(directory)
-    if kind not in LOADERS:
+    if kind is not None and kind not in LOADERS:
         hint = f"import deimv2_tfg.{CHAPTERS[kind]}" if kind in CHAPTERS else "no chapter knows it"
-        raise ValueError(f"{Path(directory) / 'config.json'}: a detector of kind {kind!r}: {hint}")
-    return LOADERS[kind](directory)
+        raise ValueError(f"{file}: a detector of kind {kind!r}: {hint}")
+    try:
+        model = LOADERS.get(kind, load_detector)(directory)
+    except (AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(
+            f"{directory}: its files are not those of one detector ({said})"
+        ) from error
+    own = getattr(model, "detector_config", None)
+    if own and len(model.classes) != own.num_classes:
+        count = f"{len(model.classes)} names for {own.num_classes} classes"
+        raise ValueError(f"{file}: {count}")
+    return model
 
 
 # %% ../nbs/03b_evaluation.ipynb #trained-image-size
@@ -179,8 +193,11 @@ def trained_image_size(run_or_checkpoint: str | Path | Run) -> int | tuple[int, 
     Raises ValueError where it is not known.
     """
     size = Run(run_or_checkpoint).image_size
+    sides = size if isinstance(size, tuple) else (size,)
+    if size and not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"{run_or_checkpoint}: config.json: image_size {size!r} is no size")
     if size is None:
-        raise ValueError(f"{run_or_checkpoint}: config.json has no image_size; pass image_size")
+        raise ValueError(f"{run_or_checkpoint}: config.json has no image_size")
     return size
 
 

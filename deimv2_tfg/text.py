@@ -69,7 +69,7 @@ def load_descriptions(path: str | Path | None = None) -> dict:
     path = Path(path or DESCRIPTIONS)
     try:
         described = read_json(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"descriptions {path.name}: cannot be read ({e})") from None
     entries = described.values() if isinstance(described, dict) else [None]
     if not all(isinstance(entry, dict) for entry in entries):

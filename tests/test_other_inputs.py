@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from pycocotools import mask
 
 from deimv2_tfg import cli
 from deimv2_tfg.data import SPLITS, annotation_file, load_dataset
+from deimv2_tfg.deployment import predict_files
+from deimv2_tfg.detector import DetectorConfig, build_detector, save_detector
 from deimv2_tfg.doctor import check_dataset, fix_dataset
 from deimv2_tfg.photographs import look_at, read_photograph
 
@@ -287,3 +290,74 @@ def test_an_archive_is_named(tmp_path, capsys, suffix):
     (tmp_path / f"in/set.{suffix}").write_bytes(b"PK")
     code, said, *_ = imported(tmp_path / "in", tmp_path / "out", capsys)
     assert code == 2 and f"set.{suffix} is an archive: unpack it first" in said
+
+
+# Networks and prediction -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A detector directory of two classes with thresholds."""
+    model = build_detector(DetectorConfig.tiny(num_classes=2))
+    folder = tmp_path_factory.mktemp("network") / "best"
+    save_detector(model, folder, classes=["NORMAL", "dent"], image_size=64)
+    (folder / "thresholds.json").write_text(json.dumps({"NORMAL": 0.9, "dent": 0.9}))
+    return folder
+
+
+def rewritten(**fields):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def replaced(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (replaced("config.json", b"{}"), "its files are not those of one detector"),
+        (replaced("config.json", b"[]"), "config.json: not the configuration of a detector"),
+        (replaced("config.json", b"{"), "config.json: not readable as JSON"),
+        (replaced("config.json", b"\xff\xfe{"), "config.json: not readable as JSON"),
+        (replaced("model.safetensors", b"12345678"), "its files are not those of one detector"),
+        (replaced("model.safetensors", b""), "its files are not those of one detector"),
+        (replaced("thresholds.json", b"none"), "thresholds.json: not readable as JSON"),
+        (rewritten(classes=["a"]), "config.json: 1 names for 2 classes"),
+        (rewritten(image_size="64px"), "image_size '64px' is no size"),
+        (rewritten(image_size=-64), "image_size -64 is no size"),
+    ],
+)
+def test_a_network_that_is_damaged_is_named(tmp_path, network, capsys, change, says):
+    shutil.copytree(network, tmp_path / "best")
+    change(tmp_path / "best")
+    photograph(tmp_path / "in/a.png", 0)
+    words = ["predict", tmp_path / "best", tmp_path / "in", "--out", tmp_path / "out"]
+    assert cli.main([*map(str, words)]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_folder_to_predict_on_may_hold(tmp_path, network):
+    grey = np.random.default_rng(0).integers(60, 200, (40, 50), np.uint8)
+    pages = [Image.fromarray(grey + k) for k in range(2)]
+    (tmp_path / "in").mkdir()
+    pages[0].save(tmp_path / "in/a.gif")
+    pages[0].save(tmp_path / "in/a.jfif", "JPEG")
+    pages[0].save(tmp_path / "in/pages.tif", save_all=True, append_images=pages[1:])
+    deep = [Image.fromarray((grey + k).astype(np.uint16) * 200) for k in range(2)]
+    deep[0].save(tmp_path / "in/deep.tif", save_all=True, append_images=deep[1:])
+    pages[0].save(tmp_path / "secret.png")
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "in/cut.tif").write_bytes((tmp_path / "in/pages.tif").read_bytes()[:-900])
+    report = predict_files(str(network), str(tmp_path / "in"), str(tmp_path / "out"))
+    names = {row["file_name"] for row in report.rows() if row["verdict"] != "unknown"}
+    whole = {"a.gif", "a.jfif", "pages.tif#000000", "pages.tif#000001"}
+    assert whole <= names and names <= whole | {"cut.tif#000000"}
+    assert {"deep.tif", "link.png", "cut.tif"} <= report.errors.keys()
+    assert "a link that leads out" in report.errors["link.png"]
+    assert "more than 8 bits" in report.errors["deep.tif"]
