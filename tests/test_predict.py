@@ -111,7 +111,7 @@ def test_a_folder_with_damaged_photographs(run, tmp_path, capsys, good, damaged)
     (folder / "notes.txt").write_text("no photograph")
     out = str(tmp_path / "out")
     options = ["--out", out, "--no-pictures", "--batch_size", "16"]
-    assert cli.main(["predict", str(run), str(folder), *options]) == 2
+    assert cli.main(["predict", str(run), str(folder), *options]) == 1
     printed = capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out" / "photographs.csv")
     errors = pd.read_csv(tmp_path / "out" / "errors.csv")
