@@ -296,9 +296,8 @@ def _intervals(columns: list[str]) -> dict[str, tuple[str, str]]:
     for before in ("", "recipe_"):  # as `main_effects` names them
         bounds = (f"{before}low", f"{before}high")
         if set(bounds) <= set(columns):
-            effects = [
-                c for c in columns if _is_effect(c) and c.startswith("recipe_") == bool(before)
-            ]
+            asked = [c for c in columns if c.startswith("recipe_") == bool(before)]
+            effects = [c for c in asked if _is_effect(c) and not c.startswith("smallest")]
             found |= dict.fromkeys(effects, bounds)
     return found
 
