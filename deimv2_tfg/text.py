@@ -519,5 +519,6 @@ def plot_similarities(table: pd.DataFrame, language: str = "en") -> plt.Figure:
         sns.heatmap(cosines.to_numpy(), annot=texts, ax=ax, cbar=last, cbar_kws=bar, **style)
         ax.set_xticklabels(titles, rotation=35, ha="right")
         ax.set_yticklabels(titles, rotation=0)
+        ax.tick_params(labelleft=ax is axes[0, 0])  # the same classes in each
         ax.set_title(", ".join(gettext(word, language) for word in title.split(", ")))
     return finish(fig, language)
