@@ -250,13 +250,17 @@ def test_the_recipe_of_a_network_in_fractions(name, rate, backbone, flat, plain,
     assert (config.mixup == config.copy_blend == 0) == (name in ("atto", "femto", "pico"))
 
 
-@pytest.mark.parametrize("name, layers", [("atto", 2), ("n", 1), ("lite", 1)])
-def test_the_exported_network_is_the_same_network(tmp_path, name, layers):
-    """A network of each kind, of few layers; `export_onnx` raises where outputs differ."""
+@pytest.mark.parametrize("name, layers, encoder", [("atto", 2, "lite"), ("lite", 1, "dfine")])
+def test_the_exported_network_is_the_same_network(tmp_path, name, layers, encoder):
+    """Each kind of encoder and backbone, of few layers; `export_onnx` raises where outputs differ.
+
+    That of `m` is exported in `test_predict.py`.
+    """
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
     torch.manual_seed(0)
-    model = build_detector(DetectorConfig.named(name, 2, decoder_layers=layers)).eval()
+    config = DetectorConfig.named(name, 2, decoder_layers=layers, encoder=encoder)
+    model = build_detector(config).eval()
     run = save_detector(model, tmp_path / "run", ["scratch", "dent"], image_size=96)
     notes = json.loads(export_onnx(run, tmp_path / "net.onnx").with_suffix(".json").read_text())
     assert notes["largest_difference"] < 1e-3
