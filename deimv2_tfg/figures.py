@@ -595,6 +595,8 @@ def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=
     figures = dict(fig) if isinstance(fig, dict) else {"en": fig}
     fixed = {"bbox_inches": "tight", "metadata": {"CreationDate": None}}
     for language, figure in figures.items():
+        figure.draw_without_rendering()  # laid out once, not for every file
+        figure.set_layout_engine("none")
         figure.savefig(in_language(path, language), **fixed)
     fixed |= {"dpi": 90, "metadata": {"Software": None}}
     figures["en"].savefig(path.with_suffix(".png"), **fixed)
