@@ -13,6 +13,7 @@ __all__ = [
 # %% ../nbs/00a_photographs.ipynb #imports
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
@@ -99,16 +100,17 @@ def whole_number(value) -> int | None:
 def number(value) -> float | None:
     """The number that a value says: 61.0 for 61 and "61"; None where it says none.
 
-    A decimal comma says none, since it may as well part thousands.
+    A decimal comma says none, since it may as well part thousands; nor does text beyond a float.
     """
     if isinstance(value, str) and not DECIMAL.fullmatch(value.strip()):
         return None
     if type(value) not in (int, float, str):
         return None
     try:
-        return float(value)
+        said = float(value)
     except OverflowError:
         return None
+    return None if isinstance(value, str) and math.isinf(said) else said
 
 
 # %% ../nbs/00a_photographs.ipynb #safe-path

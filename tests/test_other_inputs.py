@@ -15,7 +15,7 @@ from deimv2_tfg.data import SPLITS, annotation_file, load_dataset
 from deimv2_tfg.deployment import predict_files
 from deimv2_tfg.detector import DetectorConfig, build_detector, save_detector
 from deimv2_tfg.doctor import check_dataset, fix_dataset
-from deimv2_tfg.photographs import look_at, read_photograph
+from deimv2_tfg.photographs import look_at, number, read_photograph
 
 SIZE = (96, 72)
 
@@ -361,3 +361,11 @@ def test_what_a_folder_to_predict_on_may_hold(tmp_path, network):
     assert {"deep.tif", "link.png", "cut.tif"} <= report.errors.keys()
     assert "a link that leads out" in report.errors["link.png"]
     assert "more than 8 bits" in report.errors["deep.tif"]
+
+
+def test_a_number_beyond_a_float_is_none(tmp_path, capsys):
+    assert [number(text) for text in ("1e400", "-1e400", "inf", "nan", "1e308")] == [None] * 4 + [
+        1e308
+    ]
+    words = ["split", str(tmp_path), str(tmp_path / "out"), "--shares", "1e400,1,1"]
+    assert cli.main(words) == 2 and "three numbers over 0" in capsys.readouterr().err
