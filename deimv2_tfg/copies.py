@@ -130,14 +130,12 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     worst: the 10 % quantile of the correlations in 8 x 8 blocks, of those that are half open.
     """
     weights = open_pixels(a) * open_pixels(b)
-    return _agreement(*detail(np.stack([a, b]), weights), weights)
+    x, y = detail(np.stack([a, b]), weights)
+    return _agreement(_blocks(x * y), _blocks(x * x), _blocks(y * y), weights)
 
 
-def _agreement(x, y, weights) -> tuple[np.ndarray, np.ndarray]:
-    """`similarity` of thumbnails whose detail is known."""
-    product = _blocks(x * y)
-    power_x = _blocks(x * x)
-    power_y = _blocks(y * y)
+def _agreement(product, power_x, power_y, weights) -> tuple[np.ndarray, np.ndarray]:
+    """`similarity` of details x and y, by block (n, 64): of x * y, x * x and y * y."""
     power = power_x.sum(1) * power_y.sum(1)
     overall = product.sum(1) / np.sqrt(power + SIDE)  # SIDE: nothing is not like nothing
     local = product / np.sqrt((power_x + 3) * (power_y + 3))
@@ -145,7 +143,7 @@ def _agreement(x, y, weights) -> tuple[np.ndarray, np.ndarray]:
     counted = np.sort(np.where(half_open, local, np.inf))
     tenth = half_open.sum(1) // 10
     at = np.minimum(tenth, counted.shape[1] - 1)
-    worst = counted[np.arange(len(x)), at]
+    worst = counted[np.arange(len(product)), at]
     closed = weights.mean((1, 2)) < 0.1
     return np.where(closed, 0, overall), np.nan_to_num(worst, posinf=0)
 
@@ -236,12 +234,13 @@ def same_pairs(photographs: list[Photograph], least: float = SAME) -> pd.DataFra
 
 # %% ../nbs/00f_copies.ipynb #whole-details
 def _whole_details(thumbnails):
-    """A function (i, orientation) giving the detail of a thumbnail that is open everywhere."""
+    """A function (i, orientation) of a thumbnail that is all open: detail, and power by block."""
     everywhere = np.ones((SIDE, SIDE), np.float32)
 
     @lru_cache(4096)  # of 16 KiB
     def whole(i, orientation):
-        return detail(turned(thumbnails[i], orientation), everywhere)
+        whole = detail(turned(thumbnails[i], orientation), everywhere)
+        return whole, _blocks((whole * whole)[None])[0]
 
     return whole
 
@@ -263,9 +262,9 @@ def _alike(thumbnails, least: float):
     for some in progress(eights, "comparing candidates", delay=1, unit="8 pairs"):
         i, j, k = some.T
         if share[[*i, *j]].min() == 1:
-            x = np.stack([whole(a, 0) for a in i])
-            y = np.stack(list(map(whole, j, k)))
-            overall, worst = _agreement(x, y, np.ones_like(x))
+            x, power_x = map(np.stack, zip(*(whole(a, 0) for a in i), strict=True))
+            y, power_y = map(np.stack, zip(*map(whole, j, k), strict=True))
+            overall, worst = _agreement(_blocks(x * y), power_x, power_y, np.ones_like(x))
         else:
             others = np.stack(list(map(turned, thumbnails[j], k)))
             overall, worst = similarity(thumbnails[i], others)

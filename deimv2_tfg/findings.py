@@ -124,7 +124,7 @@ class Report:
     def table(self) -> pd.DataFrame:
         """The findings as a data frame."""
         columns = ["severity", "kind", "file", "field", "message", "fix"]
-        return pd.DataFrame([vars(f) for f in self.findings], columns=columns)
+        return pd.DataFrame({c: [getattr(f, c) for f in self.findings] for c in columns})
 
     def summary(self) -> pd.DataFrame:
         """One row per kind: how often, and where for the first time; errors first."""
