@@ -296,7 +296,8 @@ def encode(model: Detector, pixel_values: torch.Tensor) -> tuple[torch.Tensor, t
     projections = model.model.decoder_input_proj
     maps = [project(m) for project, m in zip(projections, fused, strict=True)]
     tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
-    return tokens, tuple(tuple(m.shape[-2:]) for m in maps)
+    shapes = tuple(tuple(m.shape[-2:]) for m in maps)
+    return tokens, shapes
 
 
 # %% ../nbs/03_detector.ipynb #anchors
@@ -375,7 +376,9 @@ def corners_to_boxes(corners, refs, offsets, reg_scale) -> torch.Tensor:
         cx, cy, w, h = refs.unbind(-1)
         moved_x = cx + (right - left) * w / 2
         moved_y = cy + (bottom - top) * h / 2
-        return torch.stack([moved_x, moved_y, (left + right) * w, (top + bottom) * h], -1)
+        width = (left + right) * w
+        height = (top + bottom) * h
+        return torch.stack([moved_x, moved_y, width, height], -1)
 
 
 # %% ../nbs/03_detector.ipynb #decode
@@ -442,7 +445,8 @@ def _padded(targets, fill):
     padding = targets[0]["labels"].new_full((1,), fill)
     labels = torch.cat([*(t["labels"] for t in targets), padding])
     nowhere = targets[0]["boxes"].new_zeros(1, 4)
-    boxes = torch.cat([*(t["boxes"] for t in targets), nowhere]).float()
+    given = [t["boxes"] for t in targets]
+    boxes = torch.cat([*given, nowhere]).float()
     places = places.to(labels.device, non_blocking=True)
     return labels[places], boxes[places]
 
@@ -580,12 +584,14 @@ def postprocess(output: DetectorOutput, sizes, top_k: int = 300) -> list[dict]:
     """
     logits = output.logits.float()
     candidates = logits.flatten(1).sigmoid()
-    scores, index = candidates.topk(min(top_k, candidates.shape[1]), dim=1)
+    count = min(top_k, candidates.shape[1])
+    scores, index = candidates.topk(count, dim=1)
     labels = index % logits.shape[-1]
     query = index // logits.shape[-1]
     boxes = box_convert(output.pred_boxes.float(), "cxcywh", "xyxy")
     sizes = torch.as_tensor(sizes, device=boxes.device, dtype=boxes.dtype)
-    boxes = boxes * sizes.flip(-1).repeat(1, 2)[:, None]
+    sides = sizes.flip(-1).repeat(1, 2)
+    boxes = boxes * sides[:, None]
     rows = zip(scores, labels, _rows(boxes, query[..., None]), strict=True)
     return [{"scores": s, "labels": label, "boxes": box} for s, label, box in rows]
 
