@@ -12,7 +12,7 @@ from deimv2_tfg.doctor import check_dataset, fix_dataset
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@settings(max_examples=300, deadline=None, suppress_health_check=QUIET, derandomize=True)
 @given(st.lists(st.sampled_from(sorted(DAMAGE)), max_size=4), st.integers(0, 2**32 - 1))
 def test_nothing_is_lost_or_guessed_whatever_the_damage(tmp_path_factory, names, seed):
     root = damaged_set(tmp_path_factory.mktemp("damage") / "set", names, seed)
