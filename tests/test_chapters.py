@@ -101,7 +101,7 @@ def test_the_example_of_the_readme_runs_as_it_stands(study, home, tmp_path, monk
 
 
 def test_a_chapter_alone_makes_what_it_needs(home, tmp_path):
-    done = papermill(home, tmp_path, "07d_browse", "-p", "study", "alone")
+    done = papermill(home, tmp_path, "05_multimodal", "-p", "study", "alone")
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((home / "runs/alone").glob("detector-*/result.json"))
 
