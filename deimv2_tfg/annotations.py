@@ -55,8 +55,10 @@ def _four_numbers(box) -> bool:
     """Four numbers, of a size that a float can have."""
     if not isinstance(box, list) or len(box) != 4:
         return False
-    plain = {type(v) for v in box} <= {int, float} or all(map(is_number, box))
-    return plain and not any(type(v) is int and abs(v) > 2**63 for v in box)
+    kinds = set(map(type, box))
+    if not kinds <= {int, float} and not all(map(is_number, box)):
+        return False
+    return kinds == {float} or not any(type(v) is int and abs(v) > 2**63 for v in box)
 
 
 def box_problem(box, width: float, height: float) -> tuple[str, str] | None:

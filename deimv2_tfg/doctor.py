@@ -277,12 +277,14 @@ def _check_names(report: Report, homes: dict[str, list[str]]):
 # %% ../nbs/00i_doctor.ipynb #check-dataset
 @contextmanager
 def _uncollected():
-    """Without the search for cycles, a sixth of the time on lists that have none."""
+    """Without the search for cycles: a sixth to a quarter of the time on lists that have none."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 @_uncollected()
@@ -406,7 +408,8 @@ def mended(coco: dict, mends: list[Mend]) -> tuple[dict, list[tuple]]:
         if m.key:
             entry = coco[m.part][m.index]
             place = f"{m.part}[{m.index}].{m.key}"
-            changes.append((m.split, m.kind, place, dumps(entry.get(m.key)), dumps(m.value)))
+            answer = str(m.value) if type(m.value) is int else dumps(m.value)
+            changes.append((m.split, m.kind, place, dumps(entry.get(m.key)), answer))
             coco[m.part][m.index] = entry | {m.key: m.value}
     gone = _taken_out(coco, mends)
     for part, its in gone.items():
@@ -432,6 +435,7 @@ def _copy_folder(root: Path, out) -> Path:
 
 
 # %% ../nbs/00i_doctor.ipynb #fix-dataset-2
+@_uncollected()
 def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.DataFrame]:
     """Write a corrected copy of a data set to `out` (default: `<root>-fixed`), with a report.
 
@@ -464,7 +468,6 @@ def fix_dataset(root, out=None, report: Report | None = None) -> tuple[Path, pd.
 
 
 # %% ../nbs/00i_doctor.ipynb #apply
-@_uncollected()
 def _apply(out: Path, mends: list[Mend]) -> list[tuple]:
     """Correct the json files of a copy; returns the changes."""
     changes = []

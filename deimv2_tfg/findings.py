@@ -197,6 +197,8 @@ class Sheet:
 # %% ../nbs/00g_findings.ipynb #id-key
 def id_key(value):
     """What an id is compared by: 1, 1.0 and "1" are one id."""
+    if type(value) is int:
+        return value
     whole = whole_number(value)
     return str(value) if whole is None else whole
 

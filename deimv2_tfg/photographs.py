@@ -102,9 +102,11 @@ def number(value) -> float | None:
 
     A decimal comma says none, since it may as well part thousands; nor does text beyond a float.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, str) and not DECIMAL.fullmatch(value.strip()):
         return None
-    if type(value) not in (int, float, str):
+    if type(value) not in (int, str):
         return None
     try:
         said = float(value)
