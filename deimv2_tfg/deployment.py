@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'VIDEOS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds', 'kept_thresholds',
-    'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections', 'Predictor',
-    'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count', 'pages_of',
-    'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables', 'clear_results',
-    'predict_files', 'Exported', 'query_difference', 'onnx_difference', 'export_notes',
-    'export_onnx',
+    'VIDEOS', 'OF_CAMERAS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
+    'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
+    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count',
+    'pages_of', 'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables',
+    'clear_results', 'predict_files', 'Exported', 'query_difference', 'onnx_difference',
+    'export_notes', 'export_onnx',
 ]  # fmt: skip
 
 # %% ../nbs/07b_use.ipynb #use-imports
@@ -269,6 +269,7 @@ def category_ids_of(source: str | Path, model: torch.nn.Module) -> list[int]:
 
 # %% ../nbs/07b_use.ipynb #frames
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+OF_CAMERAS = (".heic", ".heif", ".avif", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 
 
 class NeedsPackage(RuntimeError):
@@ -278,7 +279,8 @@ class NeedsPackage(RuntimeError):
 def list_files(source: str | Path, leave_out: str | Path | None = None) -> list[Path]:
     """Photographs and videos of `source`, a file or a folder with all below it, by name.
 
-    What lies in the folder `leave_out` or begins with a dot is not listed. Raises
+    What lies in the folder `leave_out` or begins with a dot is not listed; photographs of cameras
+    in formats that may not be readable are, so that none goes without a verdict. Raises
     `FileNotFoundError` where there is none.
     """
     source = Path(source)
@@ -288,7 +290,7 @@ def list_files(source: str | Path, leave_out: str | Path | None = None) -> list[
     if leave_out is not None:
         results = Path(leave_out).resolve()
         found = [p for p in found if results not in p.resolve().parents]
-    found = [p for p in found if p.suffix.lower() in PICTURES + VIDEOS]
+    found = [p for p in found if p.suffix.lower() in PICTURES + OF_CAMERAS + VIDEOS]
     if not found:
         kinds = ", ".join(PICTURES + VIDEOS)
         raise FileNotFoundError(f"{source}: no photograph and no video there ({kinds})")

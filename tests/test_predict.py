@@ -109,6 +109,11 @@ class Fixed(torch.nn.Module):
 def test_a_folder_with_damaged_photographs(run, tmp_path, capsys, good, damaged):
     folder, broken = line(tmp_path / "line", good, damaged)
     (folder / "notes.txt").write_text("no photograph")
+    (folder / "phone.heic").write_bytes(
+        b"\0\0\0\x18ftypheic"
+    )  # a photograph that Pillow cannot read
+    broken = broken | {"phone.heic"}
+    damaged += 1
     out = str(tmp_path / "out")
     options = ["--out", out, "--no-pictures", "--batch_size", "16"]
     assert cli.main(["predict", str(run), str(folder), *options]) == 1
