@@ -34,7 +34,7 @@ from deimv2_tfg.metrics import (  # noqa: F401  (whoever evaluates needs these, 
     run_cocoeval,
 )
 
-from .core import read_json
+from .core import default_device, read_json
 from .data import load_dataset, spare_workers
 from .detector import load_detector, postprocess
 from .runs import Run
@@ -259,13 +259,14 @@ def evaluate(
 ) -> dict[str, float]:
     """COCO metrics of a run's best weights, of a detector directory, or of a file of results.
 
-    Keys: see `summarise`. For a run, `predictions_<split>.json` and `metrics_<split>.json` (nan as
-    null) are written beside its config.json; at another size, on changed data, in less than float32
-    ("no") or without the scores under a threshold, under a name that says so. Where that cannot be
-    written, it is warned of. Raises FileNotFoundError where there are no weights, ValueError where
-    the classes differ or a file cannot be judged, DatasetError where a run's data are not those it
-    was made from (a photograph or an annotation changed, of whichever split), unless
-    `allow_changed`, which `data_changes.jsonl` of the run then says.
+    Keys: see `summarise`. `device`: None is a GPU where there is one. For a run,
+    `predictions_<split>.json` and `metrics_<split>.json` (nan as null) are written beside its
+    config.json; at another size, on changed data, in less than float32 ("no") or without the scores
+    under a threshold, under a name that says so. Where that cannot be written, it is warned of.
+    Raises FileNotFoundError where there are no weights, ValueError where the classes differ or a
+    file cannot be judged, DatasetError where a run's data are not those it was made from (a
+    photograph or an annotation changed, of whichever split), unless `allow_changed`, which
+    `data_changes.jsonl` of the run then says.
     """
     path = Path(run_or_checkpoint)
     if path.suffix == ".json" and path.is_file():
@@ -278,8 +279,9 @@ def evaluate(
     model, dataset = open_detector(checkpoint), load_dataset(data_dir, split)
     check_classes(model.classes, dataset.classes, f"{dataset.root.name}/{split}")
     size = image_size or trained_image_size(path)
+    device = torch.device(device or default_device())
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with torch.autocast(torch.device(device or "cpu").type, dtype, enabled=dtype is not None):
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
         results = predict(model, dataset, size, batch_size, device, progress)
     results = [r for r in results if r["score"] >= score_threshold]
     metrics = judged(dataset.coco, results=results).metrics

@@ -82,7 +82,7 @@ def train_folds(config: TrainConfig) -> list[Run]:
     for fold in fold_configs(config):
         run = Run(train(fold, family_of(fold.model)))
         if not run.has_predictions("test"):
-            evaluate(run.path, fold.data_dir, "test")
+            evaluate(run.path, fold.data_dir, "test", device=fold.device)
         runs.append(run)
     return runs
 

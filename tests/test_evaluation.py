@@ -614,6 +614,21 @@ def test_another_precision_or_threshold_is_a_record_of_its_own(
     assert len(stored) == (1 if "score_threshold" in options else 2)
 
 
+@pytest.mark.parametrize("asked, used", [(None, "cuda"), ("cpu", "cpu")])
+def test_a_card_evaluates_where_there_is_one(root, tmp_path, monkeypatch, asked, used):
+    seen = []
+
+    def predict(model, dataset, size, batch_size, device, progress):
+        seen.append(device.type)
+        return []
+
+    monkeypatch.setattr(evaluation, "default_device", lambda: "cuda")
+    monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
+    monkeypatch.setattr(evaluation, "predict", predict)
+    evaluate(make_run(tmp_path / "runs" / "one", image_size=64), root, device=asked)
+    assert seen == [used]
+
+
 @pytest.mark.finding("training.md:33")
 def test_a_run_on_a_read_only_disk_is_judged(root, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "open_detector", lambda directory: Fixed())
