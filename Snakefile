@@ -22,11 +22,11 @@ CHAPTERS = sorted(path.stem for path in (HERE / "nbs").glob("*.ipynb"))
 READS = {
     "errors": ["baselines"],
     "index": CHAPTERS,
-    "memoria": ["baselines", "errors", "pretraining", "results", "text_changes", "thesis"],
+    "memoria": ["baselines", "errors", "09_pretraining", "results", "text_changes", "thesis"],
     "thesis": ["baselines", "multimodal"],
 }
 TRAINS = {"training", "stability", "levers", "multimodal", "text_changes", "baselines"}
-TRAINS |= {"pretraining"}
+TRAINS |= {"09_pretraining"}
 
 study = open_study(
     config.get("profile"), config.get("data_dir"), config.get("study"), config.get("seed", 0)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import linecache
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,10 @@ def page_module(page):
     sys.modules[module.__name__] = module  # dataclasses look it up
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            tree = ast.parse("".join(cell["source"]))
+            source = "".join(cell["source"])
+            name = f"{page} {cell['id']}"
+            linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # inspect's
+            tree = ast.parse(source)
             tree.body = [node for node in tree.body if _defines(node)]
-            exec(compile(tree, f"{page} {cell['id']}", "exec"), module.__dict__)
+            exec(compile(tree, name, "exec"), module.__dict__)
     return module

@@ -8,6 +8,7 @@ import collections
 import pytest
 import torch
 from fake_card import DEVICE, Accelerator, autocast, backward, counted, fake_card, real, to_card
+from page_code import page_module
 from torch.optim.swa_utils import AveragedModel
 
 from deimv2_tfg.baselines import BACKBONES, Baseline
@@ -19,11 +20,12 @@ from deimv2_tfg.evaluation import detections
 from deimv2_tfg.fusion import HEADS, ClassText, build_head
 from deimv2_tfg.multimodal import FusedDetector, thaw
 from deimv2_tfg.optim import make_ema, parameter_groups, recompute
-from deimv2_tfg.pretraining import MaskedViT, random_mask
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.step import count_boxes, training_step
 from deimv2_tfg.training import DEIMV2, in_parts
 from deimv2_tfg.transforms import _centre
+
+pretraining = page_module("09_pretraining")
 
 TRAINED = ("small", "lite", "s", "thesis_m", "atto", "n", "l")  # m below, with its budget
 ASKED = ("tiny", "small", "lite", "s", "m", "thesis_m", "femto", "pico", "x")
@@ -190,8 +192,8 @@ def test_the_fused_detector_stays_on_the_card(card, kind):
 
 def test_pretraining_stays_on_the_card(card):
     vit = real(build_detector, DetectorConfig.tiny()).model.conv_encoder.backbone
-    model = real(MaskedViT, vit).train()
-    mask = random_mask(2, 4).to(DEVICE)
+    model = real(pretraining.MaskedViT, vit).train()
+    mask = pretraining.random_mask(2, 4).to(DEVICE)
     pixel_values = torch.empty(2, 3, 64, 64, device=DEVICE)
     card.waits.clear()
     updates_on_the_card(model, lambda: model(pixel_values, mask))

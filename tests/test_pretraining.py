@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
+from page_code import page_module
 from PIL import Image
 
 from deimv2_tfg import data
-from deimv2_tfg import pretraining as p
 from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run, load_state
 from deimv2_tfg.weights import init_weights
+
+p = page_module("09_pretraining")
 
 
 def config(photographs, runs, **changes):
