@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = [
     'LEFTOVERS', 'MASK_WORDS', 'KIND_WORDS', 'SPLIT_NAMES', 'NO_LABELS', 'CVAT_SIDES', 'Item',
-    'write_coco_set', 'Foreign', 'whole_size', 'photograph_size', 'balance', 'read_as_corners',
-    'require_balance', 'folder_words', 'key', 'split_of', 'files_of', 'by_key', 'PhotographIndex',
-    'pictures_by_key', 'coco_box', 'is_coco', 'read_coco_set', 'VocFile', 'xml_root',
-    'read_voc_file', 'read_lists', 'read_voc_set', 'set_to_write', 'write_voc', 'read_yolo',
-    'yolo_classes', 'read_yolo_set', 'write_yolo', 'read_cvat', 'read_labelme',
+    'copy_photograph', 'write_coco_set', 'Foreign', 'whole_size', 'photograph_size', 'balance',
+    'read_as_corners', 'require_balance', 'folder_words', 'key', 'split_of', 'files_of', 'by_key',
+    'PhotographIndex', 'pictures_by_key', 'coco_box', 'is_coco', 'read_coco_set', 'VocFile',
+    'xml_root', 'read_voc_file', 'read_lists', 'read_voc_set', 'set_to_write', 'write_voc',
+    'read_yolo', 'yolo_classes', 'read_yolo_set', 'write_yolo', 'read_cvat', 'read_labelme',
 ]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
@@ -64,7 +64,7 @@ class Item:
 
 
 # %% ../nbs/01b_formats.ipynb #write-coco
-def _copy(file: Path, target: Path) -> None:
+def copy_photograph(file: Path, target: Path) -> None:
     """Copy a photograph; one that EXIF turns is written upright where `target` is a PNG."""
     if target.suffix == ".png" and header_of(file).orientation > 1:
         read_photograph(file).save(target)
@@ -93,7 +93,7 @@ def write_coco_set(path: Path, items: Iterable[Item], classes: Mapping[str, int]
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for own, (name, item) in enumerate(zip(names, items, strict=True), 1):
-        _copy(item.path, folder / name)
+        copy_photograph(item.path, folder / name)
         width, height = item.size
         images.append({"id": own, "file_name": name, "width": width, "height": height})
         for box in item.boxes:
@@ -648,8 +648,13 @@ def _add_voc(found: Foreign, path: Path, file: VocFile | None, first: int, split
 
 
 # %% ../nbs/01b_formats.ipynb #write-voc
-def set_to_write(root: str | Path) -> Foreign:
-    """A data set in the thesis's layout, to be written in another format. Raises `ValueError`."""
+def set_to_write(root: str | Path | Foreign) -> Foreign:
+    """A data set in the thesis's layout, to be written in another format. Raises `ValueError`.
+
+    What is a `Foreign` already (predictions, say) is taken as it is.
+    """
+    if isinstance(root, Foreign):
+        return root
     found = read_coco_set(root)
     require_balance(found, allow=["unlisted"])
     return found
@@ -658,7 +663,7 @@ def set_to_write(root: str | Path) -> Foreign:
 def _voc_tree(item: Item) -> ElementTree.Element:
     """The XML of one photograph."""
     tree = ElementTree.Element("annotation")
-    ElementTree.SubElement(tree, "filename").text = item.path.name
+    ElementTree.SubElement(tree, "filename").text = item.file_name()
     size = ElementTree.SubElement(tree, "size")
     for tag, value in zip(("width", "height", "depth"), (*item.size, 3), strict=True):
         ElementTree.SubElement(size, tag).text = str(value)
@@ -673,7 +678,7 @@ def _voc_tree(item: Item) -> ElementTree.Element:
 
 
 # %% ../nbs/01b_formats.ipynb #write-voc-set
-def write_voc(root: str | Path, out: str | Path) -> Path:
+def write_voc(root: str | Path | Foreign, out: str | Path) -> Path:
     """A data set in the thesis's layout as Pascal VOC, in its three usual folders.
 
     Boxes survive the round trip exactly. Raises `ValueError` for two photographs of one name.
@@ -685,10 +690,10 @@ def write_voc(root: str | Path, out: str | Path) -> Path:
     pictures, labels, lists = folders
     stems = defaultdict(list)
     for item in set_to_write(root).items:
-        stem = item.path.stem
+        stem = Path(item.file_name()).stem
         if (labels / f"{stem}.xml").exists():
             raise ValueError(f"{stem}: the name is used twice, VOC has one folder for all")
-        shutil.copyfile(item.path, pictures / item.path.name)
+        copy_photograph(item.path, pictures / item.file_name())
         tree = ElementTree.ElementTree(_voc_tree(item))
         tree.write(labels / f"{stem}.xml", encoding="utf-8")
         stems[item.split].append(stem + "\n")
@@ -857,17 +862,17 @@ def _yolo_lines(item: Item, classes: list[str]) -> str:
     return "".join(lines)
 
 
-def write_yolo(root: str | Path, out: str | Path) -> Path:
+def write_yolo(root: str | Path | Foreign, out: str | Path) -> Path:
     """A data set in the thesis's layout as YOLO: images, labels and `data.yaml`."""
     out = Path(out)
     found = set_to_write(root)
     classes = sorted(found.classes, key=found.classes.get)
     for item in found.items:
-        picture = out / "images" / item.split / item.path.name
-        label = out / "labels" / item.split / f"{item.path.stem}.txt"
+        picture = out / "images" / item.split / item.file_name()
+        label = (out / "labels" / item.split / picture.name).with_suffix(".txt")
         for file in (picture, label):
             file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(item.path, picture)
+        copy_photograph(item.path, picture)
         label.write_text(_yolo_lines(item, classes), encoding="utf-8")
     content = {split: f"images/{split}" for split in SPLITS}
     content["names"] = dict(enumerate(classes))
