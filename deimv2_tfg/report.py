@@ -41,7 +41,7 @@ from .core import PACKAGE, atomic_write, project_root
 from .decisions import at_working_points, confusion, plot_confusion
 from .errors import worst_photographs
 from .runs import Run, find_runs
-from .thesis import PLOTS, runs_table
+from .thesis import redrawn, runs_table
 
 # %% ../nbs/07e_report.ipynb #as-picture
 SHOWN_ROWS = 40  # of a table
@@ -128,7 +128,7 @@ def _origin(run: Run, split: str, language: str) -> list[dict]:
 
 
 # %% ../nbs/07e_report.ipynb #sections
-RUN_SECTIONS: dict[str, Callable[[Run, str, str], list[dict]]] = {
+RUN_SECTIONS: dict[str, Callable[..., list[dict]]] = {
     "Average precision": _quality,
     "Training": _curves,
     "Confusions": _confusions,
@@ -169,16 +169,16 @@ def runs_of(folder: Path) -> Path:
 def _stored_item(folder: Path, record: dict, language: str) -> dict | None:
     """A stored table, or figure (drawn anew where its data say how); None where it is lost."""
     path = folder / record["name"]
-    caption = (
-        f"{caption_in(record['caption'], language)} [{path.name}; {source_of(record, language)}]"
-    )
+    told, origin = caption_in(record["caption"], language), source_of(record, language)
+    caption = f"{told} [{path.name}; {origin}]"
     data, picture = path.with_suffix(".csv"), path.with_suffix(".png")
     table = pd.read_csv(data) if data.is_file() else None
     if record["kind"] == "table":
         return None if table is None else as_table(table, caption, language, record.get("columns"))
-    if language != "en" and table is not None and path.name in PLOTS:
-        return as_picture(PLOTS[path.name](table, language), caption)
-    return as_picture(picture, caption) if picture.is_file() else None
+    drawn = picture if picture.is_file() else None
+    if language != "en" and table is not None:
+        drawn = redrawn(path.name, table, language) or drawn
+    return as_picture(drawn, caption) if drawn else None
 
 
 # %% ../nbs/07e_report.ipynb #study-sections-2
@@ -208,7 +208,8 @@ def _facts(run: Run, split: str, language: str) -> dict[str, str]:
     given["AP val"] = result.get("best_val_AP")
     facts = {name: format_number(value, 3, language) for name, value in given.items()}
     facts["epochs"] = run.config.get("epochs", "–")
-    facts["minutes"] = format_number((result.get("seconds") or 0) / 60 or None, 1, language)
+    minutes = (result.get("seconds") or 0) / 60
+    facts["minutes"] = format_number(minutes or None, 1, language)
     facts["data"] = run.data_dir.name if run.data_dir else "–"
     facts["date"] = run.environment.get("time", "–")[:10]
     return {gettext(name, language): value for name, value in facts.items()}
@@ -231,8 +232,8 @@ def report_run(
 ) -> Path:
     """Write the report of a run as one HTML file (default: `report.html` in the run)."""
     run = Run(run)
-    facts, sections = _facts(run, split, language), run_sections(run, split, language)
-    html = _render(run.name, facts, sections, language)
+    sections = run_sections(run, split, language)
+    html = _render(run.name, _facts(run, split, language), sections, language)
     return atomic_write(Path(out or run.path / "report.html"), html)
 
 
@@ -241,8 +242,10 @@ def study_folder(name: str | Path) -> Path | None:
     """The folder of a study called by name or path: its figures, or else its runs; None of none."""
     places = [project_root() / "thesis_figures" / name, Path(name), project_root() / "runs" / name]
     marks = ("provenance.jsonl", "*/result.json")
-    there = (p for p in places if any(any(p.glob(mark)) for mark in marks))
-    return next((p.resolve() for p in there), None)
+    for place in places:
+        if any(any(place.glob(mark)) for mark in marks):
+            return place.resolve()
+    return None
 
 
 def report_study(folder: str | Path, out: str | Path | None = None, language: str = "en") -> Path:

@@ -4,180 +4,37 @@
 
 # %% auto #0
 __all__ = [
-    'PLACES', 'KINDS_OF_RUN', 'AXES', 'STEEL', 'MATERIALS', 'PLOTS', 'INDEXED', 'Softmaxed',
-    'last_weights', 'old_protocol', 'study_runs', 'images_seen', 'best_fusion', 'runs_table',
-    'results_table', 'learning_curves', 'plot_curves', 'telling_photographs', 'class_sources',
-    'redrawn', 'render',
+    'AXES', 'PLOTS', 'INDEXED', 'images_seen', 'best_fusion', 'runs_table', 'plot_curves',
+    'redrawn',
 ]  # fmt: skip
 
 # %% ../nbs/07c_thesis.ipynb #th-imports
-import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
-from deimv2_tfg.decisions import (
-    at_working_points,
-    calibration,
-    calibration_error,
-    confusion,
-    image_verdicts,
-    plot_confusion,
-    plot_reliability,
-    plot_verdicts,
-    verdict_metrics,
-    working_points,
-)
-from deimv2_tfg.evaluation import (
-    class_metrics,
-    coco_metrics,
-    detector_directory,
-    open_detector,
-    precision_recall,
-    predict,
-)
-from deimv2_tfg.figures import (
-    LINES,
-    caption_in,
-    class_style,
-    class_title,
-    finish,
-    for_print,
-    gettext,
-    read_provenance,
-    to_latex,
-)
 from deimv2_tfg.results import (
-    chosen_points,
     compare,
     group_seeds,
-    named_groups,
     plot_class_comparison,
     plot_per_class,
     plot_precision_recall,
     plot_training,
 )
 
-from .core import Study, atomic_write, hash_bytes, read_json
-from .data import load_dataset, plot_classes
-from .errors import plot_budget, plot_found, worst_photographs
+from .data import plot_classes
+from .decisions import plot_confusion, plot_reliability, plot_verdicts
+from .errors import plot_budget, plot_found
+from .figures import LINES, caption_in, class_style, finish, gettext
 from .input_size import plot_shares
 from .multimodal import plot_text_effects
-from .runs import Run, find_runs, load_state
+from .runs import Run
 from .stability import plot_grid, plot_main_effects
 from .text import plot_similarities
 from .text_changes import plot_class_gains
-
-
-# %% ../nbs/07c_thesis.ipynb #softmax-scores
-class Softmaxed(torch.nn.Module):
-    """A DEIMv2 detector read with a softmax over its classes, as the first version did.
-
-    Its logits are those whose sigmoid is the softmax's share.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor):
-        output = self.model(pixel_values)
-        shares = output.logits.float().softmax(-1)
-        return dataclasses.replace(output, logits=shares.clamp(1e-6, 1 - 1e-6).logit())
-
-
-# %% ../nbs/07c_thesis.ipynb #old-protocol
-def last_weights(run: str | Path, ema: bool) -> torch.nn.Module:
-    """A run's network with the weights of its last step: those of the EMA, or the raw ones.
-
-    Raises FileNotFoundError where the run kept no state.
-    """
-    state = load_state(Path(run))
-    if state is None:
-        raise FileNotFoundError(f"{run}: no whole state in last/")
-    weights = state["model"]
-    if ema:
-        prefix = "module."
-        kept = {k: v for k, v in state["ema"].items() if k.startswith(prefix)}
-        weights = {k.removeprefix(prefix): v for k, v in kept.items()}
-    model = open_detector(detector_directory(run))
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-# %% ../nbs/07c_thesis.ipynb #remembered
-class _Remembered(torch.nn.Module):
-    """A network that is run once on a batch; asked again, it gives the same output."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-        self.known = {}
-
-    def forward(self, pixel_values: torch.Tensor):
-        key = hash_bytes(pixel_values.cpu().numpy().tobytes())
-        if key not in self.known:
-            self.known[key] = self.model(pixel_values)
-        return self.known[key]
-
-
-# %% ../nbs/07c_thesis.ipynb #old-protocol-2
-def _old_predictions(run: str | Path, dataset, threshold: float) -> dict[str, list | None]:
-    """COCO results by variant of the protocol; None where the run kept no raw weights."""
-    size = Run(run).image_size
-    kept = load_state(Path(run)) is not None
-    ema = _Remembered(last_weights(run, True) if kept else open_detector(detector_directory(run)))
-    found = {"this protocol": predict(ema, dataset, size)}
-    found["softmax over sigmoid logits"] = predict(Softmaxed(ema), dataset, size)
-    found["raw weights"] = mistaken = None
-    if kept:
-        raw = _Remembered(last_weights(run, ema=False))
-        found["raw weights"] = predict(raw, dataset, size)
-        softened = predict(Softmaxed(raw), dataset, size)
-        mistaken = [r for r in softened if r["score"] >= threshold]
-    above = [r for r in found["this protocol"] if r["score"] >= threshold]
-    return found | {f"only scores of {threshold} and more": above, "all three": mistaken}
-
-
-# %% ../nbs/07c_thesis.ipynb #old-protocol-3
-def old_protocol(
-    run: str | Path, data_dir: str | Path, split: str = "test", threshold: float = 0.5
-) -> pd.DataFrame:
-    """AP and AP50 of one training by this protocol and with each of the old mistakes, and all.
-
-    Columns variant, detections, AP, AP50, AP moved, AP50 moved. A run that kept no last state is
-    judged by its best EMA, and its rows with raw weights are missing.
-    """
-    dataset = load_dataset(data_dir, split)
-    rows = []
-    for variant, results in _old_predictions(run, dataset, threshold).items():
-        row = {"variant": variant, "detections": np.nan, "AP": np.nan, "AP50": np.nan}
-        if results is not None:
-            metrics = coco_metrics(dataset.coco, results)
-            row |= {"detections": len(results), "AP": metrics["AP"], "AP50": metrics["AP50"]}
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    for metric in ("AP", "AP50"):
-        table[f"{metric} moved"] = table[metric] - table[metric][0]
-    return table
-
-
-# %% ../nbs/07c_thesis.ipynb #study-rows
-PLACES = ("data_dir", "runs_dir", "num_workers")  # of a configuration: they change no result
-
-
-def study_runs(study: Study) -> list[Run]:
-    """The study's finished runs, DEIMv2 first; of equal configurations the newest."""
-    newest = {}
-    for run in find_runs(study.runs):
-        kept = [(k, v) for k, v in run.config.items() if k not in PLACES]
-        newest[str(sorted(kept))] = run
-    return sorted(newest.values(), key=lambda r: (not r.name.startswith("detector"), r.name))
 
 
 # %% ../nbs/07c_thesis.ipynb #study-rows-2
@@ -196,8 +53,12 @@ def images_seen(run: Run) -> int | None:
 # %% ../nbs/07c_thesis.ipynb #with-text
 def _with_text(runs: list[Run]) -> list[list[Run]]:
     """Fusion runs with the true text and no class held out, those of one configuration together."""
-    asked = [r for r in runs if r.config.get("text") == "true" and not r.config.get("held_out")]
-    return [[Run(r) for r in group] for group in group_seeds(asked)]
+    asked = []
+    for run in runs:
+        config = run.config
+        if config.get("text") == "true" and not config.get("held_out"):
+            asked.append(run)
+    return [list(map(Run, group)) for group in group_seeds(asked)]
 
 
 # %% ../nbs/07c_thesis.ipynb #best-fusion
@@ -206,25 +67,19 @@ def best_fusion(runs: list[Run]) -> list[Run]:
 
     Only runs with the true text and no class held out are asked.
     """
-    groups = _with_text(runs)
-    most = max(map(len, groups), default=0)
-    fullest = [g for g in groups if len(g) == most]
 
-    def on_val(group):
-        return np.mean([r.result.get("best_val_AP", 0.0) for r in group])
+    def seeds_and_score(group: list[Run]) -> tuple[int, float]:
+        scores = [run.result.get("best_val_AP", 0.0) for run in group]
+        return len(group), np.mean(scores)
 
-    return max(fullest, key=on_val, default=[])
+    return max(_with_text(runs), key=seeds_and_score, default=[])
 
 
 # %% ../nbs/07c_thesis.ipynb #study-rows-3
-KINDS_OF_RUN = {"detector": "DEIMv2", "faster_rcnn": "Faster R-CNN", "fusion": "DEIMv2 with text"}
-
-
 def _at_budget(runs: list[Run], split: str, draws: int) -> pd.DataFrame:
     """`compare` among runs that saw as many images, with the best of their fusion heads."""
-    fused = [r for r in runs if r.name.startswith("fusion")]
-    others = [r for r in runs if r not in fused]
-    table = compare(others + best_fusion(fused), split, draws)
+    others = [run for run in runs if run.family != "fusion"]
+    table = compare(others + best_fusion(runs), split, draws)
     return table.assign(**{"images seen": images_seen(runs[0])})
 
 
@@ -238,37 +93,8 @@ def runs_table(runs: list[Run], split: str = "test", draws: int = 2000) -> pd.Da
     for run in runs:
         budgets.setdefault(images_seen(run) or 0, []).append(run)
     largest_first = sorted(budgets, reverse=True)
-    tables = [_at_budget(budgets[seen], split, draws) for seen in largest_first]
+    tables = [_at_budget(budgets[images], split, draws) for images in largest_first]
     return pd.concat(tables, ignore_index=True) if tables else compare({})
-
-
-# %% ../nbs/07c_thesis.ipynb #results-table-2
-def results_table(study: Study, split: str = "test", draws: int = 2000) -> pd.DataFrame:
-    """`runs_table` of a study; kinds of network that it has not run are rows without numbers."""
-    runs = study_runs(study)
-    started = {r.name.rpartition("-")[0] for r in runs}
-    missing = [name for kind, name in KINDS_OF_RUN.items() if kind not in started]
-    tables = [runs_table(runs, split, draws), compare(dict.fromkeys(missing))]
-    table = pd.concat([t for t in tables if len(t)], ignore_index=True)
-    first = [c for c in ("run", "model", "images seen") if c in table]
-    return table[first + [c for c in table.columns if c not in first]]
-
-
-# %% ../nbs/07c_thesis.ipynb #learning-curves
-def learning_curves(runs: list | dict, measure: str = "val/AP") -> pd.DataFrame:
-    """A measure over the training of each run: columns model, run, epoch, images seen, measure.
-
-    runs: as for `compare`; those without that measure in their metrics are left out.
-    """
-    tables = []
-    for name, group in named_groups(runs).items():
-        for run in map(Run, group):
-            log = run.metrics().reindex(columns=["epoch", "step", measure]).dropna()
-            images = log.pop("step") * run.config.get("batch_size", np.nan)
-            log.insert(0, "model", name)
-            log.insert(1, "run", run.name)
-            tables.append(log.assign(**{"images seen": images, measure: log.pop(measure)}))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 # %% ../nbs/07c_thesis.ipynb #plot-curves
@@ -282,7 +108,8 @@ def plot_curves(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     x = "images seen" if y.startswith("val/") else "epoch"
     fig, ax = plt.subplots(figsize=(6.2, 2.8))
     for k, (name, part) in enumerate(table.groupby("model", sort=False)):
-        style = class_style(k) | {"linewidth": 1, "marker": "." if len(part) < 4 else None}
+        style = class_style(k) | {"linewidth": 1}
+        style["marker"] = "." if len(part) < 4 else None
         for j, (_, run) in enumerate(part.groupby("run")):
             label = None if j else caption_in(name, language)
             ax.plot(run[x], run[y], label=label, **style)
@@ -292,84 +119,44 @@ def plot_curves(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     return finish(fig, language)
 
 
-# %% ../nbs/07c_thesis.ipynb #telling
-def telling_photographs(run: str | Path | Run, split: str = "test") -> pd.DataFrame:
-    """The best and the worst photograph of each class: columns class, which, image_id, bad.
-
-    Best and worst are as in `worst_photographs`, at thresholds that were chosen on val.
-    """
-    run = Run(run)
-    coco = run.annotations(split)
-    order = worst_photographs(coco, run.predictions(split), chosen_points(run, split))
-    rows = []
-    for category in sorted(coco["categories"], key=lambda c: c["id"]):
-        objects = [a for a in coco["annotations"] if a["category_id"] == category["id"]]
-        shown = order[order["image_id"].isin([a["image_id"] for a in objects])]
-        for which, part in (("best", shown.tail(1)), ("worst", shown.head(1))):
-            about = part[["image_id", "bad"]].to_dict("records")
-            rows += [{"class": category["name"], "which": which, **row} for row in about]
-    return pd.DataFrame(rows)
-
-
-# %% ../nbs/07c_thesis.ipynb #sources
-STEEL = "crazing inclusion patches pitted_surface rolled-in_scale scratches".split()
-MATERIALS = dict.fromkeys(STEEL, "rolled steel (NEU)") | {"exp_num": "magnetic tile"}
-
-
-def _material(image: dict) -> str:
-    """What a photograph shows by its `source`: the name without its numbers, where unknown."""
-    stem = Path(str(image.get("source", ""))).stem
-    stem = re.sub(r"_*\d+", "", stem).strip("_")
-    return MATERIALS.get(stem, stem or "not told")
-
-
-def class_sources(data_dir: str | Path) -> pd.DataFrame:
-    """Objects by class and material in each split, and photographs: class, material, train, ..."""
-    counts = {}
-    for split in ("train", "val", "test"):
-        coco = read_json(Path(data_dir) / split / f"{split}.json")
-        material = {i["id"]: _material(i) for i in coco["images"]}
-        names = {c["id"]: c["name"] for c in coco["categories"]}
-        pairs = [(names[a["category_id"]], material[a["image_id"]]) for a in coco["annotations"]]
-        counts[split] = pd.Series(pairs, dtype=object).value_counts()
-    table = pd.DataFrame(counts).fillna(0).astype(int)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["class", "material"])
-    return table.sort_index(level=0, sort_remaining=True).reset_index()
-
-
 # %% ../nbs/07c_thesis.ipynb #plot-classes
 def _plot_norm(table: pd.DataFrame, language: str) -> plt.Figure:
     """Gradient norm before clipping, and loss, over the epochs."""
     fig, ax = plt.subplots(figsize=(5.4, 2.8))
     names = {"train/grad_norm": "gradient norm before clipping", "train/loss": "loss"}
     for (column, words), dashes in zip(names.items(), LINES, strict=False):
-        ax.plot(table["epoch"], table[column], dashes, label=gettext(words, language), lw=1.2)
+        label = gettext(words, language)
+        ax.plot(table["epoch"], table[column], dashes, label=label, lw=1.2)
     ax.set_xlabel(gettext("epoch", language))
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02))
     return finish(fig, language)
 
 
 # %% ../nbs/07c_thesis.ipynb #plots-by-name
-PLOTS: dict[str, Callable[..., plt.Figure]] = {
+PLOTS: dict[str, Callable[..., plt.Figure]] = {  # of training
     "ap_by_images": plot_curves,
-    "class_comparison": plot_class_comparison,
-    "class_gains": plot_class_gains,
-    "class_distribution": plot_classes,
-    "confusion": plot_confusion,
-    "error_budget": plot_budget,
     "grid_effects_plot": plot_main_effects,
     "grid_plot": plot_grid,
     "head_curves": plot_curves,
+    "stability": _plot_norm,
+    "training_curves": plot_training,
+}
+PLOTS |= {  # of photographs and texts
+    "class_distribution": plot_classes,
+    "class_gains": plot_class_gains,
     "input_size": plot_shares,
+    "text_effect_plot": plot_text_effects,
+    "text_matrices": plot_similarities,
+    "text_similarity": plot_similarities,
+}
+PLOTS |= {  # of results
+    "class_comparison": plot_class_comparison,
+    "confusion": plot_confusion,
+    "error_budget": plot_budget,
     "object_effects": plot_found,
     "per_class_intervals": plot_per_class,
     "precision_recall": plot_precision_recall,
     "reliability": plot_reliability,
-    "stability": _plot_norm,
-    "text_effect_plot": plot_text_effects,
-    "text_matrices": plot_similarities,
-    "text_similarity": plot_similarities,
-    "training_curves": plot_training,
     "verdicts": plot_verdicts,
 }
 INDEXED = ("class_distribution", "confusion")  # the first column of their csv is the index
@@ -383,37 +170,3 @@ def redrawn(name: str, data: pd.DataFrame, language: str) -> plt.Figure | None:
         return PLOTS[name](data, language=language)
     except KeyError:  # no plot of that name, or an older csv without one of its columns
         return None
-
-
-# %% ../nbs/07c_thesis.ipynb #render-one
-def _render_one(record: dict, table: pd.DataFrame, language: str, path: Path) -> bool:
-    """Write a table as LaTeX, a figure as PDF; False where a figure has no plot of its data."""
-    name = path.name
-    if record["kind"] == "table":
-        printed = for_print(table, language, record.get("columns"))
-        latex = to_latex(printed, caption_in(record["caption"], language), f"tab:{name}")
-        atomic_write(path.with_suffix(".tex"), latex)
-        return True
-    figure = redrawn(name, table, language)
-    if figure is None:
-        return False
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    plt.close(figure)
-    return True
-
-
-# %% ../nbs/07c_thesis.ipynb #render
-def render(folder: str | Path, out: str | Path, language: str = "es") -> pd.DataFrame:
-    """Write a study's tables and figures in a language under `out`: columns name, written.
-
-    folder: `thesis_figures/<study>`. Figures that are not drawn from a data frame are not written.
-    """
-    rows = []
-    for record in read_provenance(folder):
-        source = Path(folder) / f"{record['name']}.csv"
-        path = Path(out) / record["name"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = pd.read_csv(source) if source.is_file() else None
-        written = table is not None and _render_one(record, table, language, path)
-        rows.append({"name": record["name"], "written": written})
-    return pd.DataFrame(rows, columns=["name", "written"])

@@ -9,13 +9,15 @@ from types import ModuleType
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 DEFINES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+ASSIGNS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 
 def _defines(node):
     """Whether a statement of a page imports, defines, or names a constant (in capitals)."""
-    if isinstance(node, ast.Assign):
-        targets = [n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store)]
-        return all(isinstance(n, ast.Tuple) or getattr(n, "id", "").isupper() for n in targets)
+    if isinstance(node, ASSIGNS):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        return all(name.isupper() for name in names)
     return isinstance(node, DEFINES)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from page_code import page_module
 
-from deimv2_tfg import thesis
 from deimv2_tfg.core import open_study
 from deimv2_tfg.detector import DetectorOutput
 from deimv2_tfg.evaluation import detections, evaluate
@@ -16,6 +16,8 @@ from deimv2_tfg.figures import read_provenance, save_figure, save_table
 from deimv2_tfg.runs import Run
 from deimv2_tfg.synthetic import study_data
 from deimv2_tfg.training import phase1_run
+
+thesis = page_module("07c_thesis")
 
 STORED = Path(__file__).resolve().parents[1] / "thesis_figures" / "industrial6_compact"
 
