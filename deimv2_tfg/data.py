@@ -6,8 +6,7 @@
 __all__ = [
     'DECODER', 'CACHES', 'coco_targets', 'cxcywh_to_xyxy', 'Reading', 'Photographs',
     'PhotographsInMemory', 'CacheError', 'PhotographsOnDisk', 'spare_workers', 'photograph_cache',
-    'DetectionDataset', 'load_dataset', 'box_table', 'class_table', 'size_table', 'plot_classes',
-    'plot_sizes', 'photograph_statistics', 'in_words',
+    'DetectionDataset', 'load_dataset', 'box_table', 'plot_classes',
 ]  # fmt: skip
 
 # %% ../nbs/01_data.ipynb #95d39687
@@ -24,7 +23,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from PIL import Image, features
 from torch.utils.data import Dataset
@@ -42,7 +40,7 @@ from deimv2_tfg.doctor import (
 )
 
 from .core import atomic_write, hash_bytes, one_at_a_time, project_root
-from .figures import class_style, class_title, finish, gettext
+from .figures import class_title, finish, gettext
 from .findings import read_coco
 from .photographs import read_photograph
 
@@ -392,32 +390,6 @@ def box_table(datasets: dict[str, DetectionDataset], image_size: int) -> pd.Data
     return table
 
 
-# %% ../nbs/01_data.ipynb #class-table
-def class_table(boxes: pd.DataFrame, datasets: dict[str, DetectionDataset]) -> pd.DataFrame:
-    """Images with a class and objects of it, by split; the last row is of all classes."""
-    columns = {}
-    for split, dataset in datasets.items():
-        its = boxes[boxes["split"] == split].groupby("class")["image"]
-        images = its.nunique().reindex(dataset.classes, fill_value=0)
-        objects = its.size().reindex(dataset.classes, fill_value=0)
-        columns[f"{split} images"] = [*images, len(dataset)]
-        columns[f"{split} objects"] = [*objects, objects.sum()]
-    names = [*next(iter(datasets.values())).classes, "all"]
-    return pd.DataFrame(columns, index=pd.Index(names, name="class"))
-
-
-# %% ../nbs/01_data.ipynb #size-table
-def size_table(boxes: pd.DataFrame) -> pd.DataFrame:
-    """Box sizes at the network's input: quartiles, and the shares under 8, 16 and 32 pixels."""
-    grouped = boxes.groupby("class", sort=False)["input pixels"]
-    table = grouped.describe()[["count", "min", "25%", "50%", "75%"]].astype({"count": int})
-    table.columns = ["boxes", "smallest", "25 %", "median", "75 %"]
-    for px in (8, 16, 32):
-        small = boxes["input pixels"] < px
-        table[f"under {px} px"] = small.groupby(boxes["class"], sort=False).mean()
-    return table
-
-
 # %% ../nbs/01_data.ipynb #plot-classes
 def plot_classes(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Objects of each class by split, as bars; `table`: of `class_table`."""
@@ -433,71 +405,3 @@ def plot_classes(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     ax.set(xlabel=gettext("objects", language), ylabel="")
     ax.legend(title=gettext("split", language), loc="upper left", bbox_to_anchor=(1, 1))
     return finish(fig, language)
-
-
-# %% ../nbs/01_data.ipynb #plot-sizes
-def plot_sizes(boxes: pd.DataFrame, classes=None, language: str = "en") -> plt.Figure:
-    """Box size at the network's input by class: every box a dot, with the quartiles.
-
-    `classes`: names in the order of their labels, so that colours are those of the boxes.
-    """
-    order = list(classes or dict.fromkeys(boxes["class"]))
-    colours = {name: class_style(label)["color"] for label, name in enumerate(order)}
-    fig, ax = plt.subplots(figsize=(6.2, 2.8), layout="constrained")
-    place = {"x": "input pixels", "y": "class", "order": order, "ax": ax}
-    dots = {"hue": "class", "hue_order": order, "palette": colours, "legend": False}
-    sns.stripplot(boxes, **place, **dots, size=2, alpha=0.5, zorder=0)
-    line = {"color": "black", "linewidth": 0.9, "fliersize": 0, "width": 0.6}
-    sns.boxplot(boxes, **place, **line, fill=False)
-    for px in (8, 16, 32):
-        ax.axvline(px, color="0.6", linewidth=0.7, linestyle=":")
-    ax.set_xscale("log", base=2)
-    side = "side of the box at the network's input, square root of the area (pixels)"
-    ax.set(xlabel=gettext(side, language), ylabel="")
-    ax.xaxis.set_major_formatter("{x:.0f}")
-    return finish(fig, language)
-
-
-# %% ../nbs/01_data.ipynb #statistics
-def photograph_statistics(datasets: dict[str, DetectionDataset]) -> pd.DataFrame:
-    """One row per photograph: split, width, height, objects, and classes shown."""
-    rows = []
-    for split, dataset in datasets.items():
-        for target in dataset.targets:
-            height, width = target["size"]
-            labels = target["labels"].tolist()
-            rows.append((split, width, height, len(labels), len(set(labels))))
-    return pd.DataFrame(rows, columns=["split", "width", "height", "objects", "classes"])
-
-
-# %% ../nbs/01_data.ipynb #in-words
-def in_words(photographs: pd.DataFrame, boxes: pd.DataFrame) -> str:
-    """`photograph_statistics` and `box_table` as sentences."""
-    objects = photographs["objects"]
-    if not len(boxes):
-        return f"{len(photographs)} photographs show no object."
-    side = np.sqrt(photographs["width"] * photographs["height"]).median()
-    ratio = boxes["width / height"]
-    area = 100 * boxes["share of the photograph"]
-    long = 100 * (np.maximum(ratio, 1 / ratio) > 3).mean()
-    medians = area.groupby(boxes["class"], sort=False).median().sort_values()
-    ranges = [f"{photographs[k].min()} to {photographs[k].max()}" for k in ("width", "height")]
-    count = (
-        f"{len(photographs)} photographs show {objects.sum()} objects: {objects.mean():.2f} on"
-        f" average, at most {objects.max()}; {(objects == 0).sum()} show none and"
-        f" {(photographs['classes'] > 1).sum()} show several classes."
-    )
-    size = (
-        f"Photographs measure {ranges[0]} by {ranges[1]} pixels; the median side (root of the"
-        f" area) is {side:.0f}."
-    )
-    shape = (
-        f"{long:.0f} % of the boxes are more than three times as long as wide; the median box"
-        f" covers {area.median():.1f} % of its photograph, a tenth cover less than"
-        f" {area.quantile(0.1):.1f} %."
-    )
-    extremes = (
-        f"The smallest class is {medians.index[0]} (median {medians.iloc[0]:.1f} %), the"
-        f" largest {medians.index[-1]} ({medians.iloc[-1]:.1f} %)."
-    )
-    return "\n".join([count, size, shape, extremes])

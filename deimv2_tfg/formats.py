@@ -41,7 +41,7 @@ from deimv2_tfg.photographs import (
 
 from .annotations import box_problem, mask_facts
 from .core import write_json
-from .data import SPLITS, annotation_file, load_dataset
+from .data import SPLITS
 from .findings import ERROR, KINDS, box_numbers, id_key
 
 
@@ -79,7 +79,6 @@ def _annotation(box: tuple, classes: Mapping[str, int], image_id: int, own: int)
     return one | {"area": w * h, "iscrowd": int(bool(crowd and crowd[0]))}
 
 
-# %% ../nbs/01b_formats.ipynb #write-coco-2
 def write_coco_set(path: Path, items: Iterable[Item], classes: Mapping[str, int]) -> Path:
     """Write a COCO json, and its photographs to `images/` beside it; its path.
 
@@ -114,6 +113,7 @@ LEFTOVERS = {
 }
 
 
+# %% ../nbs/01b_formats.ipynb #foreign-set
 @dataclass
 class Foreign:
     """What a reader found in a foreign set."""
@@ -128,13 +128,19 @@ class Foreign:
 
     def named(self, path: Path) -> str:
         """A file of the set, as messages call it."""
-        return (
-            path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        )
+        inside = path.is_relative_to(self.root)
+        return path.relative_to(self.root).as_posix() if inside else str(path)
 
-    def leave(self, kind: str, path: Path | str) -> None:
+    def leave(self, kind: str, path: Path) -> None:
         """Note a leftover, one of LEFTOVERS."""
-        self.left[kind].append(self.named(path) if isinstance(path, Path) else path)
+        self.left[kind].append(self.named(path))
+
+    def leave_others(self, kind: str, paths: Iterable[Path]) -> None:
+        """Note those photographs that were not added."""
+        added = {item.path for item in self.items}
+        for path in paths:
+            if path not in added:
+                self.leave(kind, path)
 
     @contextmanager
     def noting(self, path: Path, what: str = ""):
@@ -146,17 +152,24 @@ class Foreign:
             said = said.replace(f"{path}: ", "").replace(f"{self.root}/", "")
             self.problems.append(f"{self.named(path)}: {what}{said}"[:300])
 
-    def sized(self, path: Path, declared: tuple | None = None) -> tuple[int, int] | None:
-        """Width and height of a photograph; None, and a problem, where it cannot be used.
+    def add(
+        self,
+        path: Path,
+        boxes: Iterable[tuple] = (),
+        declared: tuple | None = None,
+        split: str | None = None,
+    ) -> Item | None:
+        """Add a photograph; None, and a problem, where it cannot be used.
 
-        `declared`: the size that the annotation gives, where it gives one.
+        `declared`: its size, where the annotation gives one; `split`: None is what its path says.
         """
-        size = None
         with self.noting(path):
-            size = photograph_size(path, declared)
+            item = Item(path, photograph_size(path, declared), list(boxes))
+            item.split = split_of(path, self.root) if split is None else split
+            self.items.append(item)
             if header_of(path).frames > 1:
                 self.counts["photographs of several pages: the first is taken"] += 1
-        return size
+            return item
 
     def number_classes(self) -> None:
         """Number the classes of the boxes by name, from 0."""
@@ -194,9 +207,17 @@ def photograph_size(path: Path, declared: tuple | None = None) -> tuple[int, int
 
 
 # %% ../nbs/01b_formats.ipynb #balance
-def _sticking_out(item: Item) -> int:
-    problems = [box_problem([*box[1:5]], *item.size) for box in item.boxes]
-    return sum(problem is not None and problem[0] == "box-over-edge" for problem in problems)
+def _box_findings(items: Iterable[Item]) -> list[tuple[Item, str, str]]:
+    """(photograph, kind, message) of what the doctor says of boxes; kind "": of a lost class."""
+    found = []
+    for item in items:
+        for name, *box in item.boxes:
+            problem = box_problem(box[:4], *item.size)
+            if not name:
+                found.append((item, "", f"box {box} has no class"))
+            elif problem:
+                found.append((item, problem[0], f"{name}: {problem[1]}"))
+    return found
 
 
 def balance(found: Foreign) -> list[str]:
@@ -207,25 +228,13 @@ def balance(found: Foreign) -> list[str]:
     objects = f"{sum(numbers)} boxes of {len(found.classes)} classes: {', '.join(found.classes)}"
     lines = [f"{found.format}: {len(numbers)} photographs, {shown}; {objects}"]
     lines += [f"{n} {what}" for what, n in found.counts.items()]
-    over = sum(_sticking_out(item) for item in found.items)
+    over = sum(kind == "box-over-edge" for _, kind, _ in _box_findings(found.items))
     if over:
         lines.append(f"{over} boxes stick out: they count as far as they lie on the photograph")
     for kind, files in found.left.items():
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         lines.append(f"{len(files)} {LEFTOVERS[kind]}: {', '.join(files[:3])}{more}")
     return lines
-
-
-def _wrong_boxes(item: Item) -> list[str]:
-    """What the doctor would call an error of the boxes of a photograph, or of their classes."""
-    wrong = []
-    for name, *box in item.boxes:
-        kind, message = box_problem(box[:4], *item.size) or ("", "")
-        if not name:
-            wrong.append(f"box {box} has no class")
-        elif kind and KINDS[kind][0] == ERROR:
-            wrong.append(f"{name}: {message}")
-    return wrong
 
 
 # %% ../nbs/01b_formats.ipynb #corners
@@ -261,8 +270,9 @@ def require_balance(found: Foreign, allow: Iterable[str] = ()) -> None:
         problems.append("no photograph")
     if found.items and not any(item.boxes for item in found.items):
         problems.append("none of the photographs has a box")
-    for item in found.items:
-        problems += [f"{found.named(item.path)}: {wrong}" for wrong in _wrong_boxes(item)]
+    for item, kind, said in _box_findings(found.items):
+        if not kind or KINDS[kind][0] == ERROR:
+            problems.append(f"{found.named(item.path)}: {said}")
     problems += filter(None, [read_as_corners(found.items, found.format == "YOLO")])
     if problems:
         shown = "\n  ".join(problems[:20])
@@ -381,6 +391,15 @@ def pictures_by_key(found: Foreign) -> dict[tuple, Path]:
     return by_key(set(pictures) - set(masks), found.root)
 
 
+def _labels_by_key(found: Foreign, paths: Iterable[Path], pictures: Mapping) -> dict[tuple, Path]:
+    """The label files of these photographs by their key; others are left over."""
+    labels = by_key(paths, found.root)
+    for own, path in labels.items():
+        if own not in pictures:
+            found.leave("labels", path)
+    return {own: path for own, path in labels.items() if own in pictures}
+
+
 # %% ../nbs/01b_formats.ipynb #coco-box
 def _turned(box: tuple, degrees: float) -> tuple:
     """The box (x, y, w, h) around a box that is turned about its middle."""
@@ -475,9 +494,8 @@ def _add_coco(found: Foreign, path: Path, coco: dict, index: PhotographIndex) ->
     for own, image in images.items():
         with found.noting(path):
             photograph = index.find(image.get("file_name"), path.parent)
-            size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
-            if size is not None:
-                found.items.append(Item(photograph, size, boxes[own], split_of(path, found.root)))
+            size = whole_size(image.get("width"), image.get("height"))
+            found.add(photograph, boxes[own], size, split_of(path, found.root))
 
 
 # %% ../nbs/01b_formats.ipynb #read-coco-set
@@ -498,20 +516,17 @@ def read_coco_set(root: str | Path, photographs: str | Path | None = None) -> Fo
     for path, n in taken.items():
         if n > 1:
             found.problems.append(f"{found.named(path)} is listed {n} times")
-    for path in index.paths:
-        if path not in taken:
-            found.leave("unlisted", path)
+    found.leave_others("unlisted", index.paths)
     return found
 
 
 # %% ../nbs/01b_formats.ipynb #read-voc
 @dataclass
 class VocFile:
-    """One VOC annotation: file name, size (None: not given) and corners as written."""
+    """One VOC annotation: the size (None: not given) and corners as written."""
 
-    name: str
     size: tuple[int, int] | None
-    corners: list[tuple]  # (class, xmin, ymin, xmax, ymax)
+    corners: list[tuple] = field(default_factory=list)  # (class, xmin, ymin, xmax, ymax)
     difficult: int = 0
 
     def boxes(self, first: int = 1) -> list[tuple]:
@@ -544,8 +559,7 @@ def read_voc_file(path: Path) -> VocFile:
     """One VOC annotation file. Raises `ValueError` with the file's name."""
     tree = xml_root(path)
     try:
-        size = whole_size(tree.findtext("size/width"), tree.findtext("size/height"))
-        found = VocFile(tree.findtext("filename") or "", size, [])
+        found = VocFile(whole_size(tree.findtext("size/width"), tree.findtext("size/height")))
         for thing in tree.iter("object"):
             name = (thing.findtext("name") or "").strip()
             if not name:
@@ -562,12 +576,13 @@ def read_voc_file(path: Path) -> VocFile:
 
 
 # %% ../nbs/01b_formats.ipynb #read-lists
-def read_lists(found: Foreign, stems: Mapping[str, Iterable]) -> dict[str, str]:
+def read_lists(found: Foreign, pictures: Mapping[tuple, Path]) -> dict[str, str]:
     """{stem: split} of the lists `train.txt`, `val.txt` (or `valid`), `test.txt` of a set.
 
     A line is a name with or without suffix or folder; VOC's lists of one class end in 1 or -1.
-    A name that is not among `stems` is a problem.
+    A name that is none of `pictures` (by key) is a problem.
     """
+    stems = {own[-1] for own in pictures}
     splits = {}
     for path in files_of(found.root, [".txt"]):
         split = SPLIT_NAMES.get(path.stem.lower())
@@ -582,7 +597,7 @@ def read_lists(found: Foreign, stems: Mapping[str, Iterable]) -> dict[str, str]:
     return splits
 
 
-def _listed_stem(line: str, stems: Mapping[str, Iterable]) -> str | None:
+def _listed_stem(line: str, stems: set[str]) -> str | None:
     """The stem that a line of a list means."""
     for name in (line, re.sub(r"\s+-?[01]$", "", line)):
         name = re.split(r"[\\/]", name)[-1]
@@ -597,16 +612,13 @@ def read_voc_set(root: str | Path) -> Foreign:
     """A Pascal VOC set: photographs, XML and lists in any folders, or side by side."""
     found = Foreign(Path(root), "Pascal VOC")
     pictures = pictures_by_key(found)
-    labels = by_key(files_of(found.root, [".xml"]), found.root)
+    labels = _labels_by_key(found, files_of(found.root, [".xml"]), pictures)
     read = {}
     for own, path in labels.items():
-        if own not in pictures:
-            found.leave("labels", path)
-            continue
         with found.noting(path):
             read[own] = read_voc_file(path)
     first = _first_pixel(found, read.values())
-    listed = read_lists(found, {own[-1]: path for own, path in pictures.items()})
+    listed = read_lists(found, pictures)
     for own, path in pictures.items():
         if own not in labels:
             found.leave("unlabelled", path)
@@ -620,7 +632,6 @@ def read_voc_set(root: str | Path) -> Foreign:
     return found
 
 
-# %% ../nbs/01b_formats.ipynb #first-pixel
 def _first_pixel(found: Foreign, files: Iterable[VocFile]) -> int:
     """1, VOC's own; 0 where a corner at 0 says that the tool counts from there."""
     lows = [min(c[1:3]) for file in files for c in file.corners]
@@ -637,14 +648,9 @@ def _add_voc(found: Foreign, path: Path, file: VocFile | None, first: int, split
         found.counts["sizes taken from the photograph, the XML gives none"] += 1
         if header_of(path).orientation > 1:
             declared = (0, 0)  # the boxes might be upright or not
-    size = found.sized(path, declared)
-    if size is None:
-        return
-    boxes = file.boxes(first) if file else []
-    if file and file.difficult:
+    added = found.add(path, file.boxes(first) if file else (), declared, split)
+    if added and file and file.difficult:
         found.counts["objects marked as difficult, taken like the others"] += file.difficult
-    item = Item(path, size, boxes, split or split_of(path, found.root))
-    found.items.append(item)
 
 
 # %% ../nbs/01b_formats.ipynb #write-voc
@@ -677,7 +683,6 @@ def _voc_tree(item: Item) -> ElementTree.Element:
     return tree
 
 
-# %% ../nbs/01b_formats.ipynb #write-voc-set
 def write_voc(root: str | Path | Foreign, out: str | Path) -> Path:
     """A data set in the thesis's layout as Pascal VOC, in its three usual folders.
 
@@ -720,7 +725,6 @@ def _yolo_box(values: list[float], keypoints: bool) -> tuple[float, float, float
     return box
 
 
-# %% ../nbs/01b_formats.ipynb #read-yolo-2
 def read_yolo(text: str, width: int, height: int, classes, keypoints: bool = False) -> list[tuple]:
     """The boxes of one YOLO file as (class, x, y, w, h) in pixels.
 
@@ -796,19 +800,15 @@ def yolo_classes(root: str | Path) -> dict[int, str]:
 NO_LABELS = ("classes", "predefined_classes", "readme", "license", "notes")
 
 
-def _yolo_texts(found: Foreign, pictures: dict) -> dict[tuple, Path]:
-    """The label files by key; one that belongs to no photograph is left over."""
+def _yolo_texts(found: Foreign, pictures: dict) -> list[Path]:
+    """The text files that are no lists of photographs, and speak of objects."""
     texts = []
     for path in files_of(found.root, [".txt"]):
         stem = path.stem.lower().split(".")[0]
         is_list = stem in SPLIT_NAMES and key(path, found.root) not in pictures
         if not is_list and stem not in NO_LABELS:
             texts.append(path)
-    labels = by_key(texts, found.root)
-    for own, path in labels.items():
-        if own not in pictures:
-            found.leave("labels", path)
-    return labels
+    return texts
 
 
 # %% ../nbs/01b_formats.ipynb #read-yolo-set
@@ -820,19 +820,15 @@ def read_yolo_set(root: str | Path) -> Foreign:
     if len(found.classes) < len(names):
         found.problems.append(f"two classes have one name: {', '.join(names.values())}")
     pictures = pictures_by_key(found)
-    labels = _yolo_texts(found, pictures)
+    labels = _labels_by_key(found, _yolo_texts(found, pictures), pictures)
     yamls = files_of(found.root, [".yaml", ".yml"])
     keypoints = any("kpt_shape" in _yaml(path) for path in yamls)
-    listed = read_lists(found, {own[-1]: path for own, path in pictures.items()})
+    listed = read_lists(found, pictures)
     for own, path in pictures.items():
-        size = found.sized(path)
-        if size is None:
-            continue
-        item = Item(path, size, split=listed.get(own[-1]) or split_of(path, found.root))
-        if own in labels:
+        item = found.add(path, split=listed.get(own[-1]))
+        if item and own in labels:
             with found.noting(labels[own]):
-                item.boxes = read_yolo(read_text(labels[own]), *size, names, keypoints)
-        found.items.append(item)
+                item.boxes = read_yolo(read_text(labels[own]), *item.size, names, keypoints)
     _yolo_backgrounds(found, labels)
     return found
 
@@ -916,15 +912,6 @@ def _cvat_box(shape) -> tuple[float, float, float, float]:
 
 
 # %% ../nbs/01b_formats.ipynb #read-cvat-2
-def _finish_tool(found: Foreign, index: PhotographIndex) -> None:
-    """Classes by name, and photographs that no annotation names."""
-    found.number_classes()
-    used = {item.path for item in found.items}
-    for path in index.paths:
-        if path not in used:
-            found.leave("unlabelled", path)
-
-
 def read_cvat(root: str | Path) -> Foreign:
     """A set in CVAT's own format ("for images"): one XML with all photographs."""
     found = Foreign(Path(root), "CVAT")
@@ -935,20 +922,15 @@ def read_cvat(root: str | Path) -> Foreign:
             found.problems.append(f"{found.named(path)}: tracks of a video; export for images")
         for image in tree.iter("image"):
             with found.noting(path, f"{image.get('name')}: "):
-                _add_cvat(found, path, image, index)
-    _finish_tool(found, index)
+                photograph = index.find(image.get("name"), path.parent)
+                size = whole_size(image.get("width"), image.get("height"))
+                shapes = [shape for shape in image if shape.tag != "tag"]
+                boxes = [(shape.get("label") or "", *_cvat_box(shape)) for shape in shapes]
+                split = (image.get("subset") or "").lower()
+                found.add(photograph, boxes, size, SPLIT_NAMES.get(split, ""))
+    found.number_classes()
+    found.leave_others("unlabelled", index.paths)
     return found
-
-
-def _add_cvat(found: Foreign, path: Path, image, index: PhotographIndex) -> None:
-    """Add one photograph of CVAT's XML."""
-    photograph = index.find(image.get("name"), path.parent)
-    size = found.sized(photograph, whole_size(image.get("width"), image.get("height")))
-    shapes = [shape for shape in image if shape.tag != "tag"]
-    boxes = [(shape.get("label") or "", *_cvat_box(shape)) for shape in shapes]
-    split = SPLIT_NAMES.get((image.get("subset") or "").lower(), "")
-    if size is not None:
-        found.items.append(Item(photograph, size, boxes, split))
 
 
 # %% ../nbs/01b_formats.ipynb #read-labelme
@@ -965,7 +947,6 @@ def _labelme_box(shape: dict) -> tuple[float, float, float, float]:
     return _around(points)
 
 
-# %% ../nbs/01b_formats.ipynb #read-labelme-2
 def read_labelme(root: str | Path) -> Foreign:
     """A set of LabelMe: one json per photograph."""
     found = Foreign(Path(root), "LabelMe")
@@ -977,9 +958,8 @@ def read_labelme(root: str | Path) -> Foreign:
         with found.noting(path):
             photograph = index.find(content["imagePath"], path.parent)
             boxes = [(str(s["label"] or ""), *_labelme_box(s)) for s in content["shapes"]]
-            declared = whole_size(content.get("imageWidth"), content.get("imageHeight"))
-            size = found.sized(photograph, declared)
-            if size is not None:
-                found.items.append(Item(photograph, size, boxes, split_of(photograph, found.root)))
-    _finish_tool(found, index)
+            size = whole_size(content.get("imageWidth"), content.get("imageHeight"))
+            found.add(photograph, boxes, size)
+    found.number_classes()
+    found.leave_others("unlabelled", index.paths)
     return found

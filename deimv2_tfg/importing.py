@@ -6,12 +6,12 @@
 __all__ = [
     'FEW_VALUES', 'VOID', 'MASK_ENDING', 'SOUND', 'READERS', 'ARCHIVES', 'SHARES', 'mask_values',
     'is_smooth', 'marked', 'mask_parts', 'mask_key', 'split_masks', 'value_names', 'class_layers',
-    'MaskReader', 'read_masks', 'read_folders', 'format_of', 'every_nth', 'fill_split',
-    'looks_of', 'groups_of_items', 'deal_items', 'settle_splits', 'write_items', 'read_foreign',
-    'import_dataset',
+    'MaskReader', 'read_masks', 'read_folders', 'format_of', 'fill_split', 'looks_of',
+    'groups_of_items', 'deal_items', 'settle_splits', 'import_dataset',
 ]  # fmt: skip
 
 # %% ../nbs/01f_importing.ipynb #imp-imports
+import contextlib
 import re
 import tempfile
 from collections import Counter, defaultdict
@@ -249,19 +249,16 @@ class MaskReader:
     def add(self, path: Path, mask: Path | None) -> None:
         """Add a photograph with its mask, or without one."""
         folder = self.folder(path)
-        declared = tuple(header_of(mask).size) if mask else None
-        size = self.found.sized(path, declared)
-        if size is None:
+        item = self.found.add(path, declared=tuple(header_of(mask).size) if mask else None)
+        if item is None:
             return
-        item = Item(path, size, split=split_of(path, self.found.root))
         with self.found.noting(mask or path):
             if mask:
                 item.boxes = self.boxes(mask, folder)
             elif folder and folder == self.whole:
-                item.boxes = [(folder, 0, 0, *size)]
+                item.boxes = [(folder, 0, 0, *item.size)]
             elif folder.lower() not in SOUND:
                 self.found.leave("unlabelled", path)
-            self.found.items.append(item)
 
 
 # %% ../nbs/01f_importing.ipynb #read-masks
@@ -309,11 +306,9 @@ def read_folders(root: str | Path) -> Foreign:
     """Photographs in folders by class: one box around the whole picture of each."""
     found = Foreign(Path(root), "folders")
     for path in files_of(found.root, PICTURES):
-        size = found.sized(path)
-        if size is not None:
-            box = (path.parent.name, 0, 0, *size)
-            sound = path.parent.name.lower() in SOUND
-            found.items.append(Item(path, size, [] if sound else [box], split_of(path, found.root)))
+        item = found.add(path)
+        if item and path.parent.name.lower() not in SOUND:
+            item.boxes = [(path.parent.name, 0, 0, *item.size)]
     found.number_classes()
     return found
 
@@ -328,8 +323,6 @@ READERS: dict[str, Callable] = {
     "masks": read_masks,
     "folders": read_folders,
 }
-
-
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 
 
@@ -342,13 +335,6 @@ def _json_format(paths: Sequence[Path]) -> str:
         if isinstance(content, dict) and "shapes" in content:
             return "labelme"
     return ""
-
-
-def _has_class_names(root: Path) -> bool:
-    try:
-        return bool(yolo_classes(root))
-    except FileNotFoundError:
-        return False
 
 
 # %% ../nbs/01f_importing.ipynb #format-of-2
@@ -368,8 +354,9 @@ def format_of(source: str | Path) -> str:
             return "voc"
     if found := _json_format(files_of(source, [".json"])):
         return found
-    if _has_class_names(source):
-        return "yolo"
+    with contextlib.suppress(FileNotFoundError):
+        if yolo_classes(source):
+            return "yolo"
     if archives := files_of(source, ARCHIVES):
         raise ValueError(f"{archives[0]} is an archive: unpack it first")
     photographs, masks = split_masks(files_of(source, PICTURES), source)
@@ -382,25 +369,16 @@ def format_of(source: str | Path) -> str:
     )
 
 
-# %% ../nbs/01f_importing.ipynb #every-nth-2
-def every_nth(labels: Sequence[str], share: float) -> list[bool]:
-    """Marks about `share` of the items of every label, spread evenly, one of a label at least."""
-    step = max(2, round(1 / share))
-    seen, marked_items = Counter(), []
-    for label in labels:
-        marked_items.append(seen[label] % step == step - 1)
-        seen[label] += 1
-    return marked_items
-
-
 # %% ../nbs/01f_importing.ipynb #every-nth
-def fill_split(items: list[Item], split: str, share: float) -> None:
-    """Move a share of the training photographs, even by class, to a split that has none."""
-    train = [item for item in items if item.split == "train"]
-    labels = [item.boxes[0][0] if item.boxes else "" for item in train]
-    for item, chosen in zip(train, every_nth(labels, share), strict=True):
-        if chosen:
-            item.split = split
+def fill_split(items: list[Item], split: str, step: int) -> None:
+    """Move every `step`-th training photograph of a class to a split that has none."""
+    seen = Counter()
+    for item in items:
+        if item.split == "train":
+            label = item.boxes[0][0] if item.boxes else ""
+            seen[label] += 1
+            if seen[label] % step == 0:
+                item.split = split
 
 
 # %% ../nbs/01f_importing.ipynb #groups-of-items
@@ -477,9 +455,9 @@ def settle_splits(
         if not item.split:
             found.leave("unlisted", item.path)
     found.items = [item for item in found.items if item.split]
-    for split, share in (("test", 1 / 5), ("val", 1 / 8)):
+    for split, step in (("test", 5), ("val", 8)):
         if split not in named and "train" in named:
-            fill_split(found.items, split, share)
+            fill_split(found.items, split, step)
             found.counts[f"of {split}: the set has none, so they are taken from train"] = sum(
                 item.split == split for item in found.items
             )
@@ -494,22 +472,19 @@ def _distinct_names(found: Foreign) -> None:
             item.name = found.named(item.path).replace("/", "__")
 
 
-def write_items(found: Foreign, out: Path) -> None:
-    """Write the splits of a set; one without splits as `annotations.json`, for `split` to deal."""
-    for split in sorted({item.split for item in found.items}):
-        items = [item for item in found.items if item.split == split]
-        path = annotation_file(out, split) if split else out / "annotations.json"
-        write_coco_set(path, items, found.classes)
-
-
-# %% ../nbs/01f_importing.ipynb #write-items
 def _write_whole(found: Foreign, out: Path) -> None:
-    """Write a set beside its place and move it there."""
+    """Write the splits of a set beside its place, and move them there.
+
+    One without splits is written as `annotations.json`, for `split` to deal.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
         made = Path(beside) / "set"
         made.mkdir()
-        write_items(found, made)
+        for split in sorted({item.split for item in found.items}):
+            items = [item for item in found.items if item.split == split]
+            path = annotation_file(made, split) if split else made / "annotations.json"
+            write_coco_set(path, items, found.classes)
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -520,14 +495,6 @@ def _words(text: str | Iterable[str]) -> list[str]:
     """Words of a text with commas, or of a sequence."""
     parts = text.split(",") if isinstance(text, str) else text
     return [part.strip() for part in parts if part.strip()]
-
-
-def read_foreign(source: str | Path, format: str = "", **options) -> Foreign:
-    """What is in a set of another tool; `options` of its reader. Raises `ValueError`."""
-    kind = format or format_of(source)
-    if kind not in READERS:
-        raise ValueError(f"format={kind!r}: choose {', '.join(READERS)}")
-    return READERS[kind](source, **options)
 
 
 # %% ../nbs/01f_importing.ipynb #import-dataset
@@ -557,13 +524,15 @@ def import_dataset(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty: choose another folder")
     kind = format or format_of(source)
+    if kind not in READERS:
+        raise ValueError(f"format={kind!r}: choose {', '.join(READERS)}")
     options = {}
     if kind == "masks":
         options = {"min_pixels": min_pixels, "merge": merge, "whole": whole}
         options["classes"] = _words(classes)
     if kind == "coco" and photographs:
         options = {"photographs": photographs}
-    found = read_foreign(source, kind, **options)
+    found = READERS[kind](source, **options)
     looks = looks_of(found)
     if one_piece:
         for item in found.items:

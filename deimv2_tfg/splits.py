@@ -6,13 +6,14 @@
 __all__ = [
     'MANIFEST', 'split_table', 'groups_of', 'deal', 'assign_shares', 'write_assignment',
     'write_folds', 'manifest_of', 'freeze', 'changes_between', 'require_frozen', 'bind_data',
-    'split', 'split_quality',
+    'split',
 ]  # fmt: skip
 
 # %% ../nbs/01e_splits.ipynb #imports
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ def _read(root, split: str) -> dict:
     return read_coco(annotation_file(root, split))
 
 
-# %% ../nbs/01e_splits.ipynb #split-table-2
 def split_table(root, splits=SPLITS) -> pd.DataFrame:
     """One row per listed photograph, with its objects of each class, by class name.
 
@@ -199,8 +199,8 @@ def _link(source: Path, target: Path):
 
 
 # %% ../nbs/01e_splits.ipynb #write-assignment-2
-def write_assignment(root, out, table: pd.DataFrame, names=SPLITS) -> Path:
-    """Write a data set whose split `names[k]` holds the photographs of share k.
+def write_assignment(root, out, table: pd.DataFrame) -> Path:
+    """Write a data set whose split `SPLITS[k]` holds the photographs of share k.
 
     Raises `FileExistsError` where `out` is not empty.
     """
@@ -210,7 +210,7 @@ def write_assignment(root, out, table: pd.DataFrame, names=SPLITS) -> Path:
     cocos = {split: _read(root, split) for split in table["split"].unique()}
     names_alone = table["file_name"].map(lambda name: Path(name).name)
     table = table.assign(again=names_alone.duplicated(keep=False))
-    for k, name in enumerate(names):
+    for k, name in enumerate(SPLITS):
         its = table[table["share"] == k]
         _write_rows(root, out / name, its, cocos)
     return out
@@ -224,17 +224,13 @@ def _new_name(row) -> str:
     return "_".join([row.split, *Path(row.file_name).parts])
 
 
-def _boxes_by_image(coco: dict) -> dict:
-    boxes = {}
-    for a in coco["annotations"]:
-        boxes.setdefault(a["image_id"], []).append(a)
-    return boxes
-
-
 # %% ../nbs/01e_splits.ipynb #write-rows
 def _write_rows(root: Path, folder: Path, rows: pd.DataFrame, cocos: dict):
     """Photographs and boxes of some rows as the split `folder`."""
-    boxes = {split: _boxes_by_image(coco) for split, coco in cocos.items()}
+    boxes = defaultdict(list)
+    for split, coco in cocos.items():
+        for a in coco["annotations"]:
+            boxes[split, a["image_id"]].append(a)
     images, annotations = [], []
     (folder / "images").mkdir(parents=True)
     for k, row in enumerate(rows.itertuples(), 1):
@@ -244,7 +240,7 @@ def _write_rows(root: Path, folder: Path, rows: pd.DataFrame, cocos: dict):
         _link(photograph, folder / "images" / name)
         source = {"source_split": row.split, "source_name": row.file_name}
         images.append(source | entry | {"id": k, "file_name": name})
-        for a in boxes[row.split].get(entry["id"], []):
+        for a in boxes[row.split, entry["id"]]:
             annotations.append(a | {"id": len(annotations) + 1, "image_id": k})
     categories = next(iter(cocos.values()))["categories"]
     coco = {"images": images, "annotations": annotations, "categories": categories}
@@ -253,20 +249,17 @@ def _write_rows(root: Path, folder: Path, rows: pd.DataFrame, cocos: dict):
 
 # %% ../nbs/01e_splits.ipynb #write-folds
 def write_folds(
-    root, out, k: int = 5, by=("look", "name"), column="", seed=0, report=None, splits=SPLITS
+    root, out, k: int = 5, by=("look", "name"), column="", seed=0, splits=SPLITS
 ) -> list[Path]:
     """`k` data sets `out/fold0`, `out/fold1`, ...: stratified, grouped cross-validation."""
     if k < 3:
         raise ValueError(f"folds={k}: at least 3, for training, validation and test")
-    table = assign_shares(root, np.ones(k), by, column, seed, report=report, splits=splits)
-    how = {"kind": "fold", "folds": k}
-    how |= {"by": list(by), "column": column, "seed": seed}
+    table = assign_shares(root, np.ones(k), by, column, seed, splits=splits)
+    how = {"kind": "fold", "folds": k, "by": list(by), "column": column, "seed": seed}
     folders = []
     for fold in range(k):
-        role = {fold: 2, (fold + 1) % k: 1}
-        shares = [role.get(share, 0) for share in table["share"]]
-        roles = table.assign(share=shares)
-        folder = write_assignment(root, Path(out) / f"fold{fold}", roles)
+        role = table["share"].map({fold: 2, (fold + 1) % k: 1}).fillna(0)
+        folder = write_assignment(root, Path(out) / f"fold{fold}", table.assign(share=role))
         freeze(folder, how | {"fold": fold})
         folders.append(folder)
     return folders
@@ -276,7 +269,6 @@ def write_folds(
 MANIFEST = "splits.json"
 
 
-# %% ../nbs/01e_splits.ipynb #manifest-of-2
 def manifest_of(root, made: dict | None = None) -> dict:
     """The manifest of a data set.
 
@@ -292,9 +284,9 @@ def manifest_of(root, made: dict | None = None) -> dict:
     digests = {path.relative_to(root).as_posix(): file_digest(path) for path in set(paths)}
     files = dict(sorted(digests.items()))
     lines = [f"{name} {digest}".encode() for name, digest in files.items()]
-    counts = {}
-    for split in SPLITS:
-        counts[split] = sum(name.startswith(f"{split}/images/") for name in files)
+    counts = {split: 0 for split in SPLITS}
+    for name in files:
+        counts[name.split("/")[0]] += "/images/" in name
     return {"hash": hash_bytes(*lines), "photographs": counts, "made": made or {}, "files": files}
 
 
@@ -377,15 +369,14 @@ def _folder_of(file: Path, images: str = "") -> Path:
     missing = {}
     for folder in folders:
         missing[folder] = [name for name in names if not _is_in(folder, name)]
-        if not missing[folder]:
-            return folder.resolve()
     best = min(missing, key=lambda folder: len(missing[folder]))
     lost = missing[best]
+    if not lost:
+        return best.resolve()
     found = f"{len(lost)} of {len(names)} photographs are not in {best}, {lost[0]!r} for one"
     raise DatasetError(f"{file}: {found}; give their folder with --images")
 
 
-# %% ../nbs/01e_splits.ipynb #is-in
 def _is_in(folder: Path, name) -> bool:
     try:
         return safe_path(folder, name).is_file()
@@ -470,26 +461,3 @@ def split(
     asked = counts.sum() * np.array(wanted) / sum(wanted)
     if (counts < asked / 2).any():
         print(f"less than half of what was asked: {sizes.iloc[0]} photographs belong together")
-
-
-# %% ../nbs/01e_splits.ipynb #split-quality
-def split_quality(table: pd.DataFrame, twins: np.ndarray) -> dict[str, float]:
-    """How honest and how even a split is: `table` of `assign_shares`, `twins` (p, 2) rows.
-
-    Share of test photographs with a twin in training or validation, and the largest distance of any
-    class's share of photographs in the test from the split's own.
-    """
-    test = table["share"].to_numpy() == 2
-    backwards = twins[:, ::-1]
-    one, other = np.concatenate([twins, backwards]).T
-    leaks = one[test[one] & ~test[other]]
-    shown = table[_classes(table)].to_numpy() > 0
-    all_shown = np.maximum(shown.sum(0), 1)
-    away = shown[test].sum(0) / all_shown - test.mean()
-    leaked = len(np.unique(leaks))
-    return {
-        "test photographs": int(test.sum()),
-        "with a twin elsewhere": leaked,
-        "share with a twin": leaked / max(1, test.sum()),
-        "largest class deviation": float(np.abs(away).max()),
-    }

@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from page_code import page_module
 from PIL import Image
 
 from deimv2_tfg import data, doctor
@@ -13,14 +14,15 @@ from deimv2_tfg.data import (
     SPLITS,
     DatasetError,
     check_dataset,
-    class_style,
     load_dataset,
-    plot_sizes,
     require_dataset,
 )
+from deimv2_tfg.figures import class_style
 from deimv2_tfg.findings import annotation_file
 from deimv2_tfg.formats import Item, write_coco_set
 from deimv2_tfg.transforms import TrainTransform
+
+page = page_module("01_data")
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_colours_of_sizes_follow_the_labels(photographs):
             "input pixels": [9.0, 20.0, 40.0],
         }
     )
-    figure = plot_sizes(boxes, ["a", "b", "c"])
+    figure = page.plot_sizes(boxes, ["a", "b", "c"])
     dots = [c for c in figure.axes[0].collections if len(c.get_offsets())]
     for label, dot in enumerate(dots):
         assert dot.get_facecolor()[0][:3] == pytest.approx(class_style(label)["color"])
@@ -178,7 +180,7 @@ def test_augmentation_keeps_boxes_on_their_objects(tmp_path):
 def test_statistics_in_words_and_few_objects(photographs):
     edit(photographs, "test", lambda c: c["annotations"].clear())
     datasets = {s: load_dataset(photographs, s) for s in SPLITS}
-    words = data.in_words(data.photograph_statistics(datasets), data.box_table(datasets, 64))
+    words = page.in_words(page.photograph_statistics(datasets), data.box_table(datasets, 64))
     assert (
         "3 photographs show 4 objects" in words
         and "1 show none and 2 show several classes" in words

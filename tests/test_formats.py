@@ -23,7 +23,7 @@ from deimv2_tfg.formats import (
     write_yolo,
     yolo_classes,
 )
-from deimv2_tfg.importing import format_of, import_dataset, mask_parts, read_foreign, read_masks
+from deimv2_tfg.importing import format_of, import_dataset, mask_parts, read_masks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -888,7 +888,7 @@ def test_an_unknown_word_is_refused_with_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="choose from unlabelled, labels"):
         import_dataset(root, tmp_path / "out", allow="everything")
     with pytest.raises(ValueError, match="choose coco, voc, yolo"):
-        read_foreign(root, "xml")
+        import_dataset(root, tmp_path / "out", format="xml")
 
 
 def test_import_from_the_command_line(tmp_path, smoke_data, capsys):
