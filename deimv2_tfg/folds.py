@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'fold_directories', 'fold_configs', 'train_folds', 'pooled', 'fold_runs', 'by_seed',
-    'Network', 'open_network', 'fold_table', 'all_folds', 'plot_folds',
+    'AGAINST', 'fold_directories', 'fold_configs', 'train_folds', 'pooled', 'by_seed', 'by_fold',
+    'open_network', 'fold_table',
 ]  # fmt: skip
 
 # %% ../nbs/07f_folds.ipynb #imports
@@ -13,32 +13,18 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-
-from deimv2_tfg.statistics import (
-    ClassMatches,
-    Sampled,
-    estimate,
-    image_swap_p,
-    joined,
-    paired_effect,
-    sample_ap,
-    seed_pairs,
-    stratified_weights,
-)
 
 from .baselines import family_of
 from .core import project_root, read_json
 from .data import DatasetError
 from .evaluation import evaluate
-from .figures import finish, gettext
 from .metrics import judged
 from .recipes import TrainConfig
-from .results import GOOD, SINGLE, named_groups
-from .runs import Run, find_runs
+from .results import GOOD, Network, against, own_columns
+from .runs import Run
 from .splits import MANIFEST
+from .statistics import ClassMatches, joined, sample_ap, stratified_weights
 from .training import train
 
 
@@ -114,16 +100,7 @@ def pooled(runs: dict[Path, Run], split: str = "test") -> list[ClassMatches]:
     return [functools.reduce(joined, of_class) for of_class in tables]
 
 
-# %% ../nbs/07f_folds.ipynb #fold-runs
-def fold_runs(data_dir: str | Path, runs_dir: str | Path | None = None) -> dict[str, list[Run]]:
-    """The finished runs on the folds of a folder that have predictions on test, by network."""
-    folders = {str(folder.absolute()) for folder in fold_directories(data_dir)}
-    place = runs_dir or project_root() / "runs" / Path(data_dir).absolute().name
-    there = [r for r in find_runs(place) if r.has_predictions("test")]
-    there = [r for r in there if str(r.data_dir) in folders]
-    return {name: [Run(r) for r in group] for name, group in named_groups(there).items()}
-
-
+# %% ../nbs/07f_folds.ipynb #by-seed
 def by_seed(runs: list[Run], folders: list[Path]) -> dict[int, dict[Path, Run]]:
     """{seed: {fold: run}} of the seeds that have every fold; the newest run of each."""
     at = {str(folder.absolute()): folder for folder in folders}
@@ -138,16 +115,8 @@ def by_seed(runs: list[Run], folders: list[Path]) -> dict[int, dict[Path, Run]]:
 
 
 # %% ../nbs/07f_folds.ipynb #network
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network's pooled matches by seed, and its AP on the draws of the photographs."""
-
-    tables: list[list[ClassMatches]]  # by seed
-    sampled: list[Sampled]  # by seed
-    by_fold: pd.DataFrame  # AP and AP50 of each seed and fold
-
-
-def _by_fold(seeds: dict) -> pd.DataFrame:
+def by_fold(seeds: dict) -> pd.DataFrame:
+    """AP and AP50 of each seed and fold, from {seed: {fold: run}}."""
     rows = []
     for seed, folds in seeds.items():
         for k, (folder, run) in enumerate(folds.items()):
@@ -158,38 +127,17 @@ def _by_fold(seeds: dict) -> pd.DataFrame:
 
 
 def open_network(seeds: dict, draws: int = 2000, seed: int = 0) -> Network:
-    """A network from {seed: {fold: run}}; every network on the same folds gets the same draws."""
+    """Its pooled matches, from {seed: {fold: run}}; on the same folds the draws are the same."""
     tables = [pooled(folds) for folds in seeds.values()]
     weights = stratified_weights(tables[0], draws, seed)
     sampled = [sample_ap(t, weights, s) for t, s in zip(tables, seeds, strict=True)]
-    return Network(tables, sampled, _by_fold(seeds))
-
-
-# %% ../nbs/07f_folds.ipynb #fold-row
-def _own_columns(network: Network, without: tuple) -> dict:
-    """Counts, the pooled metrics with intervals, and the folds' mean and spread."""
-    counts = np.stack([t.objects for t in network.tables[0]])
-    row = {"seeds": len(network.tables), "images": counts.shape[1], "objects": int(counts.sum())}
-    metrics = [("AP", "AP", ()), ("AP50", "AP50", ())]
-    if without:
-        metrics.append((f"AP without {', '.join(without)}", "AP", without))
-    for name, metric, left_out in metrics:
-        found = estimate(network.sampled, metric, 0, left_out, SINGLE)
-        row |= {name: found.value, f"{name} low": found.low, f"{name} high": found.high}
-    each = network.by_fold.groupby("fold")["AP"].mean()
-    return row | {"mean of folds": each.mean(), "sd of folds": each.std(ddof=1)}
-
-
-def _against(network: Network, first: Network) -> dict:
-    """The paired difference to the first network, and its p by swaps of photographs."""
-    effect = paired_effect(network.sampled, first.sampled)
-    pairs = seed_pairs(network.sampled, first.sampled) or [(0, 0)]
-    tables = [(network.tables[a], first.tables[b]) for a, b in pairs]
-    ends = {"difference low": effect.low, "difference high": effect.high}
-    return {"difference": effect.difference, **ends, "p images": image_swap_p(tables)}
+    return Network(tables, sampled)
 
 
 # %% ../nbs/07f_folds.ipynb #fold-table
+AGAINST = ("difference", "difference low", "difference high", "p images")
+
+
 def fold_table(
     data_dir: str | Path,
     networks: dict[str, list[Run]],
@@ -211,36 +159,13 @@ def fold_table(
             rows.append({"network": name, "note": note})
             continue
         network = open_network(seeds, draws)
-        classes = [table.name for table in network.tables[0]]
-        without = tuple(c for c in classes if c in leave_out)
-        row = {"network": name, **_own_columns(network, without)}
-        if first:
-            row |= _against(network, first)
+        without = tuple(c for c in network.sampled[0].classes if c in leave_out)
+        row = {"network": name, "seeds": len(seeds), **own_columns(network, 0, without)}
+        each = by_fold(seeds).groupby("fold")["AP"].mean()
+        row |= {"mean of folds": each.mean(), "sd of folds": each.std(ddof=1)}
         first = first or network
+        if first is not network:
+            told = against(network, first)
+            row |= {column: told[column] for column in AGAINST}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-# %% ../nbs/07f_folds.ipynb #plot-folds
-def all_folds(data_dir: str | Path, networks: dict[str, list[Run]]) -> pd.DataFrame:
-    """AP and AP50 of every fold: a row per network, seed and fold; networks as in `fold_table`."""
-    folders = fold_directories(data_dir)
-    parts = []
-    for name, runs in networks.items():
-        part = _by_fold(by_seed(runs, folders))
-        part.insert(0, "network", name)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
-
-
-def plot_folds(table: pd.DataFrame, language: str = "en") -> plt.Figure:
-    """AP of every fold of an `all_folds` table, one row of dots per network."""
-    names = list(table["network"].unique())
-    fig, ax = plt.subplots(figsize=(6.2, 0.5 * len(names) + 0.9))
-    for y, (_, part) in enumerate(table.groupby("network", sort=False)):
-        ax.plot(part["AP"], np.full(len(part), y), "o", color=f"C{y}", alpha=0.7)
-        ax.plot(part["AP"].mean(), y, "|", color="black", markersize=16)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlabel(gettext("AP of each fold; the line is their mean", language))
-    return finish(fig, language)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = [
     'LOSSES', 'FEW', 'GOOD', 'SINGLE', 'NOT_COMPARED', 'FAMILIES', 'COMPARED', 'loss_families',
-    'plot_training', 'per_class_table', 'plot_per_class', 'plot_precision_recall', 'sheet_images',
+    'plot_training', 'per_class_table', 'plot_per_class', 'plot_precision_recall',
     'chosen_points', 'prediction_sheet', 'group_seeds', 'model_names', 'named_groups',
-    'judge_group', 'compare', 'class_comparison', 'plot_class_comparison',
+    'judge_group', 'Network', 'own_columns', 'against', 'compare', 'class_comparison',
+    'plot_class_comparison',
 ]  # fmt: skip
 
 # %% ../nbs/07_results.ipynb #663dd787
@@ -34,6 +35,9 @@ from deimv2_tfg.figures import (
     short_titles,
 )
 from deimv2_tfg.statistics import (
+    ClassMatches,
+    Effect,
+    Estimate,
     Sampled,
     estimate,
     holm,
@@ -68,15 +72,15 @@ def loss_families(metrics: pd.DataFrame) -> pd.DataFrame:
     One row per epoch of `Run.metrics`; columns epoch, total, denoising and the names of LOSSES,
     those that the network has.
     """
-    terms = [c for c in metrics.columns if c.startswith("train/loss_")]
-    noisy = [c for c in terms if "_dn_" in c]
-    plain = [c for c in terms if c not in noisy]
-    total = metrics["train/loss"] if "train/loss" in metrics else metrics[terms].sum(axis=1)
-    families = metrics[["epoch"]].assign(total=total)
+    terms = metrics.filter(regex="^train/loss_")
+    noisy = terms.filter(like="_dn_")
+    plain = terms.drop(columns=noisy.columns)
+    families = metrics[["epoch"]].copy()
+    families["total"] = metrics.get("train/loss", terms.sum(axis="columns"))
     for name in LOSSES:
-        own = [c for c in plain if c.startswith(f"train/{name}")]
-        families[name] = metrics[own].sum(axis="columns", min_count=1)
-    families["denoising"] = metrics[noisy].sum(axis="columns", min_count=1)
+        own = plain.filter(regex=f"^train/{name}")
+        families[name] = own.sum(axis="columns", min_count=1)
+    families["denoising"] = noisy.sum(axis="columns", min_count=1)
     return families.dropna(axis="columns", how="all")
 
 
@@ -96,14 +100,14 @@ def _draw_lines(ax: plt.Axes, frame: pd.DataFrame, names: dict[str, str]) -> Non
 def _draw_losses(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
     families = loss_families(train)
     words = {"total": "total", **LOSSES, "denoising": "denoising queries"}
-    names = {k: gettext(word, language) for k, word in words.items() if k in families}
+    there = families.columns[1:]
+    names = {name: gettext(words[name], language) for name in there}
     _draw_lines(ax, families, names)
     ax.set(yscale="log")
     ax.set_ylabel(gettext("weighted loss", language))
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(-0.1, 1))
 
 
-# %% ../nbs/07_results.ipynb #draw-rate
 def _draw_rate(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
     ax.plot(train["epoch"], train["train/lr"], color="black", linewidth=1.2)
     ax.set(ylabel=gettext("learning rate", language), ylim=(0, None))
@@ -113,8 +117,10 @@ def _draw_rate(ax: plt.Axes, train: pd.DataFrame, language: str) -> None:
 # %% ../nbs/07_results.ipynb #plot-training
 def plot_training(metrics: pd.DataFrame, language: str = "en") -> plt.Figure:
     """Loss by family, learning rate, and AP on val over the epochs of `Run(run).metrics()`."""
-    train, val = (metrics[metrics["split"] == split] for split in ("train", "val"))
-    fig, (losses, rate, ap) = plt.subplots(1, 3, figsize=(7.4, 3), width_ratios=(1.4, 0.8, 1))
+    train = metrics[metrics["split"] == "train"]
+    val = metrics[metrics["split"] == "val"]
+    shape = {"figsize": (7.4, 3), "width_ratios": (1.4, 0.8, 1)}
+    fig, (losses, rate, ap) = plt.subplots(1, 3, **shape)
     _draw_losses(losses, train.dropna(axis="columns", how="all"), language)
     _draw_rate(rate, train, language)
     names = {"val/AP50": "AP50", "val/AP": "AP"}
@@ -133,11 +139,10 @@ GOOD = ("NORMAL",)  # classes of good parts, left out of the second mean
 SINGLE = "bias-corrected"  # kind of interval of a single AP; differences take percentiles
 
 
-def _with_ends(name: str, value: float, low: float, high: float) -> dict:
-    return {name: value, f"{name} low": low, f"{name} high": high}
+def _with_ends(name: str, value: float, found: Estimate | Effect) -> dict:
+    return {name: value, f"{name} low": found.low, f"{name} high": found.high}
 
 
-# %% ../nbs/07_results.ipynb #ap-columns
 def _ap_columns(
     sampled: list[Sampled], name: str = "", leave_out: tuple = (), seed: int = 0
 ) -> dict:
@@ -146,7 +151,7 @@ def _ap_columns(
     for metric in ("AP", "AP50"):
         of = f"{metric}/{name}" if name else metric
         found = estimate(sampled, of, seed, leave_out, SINGLE)
-        columns |= _with_ends(metric, found.value, found.low, found.high)
+        columns |= _with_ends(metric, found.value, found)
     return columns
 
 
@@ -192,15 +197,18 @@ def _row_title(name: str, language: str) -> str:
     """The title of a row of `per_class_table`: a class, or a mean over classes."""
     if not name.startswith("mean"):
         return class_title(name, language)
-    mean, left = gettext("mean of the classes", language), name.removeprefix("mean without ")
-    return mean if left == name else f"{mean} {gettext('without', language)} {left}"
+    mean = gettext("mean of the classes", language)
+    _, without, left = name.partition(" without ")
+    return f"{mean} {gettext('without', language)} {left}" if without else mean
 
 
 # %% ../nbs/07_results.ipynb #plot-per-class-2
 def _draw_intervals(ax: plt.Axes, table: pd.DataFrame, name: str, y, style: dict) -> None:
     """Column `name` with its interval as error bars at the heights `y`."""
-    ends = table[[f"{name} low", f"{name} high"]].sub(table[name], axis="index")
-    ax.errorbar(table[name], y, xerr=ends.abs().T.to_numpy(), **style)
+    ends = table[[f"{name} low", f"{name} high"]]
+    spread = ends.sub(table[name], axis="index").abs()
+    style = {"capsize": 2, "linewidth": 1, "markersize": 4} | style
+    ax.errorbar(table[name], y, xerr=spread.T.to_numpy(), **style)
 
 
 def _finish_intervals(ax: plt.Axes, language: str) -> None:
@@ -212,13 +220,16 @@ def _finish_intervals(ax: plt.Axes, language: str) -> None:
 
 def plot_per_class(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     """AP and AP50 of a `per_class_table` with intervals: one row per class, objects in brackets."""
-    fig, ax = plt.subplots(figsize=(6.2, 0.42 * len(table) + 0.8))
+    height = 0.42 * len(table) + 0.8
+    fig, ax = plt.subplots(figsize=(6.2, height))
+    rows = np.arange(len(table))
     for shift, name, marker, color in ((-0.14, "AP50", "s", "C0"), (0.14, "AP", "o", "black")):
-        style = {"fmt": marker, "color": color, "markersize": 4, "capsize": 2, "linewidth": 1}
-        _draw_intervals(ax, table, name, np.arange(len(table)) + shift, style | {"label": name})
+        style = {"fmt": marker, "color": color, "label": name}
+        _draw_intervals(ax, table, name, rows + shift, style)
     titles = [_row_title(name, language) for name in table["class"]]
-    counts = [f"{t} ({n})" for t, n in zip(titles, table["objects"], strict=True)]
-    ax.set_yticks(range(len(table)), counts)
+    pairs = zip(titles, table["objects"], strict=True)
+    counts = [f"{title} ({objects})" for title, objects in pairs]
+    ax.set_yticks(rows, counts)
     means = table["class"].str.startswith("mean")
     ax.axhline((~means).sum() - 0.5, color="0.7", linewidth=0.8)
     _finish_intervals(ax, language)
@@ -258,54 +269,24 @@ def plot_precision_recall(
     return finish(fig, language)
 
 
-# %% ../nbs/07_results.ipynb #sheet-images
-def _images_by_class(annotations: dict) -> list[list[int]]:
-    """Ids of the images of each class, in id order; last those without an object."""
-    categories = sorted(c["id"] for c in annotations["categories"])
-    shown = {category: set() for category in categories}
-    for a in annotations["annotations"]:
-        shown[a["category_id"]].add(a["image_id"])
-    every = {i["id"] for i in annotations["images"]}
-    empty = every.difference(*shown.values())
-    return [sorted(ids) for ids in (*shown.values(), empty) if ids]
-
-
-# %% ../nbs/07_results.ipynb #sheet-images-2
-def sheet_images(annotations: dict, n: int = 8, seed: int = 0) -> list[int]:
-    """Ids of `n` images, drawn by `seed` from each class in turn.
-
-    Images without an object, where there are any, come as one more class.
-    """
-    rng = np.random.default_rng(seed)
-    queues = [rng.permutation(ids).tolist() for ids in _images_by_class(annotations)]
-    chosen: list[int] = []
-    while len(chosen) < min(n, len(annotations["images"])):
-        for queue in queues:
-            while queue and queue[-1] in chosen:
-                queue.pop()
-            if queue and len(chosen) < n:
-                chosen.append(queue.pop())
-    return chosen
-
-
 # %% ../nbs/07_results.ipynb #boxes-of
 def _drawn(photograph: Image.Image, found: list, labels: dict, names: list) -> Image.Image:
     """The photograph with COCO boxes (`xywh` pixels), and their scores where they have one."""
     boxes = tensor([f["bbox"] for f in found]).reshape(-1, 4)
-    corners = box_convert(boxes, "xywh", "xyxy")
+    corners = box_convert(boxes, "xywh", "xyxy").numpy()
     indexes = [labels[f["category_id"]] for f in found]
     scores = [f.get("score") for f in found]
-    return draw_boxes(photograph, corners.numpy(), indexes, names, scores, side=360)
+    return draw_boxes(photograph, corners, indexes, names, scores, side=360)
 
 
 # %% ../nbs/07_results.ipynb #sheet-axes
 def _sheet_axes(n: int, columns: int) -> np.ndarray:
     """Axes (n, columns) of a sheet of photographs, two per row."""
     rows = -(-n // 2)
-    shares = [1] * columns
-    shares = [*shares, 0.12 / columns, *shares]
-    size = (7.4, 3.8 * rows / columns + 0.2)
-    _, axes = plt.subplots(rows, len(shares), figsize=size, width_ratios=shares, squeeze=False)
+    one = [1] * columns
+    shares = [*one, 0.12 / columns, *one]
+    shape = {"figsize": (7.4, 3.8 * rows / columns + 0.2), "width_ratios": shares}
+    _, axes = plt.subplots(rows, len(shares), squeeze=False, **shape)
     for ax in axes.flat:
         ax.set_axis_off()
     return np.delete(axes, columns, axis=1).reshape(-1, columns)
@@ -352,12 +333,13 @@ def prediction_sheet(
     labels = {c["id"]: k for k, c in enumerate(categories)}
     names = short_titles(classes, language)
     folder = Path(data_dir or run.data_dir) / split / "images"
-    files = {i["id"]: folder / i["file_name"] for i in coco["images"]}
-    for image_id, row in zip(images, _sheet_axes(len(images), len(columns)), strict=False):
+    files = {i["id"]: i["file_name"] for i in coco["images"]}
+    rows = _sheet_axes(len(images), len(columns))
+    for image_id, row in zip(images, rows, strict=False):
+        photograph = Image.open(folder / files[image_id])
         for ax, (title, boxes) in zip(row, columns.items(), strict=True):
             own = [b for b in boxes if b["image_id"] == image_id]
             own.sort(key=lambda b: b.get("score", 1))
-            photograph = Image.open(files[image_id])
             ax.imshow(_drawn(photograph, own, labels, names))
             ax.set_title(gettext(title, language), pad=2)
     return plt.gcf()
@@ -378,7 +360,8 @@ def group_seeds(runs: list) -> list[list[Path]]:
         shared = {"family": "detector"} | config
         for field in NOT_COMPARED:
             shared.pop(field, None)
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
+        told = json.dumps(shared, sort_keys=True)
+        groups.setdefault(told, []).append(run)
     return list(groups.values())
 
 
@@ -411,28 +394,26 @@ def _differing(configs: list[dict]) -> list[str]:
     return differing
 
 
-# %% ../nbs/07_results.ipynb #group-seeds-3
 def model_names(configs: list[dict]) -> list[str]:
     """A name for each configuration: family, model, input size, and what tells like ones apart."""
-    plain = [_model_name(c) for c in configs]
-    names = list(plain)
-    for k, config in enumerate(configs):
-        pairs = zip(configs, plain, strict=True)
-        same = [c for c, name in pairs if name == plain[k]]
-        if len(same) > 1:
-            told = [f", {field} {config[field]}" for field in _differing(same)]
-            names[k] += "".join(told)
+    by_name: dict[str, list[dict]] = {}
+    for config in configs:
+        by_name.setdefault(_model_name(config), []).append(config)
+    names = []
+    for config in configs:
+        name = _model_name(config)
+        told = [f"{field} {config[field]}" for field in _differing(by_name[name])]
+        names.append(", ".join([name, *told]))
     return names
 
 
-# %% ../nbs/07_results.ipynb #paths-of
+# %% ../nbs/07_results.ipynb #named-groups
 def _paths(given) -> list[Path]:
     """A run, a list of runs, or None, as a list."""
     runs = [given] if isinstance(given, (str, Path)) else given or []
     return [Path(run) for run in runs]
 
 
-# %% ../nbs/07_results.ipynb #named-groups
 def named_groups(runs: list | dict) -> dict[str, list[Path]]:
     """Runs by the name of their model: a list is grouped by configuration, a mapping is as it is.
 
@@ -445,8 +426,11 @@ def named_groups(runs: list | dict) -> dict[str, list[Path]]:
     called = iter(model_names([config for config in configs if config]))
     named = {}
     for group, config in zip(groups, configs, strict=True):
-        name = next(called) if config else group[0].name
-        named[f"{name} ({group[0].name})" if name in named else name] = group
+        run = group[0].name
+        name = next(called) if config else run
+        if name in named:
+            name = f"{name} ({run})"
+        named[name] = group
     return named
 
 
@@ -464,83 +448,84 @@ def judge_group(
     return [judged(r, split, data_dir) for r in there], note
 
 
-# %% ../nbs/07_results.ipynb #compare
+# %% ../nbs/07_results.ipynb #sample-networks
 @dataclass(frozen=True)
-class _Model:
-    """The evaluated runs of a model, and their AP on the draws of the images."""
+class Network:
+    """A network's matches by class for each seed, and their AP on the draws of the images."""
 
-    judged: list[Judged]
+    tables: list[list[ClassMatches]]
     sampled: list[Sampled]
 
 
-# %% ../nbs/07_results.ipynb #sample-models
-def _sample_models(groups: list[list[Judged]], draws: int, seed: int) -> list[_Model]:
-    """The models on the same draws. Raises ValueError where they were not asked for the same."""
+def _sample_networks(groups: list[list[Judged]], draws: int, seed: int) -> list[Network]:
+    """The networks on the same draws. Raises ValueError where they were not asked for the same."""
     every = [j for group in groups for j in group]
     other = [j.run.name for j in every if j.objects != every[0].objects]
     if other:
         here = every[0].run.name
         raise ValueError(f"{', '.join(other)}: evaluated on other objects than {here}")
     weights = stratified_weights(every[0].tables, draws, seed) if every else None
-    models = []
+    networks = []
     for group in groups:
         sampled = [sample_ap(j.tables, weights, j.seed) for j in group]
-        models.append(_Model(group, sampled))
-    return models
+        networks.append(Network([j.tables for j in group], sampled))
+    return networks
 
 
 # %% ../nbs/07_results.ipynb #compare-own
-def _own_columns(model: _Model, seed: int, without: tuple) -> dict:
-    """What a model's row says of itself: counts, metrics, and AP without some classes."""
-    tables = model.judged[0].tables
-    counts = np.stack([t.objects for t in tables])
+def own_columns(network: Network, seed: int = 0, without: tuple = ()) -> dict:
+    """What a row says of its network: counts, AP and AP50, and AP without some classes."""
+    counts = np.stack([table.objects for table in network.tables[0]])
     columns = {"images": counts.shape[1], "objects": int(counts.sum())}
-    columns |= _ap_columns(model.sampled, seed=seed)
-    for name in ("AP75", "AP_small", "AR100"):
-        columns[name] = np.mean([j.metrics[name] for j in model.judged])
-    values = estimate(model.sampled, seed=seed).values
-    columns["AP sd"] = values.std(ddof=1) if len(values) > 1 else np.nan
+    columns |= _ap_columns(network.sampled, seed=seed)
     if without:
-        left = estimate(model.sampled, "AP", seed, without, SINGLE)
-        columns |= _with_ends(f"AP without {', '.join(without)}", left.value, left.low, left.high)
+        left = estimate(network.sampled, "AP", seed, without, SINGLE)
+        columns |= _with_ends(f"AP without {', '.join(without)}", left.value, left)
     return columns
 
 
-# %% ../nbs/07_results.ipynb #compare-against
-def _image_swap(model: _Model, first: _Model, draws: int, seed: int) -> float:
-    """p over images, of the pairs with the same seed; where there are none, in their order."""
-    pairs = seed_pairs(model.judged, first.judged)
-    if not pairs:
-        shortest = min(len(model.judged), len(first.judged))
-        pairs = [(k, k) for k in range(shortest)]
-    tables = [(model.judged[a].tables, first.judged[b].tables) for a, b in pairs]
-    return image_swap_p(tables, draws, seed)
+def _over_seeds(group: list[Judged], network: Network) -> dict:
+    """Further metrics as means over seeds, and the spread of AP over them."""
+    columns = {}
+    for name in ("AP75", "AP_small", "AR100"):
+        values = [j.metrics[name] for j in group]
+        columns[name] = np.mean(values)
+    scores = [sampled.metric()[0] for sampled in network.sampled]
+    columns["AP sd"] = pd.Series(scores).std()  # nan of a single one
+    return columns
 
 
 # %% ../nbs/07_results.ipynb #against
-def _against(model: _Model, first: _Model, draws: int, seed: int, without: tuple) -> dict:
-    """What tells a model's AP from the first one's: differences with intervals, and tests."""
-    effect = paired_effect(model.sampled, first.sampled, seed=seed)
-    columns = _with_ends("difference", effect.difference, effect.low, effect.high)
+def _image_swap(network: Network, first: Network, draws: int, seed: int) -> float:
+    """p over images, of the pairs with the same seed; where there are none, in their order."""
+    pairs = seed_pairs(network.sampled, first.sampled)
+    tables = [(network.tables[a], first.tables[b]) for a, b in pairs]
+    in_order = zip(network.tables, first.tables, strict=False)
+    return image_swap_p(tables or list(in_order), draws, seed)
+
+
+def against(
+    network: Network, first: Network, draws: int = 2000, seed: int = 0, without: tuple = ()
+) -> dict:
+    """What tells a network's AP from the first one's: differences with intervals, and tests."""
+    effect = paired_effect(network.sampled, first.sampled, seed=seed)
+    columns = _with_ends("difference", effect.difference, effect)
     columns |= {"pairs": effect.pairs, "p seeds": effect.p}
     columns["smallest difference"] = effect.smallest
-    columns["p images"] = _image_swap(model, first, draws, seed)
+    columns["p images"] = _image_swap(network, first, draws, seed)
     if without:
-        left = paired_effect(model.sampled, first.sampled, seed=seed, leave_out=without)
+        left = paired_effect(network.sampled, first.sampled, seed=seed, leave_out=without)
         name = f"difference without {', '.join(without)}"
-        columns |= _with_ends(name, left.difference, left.low, left.high)
+        columns |= _with_ends(name, left.difference, left)
     return columns
 
 
 # %% ../nbs/07_results.ipynb #compare-2
-COMPARED = [
-    *("run", "model", "seeds", "images", "objects"),
-    *("AP", "AP low", "AP high", "AP sd", "AP50", "AP50 low", "AP50 high"),
-    *("difference", "difference low", "difference high", "pairs"),
-    *("p seeds", "p seeds Holm", "p images", "p images Holm", "smallest difference"),
-    *("AP75", "AP_small", "AR100"),
-    "note",
-]
+COMPARED = ["run", "model", "seeds", "images", "objects"]
+COMPARED += ["AP", "AP low", "AP high", "AP sd", "AP50", "AP50 low", "AP50 high"]
+COMPARED += ["difference", "difference low", "difference high", "pairs"]
+COMPARED += ["p seeds", "p seeds Holm", "p images", "p images Holm", "smallest difference"]
+COMPARED += ["AP75", "AP_small", "AR100", "note"]
 
 
 def _adjusted(table: pd.DataFrame) -> pd.DataFrame:
@@ -572,17 +557,17 @@ def compare(
     """
     named = named_groups(runs)
     groups = [judge_group(paths, split, data_dir) for paths in named.values()]
-    models = _sample_models([group for group, _ in groups], draws, seed)
-    classes = next((m.judged[0].classes for m in models if m.judged), [])
+    networks = _sample_networks([group for group, _ in groups], draws, seed)
+    classes = next((n.sampled[0].classes for n in networks if n.sampled), ())
     without = tuple(c for c in classes if c in leave_out)
     rows = []
-    for (name, paths), (group, note), model in zip(named.items(), groups, models, strict=True):
+    for (name, paths), (group, note), network in zip(named.items(), groups, networks, strict=True):
         first_run = paths[0].name if paths else None
         row = {"run": first_run, "model": name, "seeds": len(group)}
         if group:
-            row |= _own_columns(model, seed, without)
-        if group and rows and models[0].judged:
-            row |= _against(model, models[0], draws, seed, without)
+            row |= own_columns(network, seed, without) | _over_seeds(group, network)
+        if group and rows and networks[0].tables:
+            row |= against(network, networks[0], draws, seed, without)
         rows.append(row | {"note": note})
     return _adjusted(pd.DataFrame(rows))
 
@@ -596,11 +581,11 @@ def class_comparison(runs: list | dict, split: str = "test", draws: int = 2000) 
     named = named_groups(runs)
     groups = [judge_group(paths, split, None)[0] for paths in named.values()]
     rows = []
-    for name, model in zip(named, _sample_models(groups, draws, 0), strict=True):
-        for table in model.judged[0].tables if model.judged else []:
-            about = {"model": name, "class": table.name, "objects": int(table.objects.sum())}
-            about["seeds"] = len(model.judged)
-            rows.append(about | _ap_columns(model.sampled, table.name))
+    for name, network in zip(named, _sample_networks(groups, draws, 0), strict=True):
+        for table in network.tables[0] if network.tables else []:
+            row = {"model": name, "class": table.name, "objects": int(table.objects.sum())}
+            row["seeds"] = len(network.tables)
+            rows.append(row | _ap_columns(network.sampled, table.name))
     return pd.DataFrame(rows)
 
 
@@ -609,13 +594,16 @@ def plot_class_comparison(table: pd.DataFrame, language: str = "en") -> plt.Figu
     """AP of each class with its interval, one mark per model of a `class_comparison`."""
     classes = list(table["class"].unique())
     models = table.groupby("model", sort=False)
-    fig, ax = plt.subplots(figsize=(6.2, 0.16 * len(table) + 0.25 * len(classes) + 0.9))
+    height = 0.16 * len(table) + 0.25 * len(classes) + 0.9
+    fig, ax = plt.subplots(figsize=(6.2, height))
     shifts = np.linspace(-0.3, 0.3, len(models)) if len(models) > 1 else [0]
     for k, (shift, (name, part)) in enumerate(zip(shifts, models, strict=True)):
-        style = {"fmt": "osD^v"[k % 5], "color": class_style(k)["color"], "markersize": 4}
-        style |= {"capsize": 2, "linewidth": 1, "label": caption_in(name, language)}
-        _draw_intervals(ax, part, "AP", part["class"].map(classes.index) + shift, style)
-    ax.set_yticks(range(len(classes)), [class_title(c, language) for c in classes])
+        style = {"fmt": "osD^v"[k % 5], "color": class_style(k)["color"]}
+        style["label"] = caption_in(name, language)
+        rows = part["class"].map(classes.index)
+        _draw_intervals(ax, part, "AP", rows + shift, style)
+    titles = [class_title(name, language) for name in classes]
+    ax.set_yticks(range(len(classes)), titles)
     _finish_intervals(ax, language)
     ax.legend(loc="lower left", bbox_to_anchor=(-0.2, 1), ncols=2)
     return finish(fig, language)

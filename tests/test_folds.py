@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from page_code import page_module
 
 from deimv2_tfg import folds as page
 from deimv2_tfg.cli import main
@@ -13,6 +14,8 @@ from deimv2_tfg.metrics import judged
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
 from deimv2_tfg.splits import write_folds
+
+PAGE = page_module("07f_folds")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_a_folder_without_folds_or_with_one_missing_is_refused(folds, smoke_data
 
 
 def test_every_photograph_is_judged_once_and_by_all_networks(folds, runs_dir, smoke_data):
-    networks = page.fold_runs(folds, runs_dir)
+    networks = PAGE.fold_runs(folds, runs_dir)
     assert len(networks) == 3
     table = page.fold_table(folds, networks, draws=300).set_index("network")
     sharp, blurred, begun = (next(n for n in networks if m in n) for m in ("sharp", "blur", "beg"))
@@ -70,7 +73,7 @@ def test_every_photograph_is_judged_once_and_by_all_networks(folds, runs_dir, sm
 
 
 def test_the_difference_to_the_first_row_is_paired_by_photograph(folds, runs_dir):
-    networks = page.fold_runs(folds, runs_dir)
+    networks = PAGE.fold_runs(folds, runs_dir)
     wanted = {m: next(r for n, r in networks.items() if m in n) for m in ("blurred", "sharp")}
     row = page.fold_table(folds, wanted, draws=300).iloc[1]
     both = page.fold_table(folds, wanted, draws=300)["AP"]
@@ -88,7 +91,7 @@ def test_a_photograph_that_two_runs_judge_is_refused(folds, runs_dir, tmp_path):
 
 
 def test_the_folds_mean_is_the_mean_of_their_own_metrics(folds, runs_dir):
-    networks = page.fold_runs(folds, runs_dir)
+    networks = PAGE.fold_runs(folds, runs_dir)
     name = next(n for n in networks if "sharp" in n)
     own = [r for r in networks[name] if r.config["seed"] == 0]
     table = page.fold_table(folds, {name: own}, draws=50)

@@ -5,6 +5,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from page_code import page_module
 from PIL import Image
 
 from deimv2_tfg import results as page
@@ -17,6 +18,7 @@ from deimv2_tfg.evaluation import (
 from deimv2_tfg.runs import Run
 from deimv2_tfg.statistics import interval, sign_flip_p, stratified_weights
 
+SHEETS = page_module("07_results")
 CLASSES = ["NORMAL", "ROTURA_FRACTURA", "HOLE"]
 JITTERS = {"one": 0.1, "two": 0.3}
 IMAGES = [{"id": 5 * i, "file_name": f"{i}.png", "width": 120, "height": 90} for i in range(14)]
@@ -213,7 +215,7 @@ def test_figures_draw_what_the_tables_hold(root, language):
     run = make_run(root, "one")
     table = page.per_class_table(run, draws=20)
     curve = precision_recall(*guesses(root, 0.1, 0))
-    images = page.sheet_images(Run(run).annotations(), 5)
+    images = SHEETS.sheet_images(Run(run).annotations(), 5)
     training = page.plot_training(Run(run).metrics(), language)
     classes = page.plot_per_class(table, language)
     curves = page.plot_precision_recall(curve, language=language)
@@ -247,10 +249,10 @@ def test_missing_files_say_what_to_do(root):
 
 def test_sheet_takes_classes_in_turn(root):
     coco = json.loads((root / "test" / "test.json").read_text())
-    chosen = page.sheet_images(coco, 6, seed=0)
-    assert len(set(chosen)) == 6 and page.sheet_images(coco, 6, seed=0) == chosen
+    chosen = SHEETS.sheet_images(coco, 6, seed=0)
+    assert len(set(chosen)) == 6 and SHEETS.sheet_images(coco, 6, seed=0) == chosen
     assert IMAGES[-1]["id"] in chosen  # the empty photograph is a class of its own
-    assert len(page.sheet_images(coco, 100)) == 14
+    assert len(SHEETS.sheet_images(coco, 100)) == 14
 
 
 def test_classes_of_all_networks_are_those_of_each(root):
