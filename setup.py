@@ -23,6 +23,7 @@ setup(
     include_package_data=True,
     package_data={
         "deimv2_tfg": [
+            "*.csv",
             "*.json",
             "*.safetensors",
             "recipes/*.yml",

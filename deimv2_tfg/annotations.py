@@ -22,26 +22,11 @@ from deimv2_tfg.findings import (
     Sheet,
     annotation_file,
     box_numbers,
-    error_kind,
     id_key,
     read_coco,
-    warning_kind,
 )
 
 from .photographs import whole_number
-
-# %% ../nbs/00h_annotations.ipynb #box-kinds
-error_kind("box-malformed", "give the box as four numbers x, y, width, height")
-error_kind("box-nan", "draw the box again: NaN and infinity come from a division in the export")
-error_kind("box-negative", "give the upper left corner and positive sides")
-error_kind("box-empty", "take the box out, or draw it again")
-error_kind(
-    "box-fraction", "COCO boxes are in pixels: multiply, if these are corners and not centres"
-)
-error_kind("box-outside", "it belongs to another image or another size of this one: draw it again")
-error_kind("box-corners", "subtract the upper left corner: COCO boxes are x, y, width, height")
-warning_kind("box-over-edge", "clip the box to the image")
-warning_kind("box-tiny", "take the box out if it is a slip of the mouse")
 
 
 # %% ../nbs/00h_annotations.ipynb #is-number
@@ -232,14 +217,6 @@ class Category:
     category: dict
 
 
-# %% ../nbs/00h_annotations.ipynb #read-categories-1
-error_kind("no-categories", "list the classes in `categories`")
-error_kind("category-incomplete", "give every category a whole number as id, and a name")
-error_kind("category-id-twice", "give each category an id of its own")
-error_kind("category-name-twice", "merge the two categories, or name them apart")
-warning_kind("category-name-alike", "write the name in one way: one case, no spaces around it")
-
-
 # %% ../nbs/00h_annotations.ipynb #check-category-name
 def _check_category_name(at: Place, name: str, seen: dict):
     """A name must be another category's neither word for word nor nearly."""
@@ -285,15 +262,8 @@ def read_categories(sheet: Sheet):
 
 # %% ../nbs/00h_annotations.ipynb #objects-by-class
 FEW = 10  # objects of a class in a split under which its AP is flagged
-warning_kind(
-    "class-absent", "the class has no AP here: move photographs, or drop it from the tables"
-)
-warning_kind(
-    "class-few", "an AP over so few objects is an anecdote: report it with its interval only"
-)
 
 
-# %% ../nbs/00h_annotations.ipynb #objects-by-class-2
 def objects_by_class(coco: dict) -> dict[str, int]:
     """Objects of each class of a COCO dict, by name, crowds left out; 0 is counted as well."""
     counts = Counter()
@@ -305,12 +275,6 @@ def objects_by_class(coco: dict) -> dict[str, int]:
         for c in coco["categories"]
         if isinstance(c, dict) and {"id", "name"} <= c.keys()
     }
-
-
-# %% ../nbs/00h_annotations.ipynb #check-categories
-error_kind("categories-differ", "write the same categories into every split")
-warning_kind("category-id-gaps", "ids are mapped to 0..C-1; check that no class was forgotten")
-warning_kind("category-parent", "take it out in every split: it is a heading and no class")
 
 
 # %% ../nbs/00h_annotations.ipynb #check-categories-2
@@ -372,25 +336,6 @@ def check_counts(sheet: Sheet):
         sheet.say("class-absent", "annotations", f"no object of {', '.join(absent)}")
     if few:
         sheet.say("class-few", "annotations", f"fewer than {FEW} objects: {', '.join(few)}")
-
-
-# %% ../nbs/00h_annotations.ipynb #annotation-kinds
-error_kind("annotation-incomplete", "give every annotation an image_id, a category_id and a bbox")
-error_kind("image-id-unknown", "list the image, or take the annotation out")
-error_kind("category-id-unknown", "list the category, or correct the id")
-warning_kind("id-type", "write ids as whole numbers, without a point")
-warning_kind("annotation-id-missing", "number the annotations: pycocotools needs ids")
-warning_kind("annotation-id-twice", "give each an id of its own: pycocotools keeps the last of two")
-warning_kind("annotation-id-zero", "count from 1: pycocotools takes a match with id 0 for none")
-warning_kind("area-missing", "set area to width x height: AP by size needs it")
-warning_kind("area-wrong", "set area to width x height (or to the mask's pixels)")
-warning_kind("crowd-missing", "set iscrowd to 0: pycocotools needs it")
-error_kind("crowd-invalid", "set iscrowd to 0 or 1")
-warning_kind("crowd", "set iscrowd to 0 if the box is one object: crowds are not learned from")
-error_kind(
-    "crowd-most", "set iscrowd to 0 if masks are single objects: nothing is learned from crowds"
-)
-warning_kind("nothing-annotated", "annotate the split: nothing can be learned or measured on it")
 
 
 # %% ../nbs/00h_annotations.ipynb #check-reference
@@ -557,14 +502,6 @@ def _sound_annotations(sheet: Sheet) -> list[tuple]:
         message = f"{crowds} of {len(annotations)} annotations are marked as crowds"
         sheet.say("crowd-most", "annotations", message)
     return sound
-
-
-# %% ../nbs/00h_annotations.ipynb #check-boxes-together
-warning_kind(
-    "box-whole-image", "draw it around the object, unless the class means the whole picture"
-)
-warning_kind("box-twice", "take one of the two out")
-warning_kind("box-two-classes", "keep the class that is meant: a detector cannot learn both")
 
 
 # %% ../nbs/00h_annotations.ipynb #check-boxes-twice

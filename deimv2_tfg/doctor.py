@@ -35,7 +35,6 @@ from deimv2_tfg.annotations import (
 )
 from deimv2_tfg.findings import (
     ERROR,
-    KINDS,
     LAYOUT,
     PARTS,
     SPLITS,
@@ -47,16 +46,14 @@ from deimv2_tfg.findings import (
     Sheet,
     annotation_file,
     check_images,
-    error_kind,
     id_key,
     labels_and_boxes,
     read_coco,
     read_sheet,
-    warning_kind,
 )
 from deimv2_tfg.photographs import (
     DEEP,
-    WAYS_OUT,
+    KINDS,
     Photograph,
     header_of,
     look_at_all,
@@ -66,23 +63,6 @@ from .copies import copies_by_name, pair_sheet, same_pairs
 from .core import atomic_write, progress, to_jsonable
 
 # %% ../nbs/00i_doctor.ipynb #photograph-kinds
-for _kind, _way_out in WAYS_OUT.items():
-    error_kind(_kind, _way_out)
-error_kind(
-    "size-differs", "write the file's size, after checking that boxes were drawn at that size"
-)
-error_kind("exif-rotated", "save it upright without the tag, after checking how the boxes lie")
-warning_kind("exif-tag", "nothing needs to be done: it is turned upright when it is read")
-warning_kind("mode-palette", "save it as RGB or grey: a palette has at most 256 colours")
-warning_kind(
-    "mode-bilevel", "check that it is a photograph and no mask: it is black and white only"
-)
-warning_kind("mode-cmyk", "save it as RGB: colours for print are converted without their profile")
-warning_kind("mode-alpha", "lay it on a background: what is under a transparent place is arbitrary")
-warning_kind("frames", "save the frame that is meant: only the first is read")
-warning_kind("format-differs", "rename it to what it is")
-warning_kind("photo-small", "check that it is no thumbnail")
-warning_kind("photo-flat", "take it out if it shows nothing: all its pixels are alike")
 MODES = {
     "P": "mode-palette",
     "PA": "mode-palette",
@@ -145,7 +125,6 @@ def _content_problems(seen: Photograph):
 DAMAGED = ("photo-empty", "photo-unreadable", "photo-truncated")  # taken out of a corrected copy
 
 
-# %% ../nbs/00i_doctor.ipynb #check-photographs-2
 def _entries_by_file(sheets: list[Sheet]) -> dict[tuple, list]:
     """{(split, name): [(sheet, entry)]} of the files that entries name; mostly one each."""
     found = defaultdict(list)
@@ -192,16 +171,6 @@ def _check_photographs(report: Report, sheets: list[Sheet], opened: bool, known:
             report.add(kind, place, key, message)
 
 
-# %% ../nbs/00i_doctor.ipynb #check-copies
-error_kind(
-    "copy-exact-across", "keep it in one split: a test on training photographs measures memory"
-)
-warning_kind("copy-exact", "take one of the two out: it counts double")
-error_kind("copy-boxes-differ", "decide which boxes are right and keep one of the two")
-warning_kind("copy-near-across", "look at the pair; keep it in one split (`deimv2-tfg split`)")
-warning_kind("copy-near", "look at the pair; nothing needs to be done if both stay in one split")
-
-
 # %% ../nbs/00i_doctor.ipynb #annotated
 def _annotated(sheets: list[Sheet]) -> dict[str, list]:
     """What is annotated on each file, comparable, by its path in the data set."""
@@ -246,14 +215,6 @@ def _check_copies(report: Report, sheets: list[Sheet]):
         likeness = f"shows the same as {row.file_a} (similarity {row.similarity:.2f}, {row.turned})"
         message = f"the same pixels as {row.file_a}" if row.exact else likeness
         report.add(kind, row.file_b, "", message)
-
-
-# %% ../nbs/00i_doctor.ipynb #check-names
-warning_kind("name-augmented-across", "keep copies with their original: only train may hold them")
-warning_kind(
-    "name-augmented", "take it out: training augments by itself, and in a test it counts twice"
-)
-warning_kind("name-in-two-splits", "check that it is not the same photograph, and rename one")
 
 
 # %% ../nbs/00i_doctor.ipynb #check-names-2

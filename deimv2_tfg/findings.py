@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'SPLITS', 'LAYOUT', 'ERROR', 'WARNING', 'KINDS', 'PARTS', 'LEFT_BEHIND', 'NEEDED',
-    'annotation_file', 'read_coco', 'error_kind', 'warning_kind', 'Finding', 'Mend', 'Report',
-    'Place', 'Sheet', 'id_key', 'read_sheet', 'Entry', 'box_numbers', 'labels_and_boxes',
-    'check_images',
+    'SPLITS', 'LAYOUT', 'ERROR', 'WARNING', 'PARTS', 'LEFT_BEHIND', 'NEEDED', 'annotation_file',
+    'read_coco', 'Finding', 'Mend', 'Report', 'Place', 'Sheet', 'id_key', 'read_sheet', 'Entry',
+    'box_numbers', 'labels_and_boxes', 'check_images',
 ]  # fmt: skip
 
 # %% ../nbs/00g_findings.ipynb #imports
@@ -22,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from deimv2_tfg.photographs import (
+    KINDS,
     Photograph,
     header_of,
     number,
@@ -58,18 +58,8 @@ def read_coco(path):
 
 # %% ../nbs/00g_findings.ipynb #kinds
 ERROR, WARNING = "error", "warning"
-KINDS = {}  # kind: (severity, the way out)
 
 
-def error_kind(kind: str, way_out: str):
-    KINDS[kind] = (ERROR, way_out)
-
-
-def warning_kind(kind: str, way_out: str):
-    KINDS[kind] = (WARNING, way_out)
-
-
-# %% ../nbs/00g_findings.ipynb #finding
 @dataclass(frozen=True)
 class Finding:
     """One thing that was found in a data set."""
@@ -79,7 +69,7 @@ class Finding:
     field: str  # the json field, or "" for a file as a whole
     message: str
     fix: str = ""  # the way out
-    kind: str = ""  # a name of KINDS
+    kind: str = ""  # a row of kinds.csv
 
 
 # %% ../nbs/00g_findings.ipynb #mend
@@ -204,15 +194,9 @@ def id_key(value):
 
 
 # %% ../nbs/00g_findings.ipynb #read-sheet
-error_kind("root-missing", "give the folder that holds train/, val/ and test/")
-error_kind("json-missing", "write the split's COCO file there, or rename the one that is there")
-error_kind("json-invalid", "export it again, as UTF-8; a file that was cut short cannot be mended")
-error_kind("not-coco", "export as COCO detection: lists of images, annotations and categories")
-error_kind("no-images", "list the split's photographs in `images`")
 PARTS = ("images", "annotations", "categories")
 
 
-# %% ../nbs/00g_findings.ipynb #read-sheet-2
 def read_sheet(report: Report, split: str) -> Sheet | None:
     """The split's file, or None after adding to the report why it cannot be read."""
     path = annotation_file(report.root, split)
@@ -235,19 +219,9 @@ def read_sheet(report: Report, split: str) -> Sheet | None:
 
 
 # %% ../nbs/00g_findings.ipynb #match-names
-error_kind("folder-missing", "put the split's photographs into this folder")
-error_kind(
-    "file-outside", "name a file in the split's images folder, without a path that leads out"
-)
-error_kind(
-    "file-name-case", "write the name as the file has it: case and accents count on most machines"
-)
-error_kind("file-missing", "put the file there, or take the entry out")
-warning_kind("orphan", "list it (without annotations, if it shows nothing), or take it out")
 LEFT_BEHIND = ("Thumbs.db", "desktop.ini")
 
 
-# %% ../nbs/00g_findings.ipynb #files-in
 def _files_in(folder: Path) -> dict[str, Path]:
     """Files below a folder by their path in it; what systems leave behind is not counted."""
     found = {}
@@ -365,13 +339,6 @@ class Entry:
     trusted: bool  # the file has this size and lies upright
 
 
-# %% ../nbs/00g_findings.ipynb #entry-1
-error_kind("image-incomplete", "give every image an id, a file_name, a width and a height")
-error_kind("image-id-type", "number the images with whole numbers: pycocotools needs them")
-error_kind("image-id-twice", "give each image an id of its own, and its annotations the same")
-error_kind("image-size-invalid", "give width and height in whole pixels")
-
-
 # %% ../nbs/00g_findings.ipynb #check-id
 def _check_id(at: Place, image: dict, free: Iterator[int]) -> int:
     """The whole number that identifies an image; `free`: those of neither image nor annotation."""
@@ -406,7 +373,7 @@ def _boxes_fit(annotations: list, size: tuple) -> bool:
     return True
 
 
-# %% ../nbs/00g_findings.ipynb #check-size-2
+# %% ../nbs/00g_findings.ipynb #tells-size
 def _tells_size(header: Photograph | None, said: tuple, boxes: list) -> bool:
     """Can a file's size be taken? Not where a box, or what is said of a side, is against it."""
     if header is None or header.problem or header.orientation != 1:
@@ -437,9 +404,6 @@ def _check_size(at: Place, image: dict, header: Photograph | None, boxes: list) 
 
 
 # %% ../nbs/00g_findings.ipynb #check-twice
-error_kind("file-name-twice", "list a photograph once, with all its boxes; rename one of two")
-
-
 def labels_and_boxes(annotations: list) -> list:
     """What is annotated, comparable."""
     return sorted(repr((id_key(a.get("category_id")), a.get("bbox"))) for a in annotations)
@@ -470,7 +434,6 @@ def _check_twice(sheet: Sheet, at: Place, entry: Entry, first: Entry):
 NEEDED = ("id", "file_name", "width", "height")
 
 
-# %% ../nbs/00g_findings.ipynb #check-images-2
 def check_images(sheet: Sheet):
     """Fill `sheet.images` with the entries that annotations can refer to."""
     paths = _check_file_names(sheet)

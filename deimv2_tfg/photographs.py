@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    'HALF', 'WHOLE', 'DECIMAL', 'PICTURES', 'WAYS_OUT', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP',
-    'LARGE', 'read_text', 'read_json_file', 'whole_number', 'number', 'safe_path',
-    'PhotographError', 'read_photograph', 'Photograph', 'header_of', 'thumbnail_of',
-    'pixel_facts', 'look_at', 'look_at_all',
+    'HALF', 'WHOLE', 'DECIMAL', 'PICTURES', 'KINDS', 'DEEP', 'UPRIGHT', 'SIDE', 'STRIP', 'LARGE',
+    'read_text', 'read_json_file', 'whole_number', 'number', 'safe_path', 'PhotographError',
+    'read_photograph', 'Photograph', 'header_of', 'thumbnail_of', 'pixel_facts', 'look_at',
+    'look_at_all',
 ]  # fmt: skip
 
 # %% ../nbs/00a_photographs.ipynb #imports
+import csv
 import hashlib
 import json
 import math
@@ -27,7 +28,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .core import progress
+from .core import PACKAGE, progress
 
 
 # %% ../nbs/00a_photographs.ipynb #read-text
@@ -134,25 +135,26 @@ def safe_path(folder, name) -> Path:
 
 # %% ../nbs/00a_photographs.ipynb #photograph-error
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-WAYS_OUT = {  # what the reader refuses, by the doctor's names
-    "photo-empty": "copy the file again",
-    "photo-unreadable": "copy the file again, or take it out",
-    "photo-truncated": "copy the file again: its end is missing",
-    "photo-too-large": "cut it into pieces or reduce it: so many pixels are not opened",
-    "mode-16-bit": "save it with 8 bits a channel, scaled to the range that matters",
-    "mode-float": "save it with 8 bits a channel, scaled to the range that matters",
-}
+
+
+def _kinds() -> dict[str, tuple[str, str]]:
+    """`{kind: (severity, way out)}` of all that a check can find, from `kinds.csv`."""
+    with (PACKAGE / "kinds.csv").open(encoding="utf-8") as file:
+        return {row["kind"]: (row["severity"], row["way out"]) for row in csv.DictReader(file)}
+
+
+KINDS = _kinds()
 
 
 # %% ../nbs/00a_photographs.ipynb #photographerror
 class PhotographError(ValueError):
-    """A photograph that is refused: `.file`, `.kind` (of `WAYS_OUT`), `.message`, `.way_out`."""
+    """A photograph that is refused: `.file`, `.kind` (of `KINDS`), `.message`, `.way_out`."""
 
     def __init__(self, file, kind: str = "", message: str = ""):
         self.file = str(file)
         self.kind = kind
         self.message = message
-        self.way_out = WAYS_OUT.get(kind, "")
+        _, self.way_out = KINDS.get(kind, ("", ""))
         super().__init__(f"{file}: {message}; {self.way_out}" if kind else str(file))
 
 
@@ -254,7 +256,6 @@ def read_photograph(source, name="", longest: int = 0) -> Image.Image:
 SIDE = 64  # of the thumbnail, pixels
 
 
-# %% ../nbs/00a_photographs.ipynb #photograph-2
 @dataclass(frozen=True)
 class Photograph:
     """What one look at a file found."""
@@ -284,7 +285,7 @@ def _frames(image) -> int:
         return 1
 
 
-# %% ../nbs/00a_photographs.ipynb #header-of
+# %% ../nbs/00a_photographs.ipynb #header
 @lru_cache(maxsize=500_000)
 def _header(path, size, changed) -> Photograph:
     if not size:
@@ -299,7 +300,7 @@ def _header(path, size, changed) -> Photograph:
         return Photograph(path, *_refusal(e, opened=False))
 
 
-# %% ../nbs/00a_photographs.ipynb #header-of-2
+# %% ../nbs/00a_photographs.ipynb #header-of
 def header_of(path) -> Photograph:
     """What the head of a file says, without its pixels; remembered until the file changes."""
     path = Path(path)
@@ -329,7 +330,6 @@ def thumbnail_of(image) -> np.ndarray:
 STRIP = 2**22  # pixels of a large photograph that are looked at together
 
 
-# %% ../nbs/00a_photographs.ipynb #pixel-facts-2
 def pixel_facts(image) -> dict:
     """`pixels_digest`, `flat` and `alpha` of a decoded image, strip by strip."""
     width, height = image.size
@@ -356,7 +356,6 @@ LARGE = 2**25  # pixels from which photographs are opened one at a time
 _one_large = Lock()
 
 
-# %% ../nbs/00a_photographs.ipynb #look-2
 def _look(path, header) -> Photograph:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     opened = False

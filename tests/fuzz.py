@@ -27,10 +27,11 @@ from deimv2_tfg.annotations import box_problem
 from deimv2_tfg.cli import told
 from deimv2_tfg.core import read_json, write_json
 from deimv2_tfg.deployment import frames
-from deimv2_tfg.findings import ERROR, KINDS
+from deimv2_tfg.findings import ERROR
 from deimv2_tfg.formats import read_yolo, yolo_classes
 from deimv2_tfg.importing import import_dataset
 from deimv2_tfg.photographs import (
+    KINDS,
     PhotographError,
     header_of,
     look_at,

@@ -15,8 +15,7 @@ from deimv2_tfg.copies import base_name, copy_recall, same_pairs
 from deimv2_tfg.core import read_json, write_json
 from deimv2_tfg.data import SPLITS, annotation_file, check_dataset, load_dataset
 from deimv2_tfg.doctor import fix_dataset, write_report
-from deimv2_tfg.findings import KINDS
-from deimv2_tfg.photographs import look_at_all
+from deimv2_tfg.photographs import KINDS, look_at_all
 from deimv2_tfg.synthetic import make_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
