@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'Rng', 'Shape', 'CLASSES', 'THESIS_COUNTS', 'EXTRA_WEIGHT', 'MOST_BOXES', 'METAL', 'IRON',
-    'PAINT', 'SURFACES', 'OUTLINES', 'BENCH', 'DIRT', 'DEFECTS', 'GENERATOR', 'MANIFEST',
-    'SplitCounts', 'apportion', 'images_with_class', 'plan_split', 'smooth_noise', 'streaks',
-    'Canvas', 'brushed', 'cast', 'painted', 'Light', 'draw_light', 'shade', 'draw_part', 'bevel',
-    'draw_bench', 'lay_on_bench', 'expose', 'Patch', 'draw_dent', 'draw_crack', 'draw_scratch',
-    'draw_hole', 'draw_dirt', 'tight_box', 'add_defect', 'draw_image', 'planned_image',
-    'make_dataset', 'study_data',
+    'Rng', 'Shape', 'CLASSES', 'THESIS_COUNTS', 'EXTRA_WEIGHT', 'MOST_BOXES', 'COLOURS',
+    'SURFACES', 'OUTLINES', 'DEFECTS', 'GENERATOR', 'MANIFEST', 'SplitCounts', 'apportion',
+    'images_with_class', 'plan_split', 'smooth_noise', 'streaks', 'Canvas', 'brushed', 'cast',
+    'painted', 'Light', 'draw_light', 'shade', 'draw_part', 'bevel', 'draw_bench', 'lay_on_bench',
+    'expose', 'Patch', 'draw_dent', 'draw_crack', 'draw_scratch', 'draw_hole', 'draw_dirt',
+    'tight_box', 'add_defect', 'draw_image', 'planned_image', 'make_dataset', 'study_data',
 ]  # fmt: skip
 
 # %% ../nbs/00e_synthetic.ipynb #4cf7305a
@@ -28,6 +27,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from deimv2_tfg.core import (
+    PACKAGE,
     PROFILES,
     Study,
     one_at_a_time,
@@ -83,7 +83,6 @@ def apportion(weights: Sequence[float], total: int, least: int = 0) -> list[int]
     return seats.tolist()
 
 
-# %% ../nbs/00e_synthetic.ipynb #apportion-2
 def images_with_class(split: str, n: int) -> list[int]:
     """Of `n` images of a split, how many show each class, in the thesis's shares."""
     full = THESIS_COUNTS[split]
@@ -104,16 +103,13 @@ def _generator(seed: int, split: str, *key: int) -> Rng:
     return np.random.default_rng([seed, number, *key])
 
 
-# %% ../nbs/00e_synthetic.ipynb #pairs-2
 def _pairs(rng: Rng, left: np.ndarray, n: int) -> list[list[int]]:
     """`n` pairs of different defect classes, taken out of `left` (changed in place)."""
-    is_defect = np.arange(len(left)) > 0
     pairs = []
     for _ in range(n):
-        spare = np.maximum(left - 1, 0)
-        weight = np.where(is_defect, spare, 0)
-        chance = weight / weight.sum()
-        pair = rng.choice(len(left), 2, replace=False, p=chance)
+        weight = np.maximum(left - 1, 0)
+        weight[0] = 0  # NORMAL
+        pair = rng.choice(len(left), 2, replace=False, p=weight / weight.sum())
         left[pair] -= 1
         pairs.append(sorted(pair.tolist()))
     return pairs
@@ -201,49 +197,31 @@ class Canvas:
 
 
 # %% ../nbs/00e_synthetic.ipynb #canvas-2
-def _drawn(rng: Rng, palette: Sequence) -> tuple:
-    return palette[rng.integers(len(palette))]
+COLOURS = read_json(PACKAGE / "colours.json")  # {"metal": [[0.6, 0.61, 0.63], ...], ...}: RGB
 
 
-# %% ../nbs/00e_synthetic.ipynb #canvas-3
-def _tinted(rng: Rng, palette: Sequence, pattern: np.ndarray) -> np.ndarray:
-    """A colour of the palette, a little off, times a pattern (H, W) around 1: (H, W, 3)."""
-    colour = np.array(_drawn(rng, palette), np.float32)
+def _drawn(rng: Rng, choices: Sequence):
+    return choices[rng.integers(len(choices))]
+
+
+def _tinted(rng: Rng, palette: str, pattern: np.ndarray) -> np.ndarray:
+    """A colour of COLOURS[palette], a little off, times a pattern (H, W) around 1: (H, W, 3)."""
+    colour = np.array(_drawn(rng, COLOURS[palette]), np.float32)
     colour += rng.normal(0, 0.015, 3).astype(np.float32)
     tinted = colour * pattern[..., None]
     return np.clip(tinted, 0, 1).astype(np.float32)
 
 
 # %% ../nbs/00e_synthetic.ipynb #brushed
-METAL = (
-    (0.60, 0.61, 0.63),
-    (0.64, 0.61, 0.57),
-    (0.68, 0.69, 0.70),
-    (0.66, 0.55, 0.36),
-    (0.64, 0.45, 0.36),
-)
-IRON = ((0.47, 0.47, 0.48), (0.55, 0.55, 0.56), (0.50, 0.48, 0.45))
-PAINT = (
-    (0.26, 0.42, 0.64),
-    (0.66, 0.28, 0.24),
-    (0.30, 0.52, 0.40),
-    (0.72, 0.59, 0.24),
-    (0.56, 0.57, 0.58),
-    (0.70, 0.67, 0.60),
-    (0.40, 0.41, 0.44),
-)
-
-
 def brushed(rng: Rng, shape: Shape) -> Canvas:
     """Brushed metal: fine parallel lines in one direction."""
     angle = rng.uniform(0, 180)
     lines = 0.045 * streaks(rng, shape, angle, 110, 3)
     lines = lines + 0.03 * streaks(rng, shape, angle, 300, 6)
     flat = np.zeros(shape, np.float32)
-    return Canvas(_tinted(rng, METAL, 1 + lines), flat, 0.12)
+    return Canvas(_tinted(rng, "metal", 1 + lines), flat, 0.12)
 
 
-# %% ../nbs/00e_synthetic.ipynb #cast
 def cast(rng: Rng, shape: Shape) -> Canvas:
     """Cast metal: dull, mottled, with a grain that catches the light."""
     grain = smooth_noise(rng, shape, 55)
@@ -251,16 +229,14 @@ def cast(rng: Rng, shape: Shape) -> Canvas:
     pattern = 1 + 0.03 * smooth_noise(rng, shape, 7)
     pattern = pattern + 0.03 * smooth_noise(rng, shape, 150)
     height = grain * np.float32(0.0005 * min(shape))
-    return Canvas(_tinted(rng, IRON, pattern), height, 0.03)
+    return Canvas(_tinted(rng, "iron", pattern), height, 0.03)
 
 
-# %% ../nbs/00e_synthetic.ipynb #cast-2
 def painted(rng: Rng, shape: Shape) -> Canvas:
     """Painted metal or plastic: even, glossy, with a faint orange peel."""
-    peel = smooth_noise(rng, shape, 30)
-    peel = peel * np.float32(0.0003 * min(shape))
+    peel = smooth_noise(rng, shape, 30) * np.float32(0.0003 * min(shape))
     pattern = 1 + 0.02 * smooth_noise(rng, shape, 4)
-    return Canvas(_tinted(rng, PAINT, pattern), peel, 0.16)
+    return Canvas(_tinted(rng, "paint", pattern), peel, 0.16)
 
 
 SURFACES = (brushed, cast, painted)
@@ -404,7 +380,6 @@ def _step(distance: np.ndarray, width: float) -> np.ndarray:
     return t**2 * (3 - 2 * t)
 
 
-# %% ../nbs/00e_synthetic.ipynb #bevel
 def bevel(rng: Rng, canvas: Canvas, part: np.ndarray) -> None:
     """Raise the part from its outline (in place), and on every third part an inner panel too."""
     side = min(part.shape)
@@ -419,20 +394,10 @@ def bevel(rng: Rng, canvas: Canvas, part: np.ndarray) -> None:
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-bench
-BENCH = (
-    (0.16, 0.17, 0.19),
-    (0.20, 0.24, 0.30),
-    (0.36, 0.27, 0.19),
-    (0.30, 0.31, 0.30),
-    (0.84, 0.83, 0.80),
-    (0.80, 0.82, 0.85),
-)
-
-
 def draw_bench(rng: Rng, shape: Shape, part_colour: np.ndarray) -> np.ndarray:
     """A bench `(H, W, 3)` that is clearly lighter or darker than the part: rubber, wood, paper."""
     level = np.mean(part_colour)
-    far = [c for c in BENCH if abs(np.mean(c) - level) > 0.15]
+    far = [c for c in COLOURS["bench"] if abs(np.mean(c) - level) > 0.15]
     colour = np.array(_drawn(rng, far), np.float32)
     if colour[0] > colour[2] * 1.3:  # wood
         angle = rng.uniform(0, 180)
@@ -631,22 +596,12 @@ def draw_hole(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dirt
-DIRT = (
-    (0.36, 0.19, 0.08),
-    (0.12, 0.09, 0.05),
-    (0.78, 0.66, 0.30),
-    (0.20, 0.34, 0.16),
-    (0.90, 0.88, 0.80),
-)  # rust, oil, sand, verdigris, chalk
-
-
 def _foreign(rng: Rng, ground: np.ndarray) -> np.ndarray:
     """A colour of dirt (3,) that is far from the ground's, or the farthest."""
-    difference = np.array(DIRT) - ground
-    distances = np.abs(difference).sum(1)
-    distant = [DIRT[k] for k in np.flatnonzero(distances > 0.7)]
-    farthest = DIRT[np.argmax(distances)]
-    return np.array(_drawn(rng, distant or [farthest]))
+    dirt = np.array(COLOURS["dirt"])  # rust, oil, sand, verdigris, chalk
+    distances = np.abs(dirt - ground).sum(1)
+    distant = dirt[distances > 0.7]
+    return _drawn(rng, distant if len(distant) else dirt[[np.argmax(distances)]])
 
 
 def _specks(rng: Rng, n: int, radius: float) -> np.ndarray:
@@ -744,15 +699,11 @@ def _find_place(
 
 def _crop(patch: Patch) -> Patch:
     """The patch without its empty border."""
-    raised = np.abs(patch.height) > 0.02
-    seen = patch.mask | (patch.cover > 0.02) | raised
+    seen = patch.mask | (patch.cover > 0.02) | (np.abs(patch.height) > 0.02)
     x, y, w, h = tight_box(seen)
     at = _window(y, x, (h, w))
-    mask, height, cover = patch.mask[at], patch.height[at], patch.cover[at]
-    colour = patch.colour
-    if colour.ndim > 1:
-        colour = colour[at]
-    return Patch(mask, height, cover, colour)
+    colour = patch.colour[at] if patch.colour.ndim > 1 else patch.colour
+    return Patch(patch.mask[at], patch.height[at], patch.cover[at], colour)
 
 
 # %% ../nbs/00e_synthetic.ipynb #add-defect
@@ -960,18 +911,6 @@ def _write_splits(root: Path, manifest: dict, workers: int) -> None:
     write_json(root / MANIFEST, manifest)
 
 
-# %% ../nbs/00e_synthetic.ipynb #write-splits
-def _move_into_place(made: Path, root: Path, manifest: dict) -> None:
-    """Rename the finished directory, or keep the set of a process that was faster."""
-    if _is_empty(root):
-        root.rmdir()
-    try:
-        made.rename(root)
-    except OSError:
-        if not _holds(root, manifest):
-            raise
-
-
 # %% ../nbs/00e_synthetic.ipynb #make-dataset
 def make_dataset(
     root: str | Path,
@@ -991,15 +930,18 @@ def make_dataset(
     if _holds(root, manifest):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    beside = f".{root.name}.partial-"
-    partial_root = Path(tempfile.mkdtemp(dir=root.parent, prefix=beside))
-    workers = workers or min(8, os.cpu_count() or 1)
+    made = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.partial-"))
     try:
-        _write_splits(partial_root, manifest, workers)
-        partial_root.chmod(0o755)
-        _move_into_place(partial_root, root, manifest)
+        _write_splits(made, manifest, workers or min(8, os.cpu_count() or 1))
+        made.chmod(0o755)
+        if _is_empty(root):
+            root.rmdir()
+        made.rename(root)
+    except OSError:
+        if not _holds(root, manifest):  # else another process was faster
+            raise
     finally:
-        shutil.rmtree(partial_root, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
     return root
 
 

@@ -25,7 +25,6 @@ PARAMETERS = {"profile", "data_dir", "study", "seed"}
 ABSOLUTE = re.compile(r"(?<![\w./:])/(?:home|root|work|tmp|Users|mnt|content|kaggle)/[\w.-]+")
 LONG_PAGES = {  # "page": why it is longer
     "00d_figures": "one plot, table or check per cell",
-    "00e_synthetic": "one part of a photograph per cell",
 }
 SHOWN_ELSEWHERE = {}  # "page.name": why no cell near its definition uses it
 
