@@ -29,6 +29,7 @@ from defusedxml.ElementTree import parse as parse_xml
 
 from deimv2_tfg.photographs import (
     DEEP,
+    KINDS,
     PICTURES,
     PhotographError,
     header_of,
@@ -42,7 +43,7 @@ from deimv2_tfg.photographs import (
 from .annotations import box_problem, mask_facts
 from .core import write_json
 from .data import SPLITS
-from .findings import ERROR, KINDS, box_numbers, id_key
+from .findings import ERROR, box_numbers, id_key
 
 
 # %% ../nbs/01b_formats.ipynb #item
