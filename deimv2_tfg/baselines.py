@@ -7,7 +7,6 @@ __all__ = [
     'BACKBONES', 'ANCHORS', 'LITE_ANCHORS', 'SMALL_RPN', 'FASTER_RCNN', 'with_pyramid',
     'resnet18_fpn', 'efficientnet_b0_fpn', 'lite0_fpn', 'anchors_for', 'torchvision_target',
     'Baseline', 'save_baseline', 'load_baseline', 'build_baseline', 'family_of',
-    'baseline_config', 'native_size', 'overfit', 'trained',
 ]  # fmt: skip
 
 # %% ../nbs/06_baselines.ipynb #ad337e36
@@ -23,46 +22,43 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.efficientnet import EfficientNet_B0_Weights
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import ResNet18_Weights
 from torchvision.ops import box_convert
 
-from .core import Study, atomic_write, one_at_a_time, read_json, write_json
+from .core import atomic_write, read_json, write_json
 from .cost import StepMemory, stepped_memory
-from .evaluation import LOADERS, coco_metrics, predict, to_coco_results
+from .evaluation import LOADERS
 from .lite import CHANNELS, LiteFeatures, draw_lite, load_imagenet
 from .optim import pick_precision
 from .recipes import TrainConfig, frozen_stages
-from .training import DEIMV2, Family, finished_before, phase1_config, train
-from .transforms import collate, eval_transform
+from .training import DEIMV2, Family
 
 
 # %% ../nbs/06_baselines.ipynb #with-pyramid
-def with_pyramid(network, stages: dict, widths: list[int], channels: int) -> nn.Module:
-    """A convolutional network's stages in torchvision's feature pyramid of `channels`.
+def with_pyramid(body: nn.Module, widths: list[int], channels: int) -> nn.Module:
+    """Stages, whose maps have these `widths`, in torchvision's feature pyramid of `channels`.
 
-    stages: {module: name} at strides 4, 8, 16 and 32, of these `widths`.
+    body: from (B, 3, H, W) to {name: map}, the finest first.
     """
     neck = BackboneWithFPN(nn.Identity(), {}, widths, channels)
-    neck.body = create_feature_extractor(network, stages)
+    neck.body = body
     return neck
 
 
 # %% ../nbs/06_baselines.ipynb #resnet18-fpn
 def resnet18_fpn(pretrained=False, channels=256) -> nn.Module:
     """ResNet-18 with a feature pyramid, all stages trainable."""
-    network = resnet18(weights=ResNet18_Weights.DEFAULT if pretrained else None)
     stages = {f"layer{i + 1}": str(i) for i in range(4)}
-    return with_pyramid(network, stages, [64, 128, 256, 512], channels)
+    network = resnet18(weights="DEFAULT" if pretrained else None)
+    return with_pyramid(create_feature_extractor(network, stages), [64, 128, 256, 512], channels)
 
 
 # %% ../nbs/06_baselines.ipynb #efficientnet-b0-fpn
 def efficientnet_b0_fpn(pretrained=False, channels=256) -> nn.Module:
     """EfficientNet-B0 with a feature pyramid on its stages at strides 4, 8, 16 and 32."""
-    network = efficientnet_b0(weights=EfficientNet_B0_Weights.DEFAULT if pretrained else None)
-    stages = {"features.2": "0", "features.3": "1", "features.5": "2", "features.7": "3"}
-    return with_pyramid(network, stages, [24, 40, 112, 320], channels)
+    stages = {f"features.{block}": str(i) for i, block in enumerate((2, 3, 5, 7))}
+    network = efficientnet_b0(weights="DEFAULT" if pretrained else None)
+    return with_pyramid(create_feature_extractor(network, stages), [24, 40, 112, 320], channels)
 
 
 class _NamedMaps(LiteFeatures):
@@ -74,19 +70,19 @@ class _NamedMaps(LiteFeatures):
 
 def lite0_fpn(pretrained=False, channels=256) -> nn.Module:
     """`lite`'s backbone (chapter 2b) with a feature pyramid on the same strides, 8, 16 and 32."""
-    neck = BackboneWithFPN(nn.Identity(), {}, CHANNELS, channels)
-    neck.body = _NamedMaps()
-    draw_lite(neck.body)
+    body = _NamedMaps()
+    draw_lite(body)
     if pretrained:
-        load_imagenet(neck.body)
-    return neck
+        load_imagenet(body)
+    return with_pyramid(body, CHANNELS, channels)
 
 
 # %% ../nbs/06_baselines.ipynb #baseline
-BACKBONES = {"resnet18": resnet18_fpn, "efficientnet_b0": efficientnet_b0_fpn}
-BACKBONES["lite0"] = lite0_fpn
-
-
+BACKBONES = {
+    "resnet18": resnet18_fpn,
+    "efficientnet_b0": efficientnet_b0_fpn,
+    "lite0": lite0_fpn,
+}
 ANCHORS = ((32,), (64,), (128,), (256,), (512,))  # of each level, at 640 px
 LITE_ANCHORS = ((32, 48), (64, 96), (128, 192), (256, 512))  # of one level fewer
 
@@ -197,7 +193,6 @@ def save_baseline(model: Baseline, directory: str | Path, classes=None, **meta) 
     return directory
 
 
-# %% ../nbs/06_baselines.ipynb #save-baseline-2
 def load_baseline(directory: str | Path) -> Baseline:
     """The baseline that `save_baseline` wrote, in evaluation mode, with `.classes` and `.meta`."""
     stored = read_json(Path(directory) / "config.json")
@@ -253,15 +248,7 @@ def build_baseline(config: TrainConfig, num_classes: int) -> Baseline:
 
 # %% ../nbs/06_baselines.ipynb #family-3
 def _baseline_losses(config: TrainConfig, num_classes: int):
-    def losses(model, pixel_values, targets, epoch):
-        return model(pixel_values, targets)
-
-    return losses
-
-
-# %% ../nbs/06_baselines.ipynb #predict-baseline
-def _predict_baseline(model, dataset, image_size, device):
-    return predict(model, dataset, image_size, device=device)
+    return lambda model, pixel_values, targets, epoch: model(pixel_values, targets)
 
 
 def _baseline_memory(config: TrainConfig, num_classes: int) -> StepMemory:
@@ -271,11 +258,11 @@ def _baseline_memory(config: TrainConfig, num_classes: int) -> StepMemory:
     return stepped_memory(model, _baseline_losses(config, num_classes), config.image_size, dtype)
 
 
+# %% ../nbs/06_baselines.ipynb #predict-baseline
 FASTER_RCNN = Family(
     "faster_rcnn",
     build_baseline,
     _baseline_losses,
-    _predict_baseline,
     save_baseline,
     code=(("baselines", "FASTER_RCNN"),),
     memory=_baseline_memory,
@@ -287,70 +274,3 @@ FASTER_RCNN = Family(
 def family_of(model: str) -> Family:
     """The family of a network by the name of its model: Faster R-CNN's backbones, else DEIMv2."""
     return FASTER_RCNN if model in BACKBONES else DEIMV2
-
-
-# %% ../nbs/06_baselines.ipynb #baseline-config
-def baseline_config(
-    study: Study, backbone: str, init: str | None = None, image_size: int | None = None, **changes
-) -> TrainConfig:
-    """How a study's baseline is trained: its phase 1 with a recipe of its own.
-
-    init: None is ImageNet for lite0, and random weights for the others.
-    image_size: another input size; the batch is made smaller as the area grows.
-    """
-    config = phase1_config(study)
-    init = init or ("imagenet" if backbone == "lite0" else "scratch")
-    own = {"model": backbone, "init": init, "lr": 4e-4, "clip": 5.0}
-    own["backbone_lr"] = 1.0 if init == "scratch" else 0.25
-    if image_size and image_size != config.image_size:
-        own["image_size"] = image_size
-        batch_size = round(config.batch_size * (config.image_size / image_size) ** 2)
-        own["batch_size"] = max(2, min(config.batch_size, batch_size))
-    return dataclasses.replace(config, **(own | changes))
-
-
-# %% ../nbs/06_baselines.ipynb #baseline-config-2
-def native_size(dataset) -> int:
-    """Median of the photographs' longer sides in pixels, as a multiple of 32."""
-    sides = sorted(max(i["width"], i["height"]) for i in dataset.images)
-    return max(32, round(sides[len(sides) // 2] / 32) * 32)
-
-
-# %% ../nbs/06_baselines.ipynb #overfit-loop
-def _fit_batch(model: Baseline, pixel_values, targets, steps: int, lr: float) -> None:
-    """Train on one batch: the rate warms up over 10 steps and falls for the last fifth."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    for step in range(steps):
-        rate = lr * min(1, (step + 1) / 10) * (0.1 if step > 0.8 * steps else 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = sum(model(pixel_values, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-
-
-# %% ../nbs/06_baselines.ipynb #overfit
-def overfit(backbone: str, dataset, image_size: int, images=4, steps=60, lr=1e-3, seed=0) -> dict:
-    """COCO metrics of a baseline on the first photographs, which it was shown `steps` times."""
-    torch.manual_seed(seed)
-    shown = [eval_transform(image_size)(*dataset[i]) for i in range(images)]
-    pixel_values, targets = collate(shown)
-    model = Baseline(backbone, dataset.num_classes, image_size).train()
-    _fit_batch(model, pixel_values, targets, steps, lr)
-    ids = [t["image_id"] for t in targets]
-    sizes = torch.tensor([t["size"] for t in targets])
-    with torch.no_grad():
-        found = model.eval().detections(pixel_values, sizes)
-    coco = dict(dataset.coco)
-    coco["images"] = [i for i in coco["images"] if i["id"] in ids]
-    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
-    return coco_metrics(coco, to_coco_results(found, ids, dataset.category_ids))
-
-
-# %% ../nbs/06_baselines.ipynb #baseline-trained
-def trained(config: TrainConfig, family: Family = FASTER_RCNN) -> Path:
-    """The run of a configuration: finished by whatever code, else resumed or trained."""
-    with one_at_a_time(Path(config.runs_dir) / f"{family.name}-{config.model}"):
-        return finished_before(config, family) or train(config, family)

@@ -44,7 +44,7 @@ from deimv2_tfg.evaluation import (
 )
 
 from .batches import EpochView
-from .criterion import assign, mal_loss, matching_cost
+from .criterion import assign, mal_loss, matching_cost, pack_targets
 from .data import load_dataset, spare_workers
 from .detector import DetectorOutput, count_parameters, load_detector, postprocess
 from .recipes import TEXT_KINDS
@@ -86,22 +86,20 @@ def match_queries(logits, boxes, targets) -> tuple[torch.Tensor, torch.Tensor, t
     logits (B, Q, C), boxes (B, Q, 4) cxcywh in [0, 1]; targets: B dicts with "labels" (n,) and
     "boxes" (n, 4). Gives `query`, `label` (B, P) and `target` (B, P, 4) as in `Queries`.
     """
-    counts = [len(t["labels"]) for t in targets]
-    most = max(counts, default=0)
-    query = torch.full((len(targets), most), -1)
+    truth = pack_targets(targets)
+    query = torch.full((len(targets), max(truth.counts, default=0)), -1)
     label = query.clone()
-    target = torch.zeros(len(targets), most, 4)
-    if most == 0:
+    target = torch.zeros(*query.shape, 4)
+    if not query.numel():
         return query, label, target
-    labels = torch.cat([t["labels"] for t in targets])
-    wanted = torch.cat([t["boxes"] for t in targets])
-    image = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor(counts))
-    cost = matching_cost(logits[None].float(), boxes[None].float(), labels, wanted, image)
-    _, matched_image, matched_query, matched = torch.from_numpy(assign(cost.numpy(), counts))
-    place = torch.cat([torch.arange(n) for n in counts])[matched]
+    image = torch.from_numpy(truth.image)
+    packed = truth.labels, truth.boxes, image
+    cost = matching_cost(logits[None].float(), boxes[None].float(), *packed)
+    _, matched_image, matched_query, matched = torch.from_numpy(assign(cost.numpy(), truth.counts))
+    place = torch.cat([torch.arange(n) for n in truth.counts])[matched]
     query[matched_image, place] = matched_query
-    label[matched_image, place] = labels[matched]
-    target[matched_image, place] = wanted[matched].float()
+    label[matched_image, place] = truth.labels[matched]
+    target[matched_image, place] = truth.boxes[matched].float()
     return query, label, target
 
 
@@ -127,7 +125,6 @@ def _batch_queries(model, pixel_values, targets) -> Queries:
     return Queries(embeddings, logits, quality, boxes, *matches, image_id, size)
 
 
-# %% ../nbs/04c_fusion.ipynb #join-queries
 def _join_queries(parts: list[Queries]) -> Queries:
     """Batches as one, their matches filled up to the largest number of objects."""
     most = max(part.query.shape[1] for part in parts)
@@ -138,13 +135,10 @@ def _join_queries(parts: list[Queries]) -> Queries:
         label = F.pad(part.label, [0, more], value=-1)
         target = F.pad(part.target, [0, 0, 0, more])
         filled.append(replace(part, query=query, label=label, target=target))
-    tensors = {}
-    for field in fields(Queries):
-        tensors[field.name] = torch.cat([getattr(part, field.name) for part in filled])
-    return Queries(**tensors)
+    columns = zip(*(vars(part).values() for part in filled), strict=True)
+    return Queries(*map(torch.cat, columns))
 
 
-# %% ../nbs/04c_fusion.ipynb #run-queries-2
 @torch.inference_mode()
 def run_queries(model, loader) -> Queries:
     """`Queries` of a detector on the batches of a loader; the detector does not change."""
@@ -161,7 +155,6 @@ def _query_code() -> str:
     return "".join(code_hash(*entry) for entry in entries)
 
 
-# %% ../nbs/04c_fusion.ipynb #augmentation
 AUGMENTATION = {
     "vertical": "vertical_flips",
     "photometric": "photometric",
@@ -185,7 +178,6 @@ def detector_hash(run: str | Path) -> str:
     return hash_bytes(weights, (folder / "config.json").read_bytes())
 
 
-# %% ../nbs/04c_fusion.ipynb #query-key-function
 def query_key(run, data_hash: str, split: str, view: int | None = None, seed=0) -> str:
     """What cached queries are filed under.
 
@@ -199,12 +191,6 @@ def query_key(run, data_hash: str, split: str, view: int | None = None, seed=0) 
     return hash_bytes(text.encode(), length=16)
 
 
-# %% ../nbs/04c_fusion.ipynb #cached-queries
-def _write_queries(path: Path, key: str, queries: Queries) -> None:
-    tensors = {f.name: getattr(queries, f.name).contiguous() for f in fields(queries)}
-    atomic_write(path, save(tensors, {"format": "pt", "key": key}))
-
-
 # %% ../nbs/04c_fusion.ipynb #read-queries
 def _read_queries(path: Path, key: str) -> Queries:
     """The queries in a file. Raises `ValueError` where they were filed under another key."""
@@ -215,7 +201,6 @@ def _read_queries(path: Path, key: str) -> Queries:
         return Queries(*(f.get_tensor(field.name) for field in fields(Queries)))
 
 
-# %% ../nbs/04c_fusion.ipynb #query-loader
 def _query_loader(run, model, data_dir, split, view, seed, batch_size) -> DataLoader:
     """Batches of a split as the detector sees them: plain, or an augmented view of them."""
     size = trained_image_size(run), takes_plain_input(model)
@@ -236,7 +221,7 @@ def cached_queries(
 
     view: None for photographs as they are, else the number of an augmented view; cache: a folder,
     None for `queries/` beside the run; model: the detector, where it is at hand. Raises
-    `ValueError` where the detector and the data have different classes.
+    `ValueError` where the detector and the data have different classes, or a file another key.
     """
     key = query_key(run, data_hash(data_dir), split, view, seed)
     folder = Path(cache or Path(run).parent / "queries")
@@ -248,7 +233,8 @@ def cached_queries(
             model = load_detector(detector_directory(run), default_device())
         loader = _query_loader(run, model, data_dir, split, view, seed, batch_size)
         queries = run_queries(model, progress(loader, f"queries of {split}"))
-        _write_queries(path, key, queries)
+        tensors = {name: tensor.contiguous() for name, tensor in vars(queries).items()}
+        atomic_write(path, save(tensors, {"format": "pt", "key": key}))
     return queries
 
 
@@ -283,7 +269,6 @@ class ClassText:
     texts: tuple = ()  # in words, where there are any
 
 
-# %% ../nbs/04c_fusion.ipynb #class-text
 def _class_text(embedded: TextEmbeddings, order: list[int]) -> ClassText:
     """Texts given to the classes in this order."""
     texts = tuple(embedded.texts[i] for i in order)
@@ -306,7 +291,6 @@ def orthogonal_rows(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.cat(groups)[:rows]
 
 
-# %% ../nbs/04c_fusion.ipynb #mean-row
 def _mean_row(rows: torch.Tensor) -> torch.Tensor:
     """The mean of the rows in place of each."""
     return rows.mean(0, keepdim=True).expand_as(rows).clone()
@@ -323,7 +307,6 @@ def _orthogonal_text(text: ClassText, seed: int) -> ClassText:
     return ClassText(pooled, tokens, text.token_class)
 
 
-# %% ../nbs/04c_fusion.ipynb #constant-text
 def _constant_text(text: ClassText) -> ClassText:
     """The mean text for every class."""
     tokens = None if text.tokens is None else _mean_row(text.tokens)
@@ -489,7 +472,6 @@ def _token_places(token_class: torch.Tensor, classes: int) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence(where, batch_first=True, padding_value=-1)
 
 
-# %% ../nbs/04c_fusion.ipynb #cross-attention-head
 class CrossAttentionHead(Head):
     """Each query attends, for each class, to the tokens of its text; zero at first.
 
@@ -613,7 +595,6 @@ def random_queries(images=715, queries=300, width=256, classes=6, objects=2, see
     return Queries(embeddings, logits, quality, boxes, *matches, torch.arange(images), size)
 
 
-# %% ../nbs/04c_fusion.ipynb #time-head
 def _seconds_per_epoch(head: Head, queries: Queries, batch_size: int, repeats: int) -> float:
     """Mean time of an epoch over the queries, after one step that is not counted."""
     step = training_pass(head, torch.optim.AdamW(head.parameters(), 1e-4))
@@ -626,24 +607,19 @@ def _seconds_per_epoch(head: Head, queries: Queries, batch_size: int, repeats: i
 
 
 # %% ../nbs/04c_fusion.ipynb #bench-heads
-def bench_heads(
-    images=715, queries=300, width=256, classes=6, batch_size=16, epochs=20, repeats=1
-) -> pd.DataFrame:
+def bench_heads(images=715, batch_size=16, epochs=20, repeats=1) -> pd.DataFrame:
     """Seconds that `epochs` epochs of training take for each head on random cached queries.
 
     Measured for `repeats` epochs over `images` photographs after one step, and multiplied.
     """
-    cache = random_queries(images, queries, width, classes)
-    token_class = torch.arange(classes).repeat_interleave(15)
+    cache = random_queries(images)
+    token_class = torch.arange(6).repeat_interleave(15)
     tokens = torch.randn(len(token_class), 512)
-    text = ClassText(orthogonal_rows(classes, 512, 0), tokens, token_class)
+    text = ClassText(orthogonal_rows(6, 512, 0), tokens, token_class)
     rows = []
     for kind in HEADS:
-        head = build_head(kind, width, text)
+        head = build_head(kind, cache.embeddings.shape[-1], text)
         seconds = _seconds_per_epoch(head, cache, batch_size, repeats)
-        row = {"head": kind, "parameters": count_parameters(head)}
-        row["seconds an epoch"] = seconds
-        row[f"seconds of {epochs} epochs"] = epochs * seconds
-        row["threads"] = torch.get_num_threads()
-        rows.append(row)
-    return pd.DataFrame(rows)
+        row = {"head": kind, "parameters": count_parameters(head), "seconds an epoch": seconds}
+        rows.append(row | {f"seconds of {epochs} epochs": epochs * seconds})
+    return pd.DataFrame(rows).assign(threads=torch.get_num_threads())

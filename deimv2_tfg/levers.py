@@ -6,12 +6,11 @@
 __all__ = [
     'LEVERS', 'TRAINER', 'COMPILING', 'LOADING', 'compile_static', 'l1_distance',
     'transformers_losses', 'bench_optimizer', 'BenchStep', 'bench_photographs', 'endless_batches',
-    'step_times', 'bench_lever', 'why_missing', 'enlarged', 'bench_config', 'measured_lever',
-    'bench_train', 'CountedReading', 'bench_loading',
+    'step_times', 'bench_lever', 'enlarged', 'bench_config', 'measured_lever', 'bench_train',
+    'CountedReading', 'bench_loading',
 ]  # fmt: skip
 
 # %% ../nbs/04d_levers.ipynb #levers-exports
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -68,7 +67,6 @@ def compile_static(model: torch.nn.Module, graphs: bool = False):
         part.forward = torch.compile(part.forward, mode="reduce-overhead" if graphs else None)
 
 
-# %% ../nbs/04d_levers.ipynb #l1-distance
 def l1_distance(a: torch.Tensor, b: torch.Tensor, p: int = 1) -> torch.Tensor:
     """`torch.cdist(a, b, p=1)` by broadcasting: a (n, d), b (m, d) to (n, m)."""
     return (a[:, None] - b[None]).abs().sum(-1)
@@ -80,7 +78,6 @@ def transformers_losses(model, pixel_values, targets, epoch) -> dict[str, torch.
     return transformers_terms(transformers_arguments(model(pixel_values, targets=targets), targets))
 
 
-# %% ../nbs/04d_levers.ipynb #bench-optimizer-2
 def bench_optimizer(model, levers, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW on the trainer's few groups, fused, or on one group per parameter."""
     if "few groups" in levers:
@@ -118,7 +115,11 @@ class BenchStep:
         pixels = normalised(pixels.to(device, non_blocking=True))
         return pixels.to(**self.layout), moved
 
-    def plain(self, pixels, targets):
+    def step(self, pixels, targets) -> dict:
+        if self.levers == TRAINER:
+            built = self.model, self.losses, [(pixels, targets)]
+            kept = self.optimizer, self.ema, self.accelerator
+            return training_step(*built, *kept, self.config.clip, 0).losses
         terms = self.losses(self.model, pixels, targets, 0)
         self.optimizer.zero_grad()
         self.accelerator.backward(sum(terms.values()))
@@ -127,21 +128,12 @@ class BenchStep:
         self.ema.update_parameters(self.model)
         return terms
 
-    def trainers(self, pixels, targets):
-        parts = [(pixels, targets)]
-        built = self.model, self.losses, parts, self.optimizer, self.ema, self.accelerator
-        return training_step(*built, self.config.clip, 0).losses
-
     def __call__(self, batch) -> list[float]:
-        pixels, targets = self.on_device(batch)
         if "CUDA graphs" in self.levers:
             torch.compiler.cudagraph_mark_step_begin()
-        distances = contextlib.nullcontext()
-        if "no cdist" in self.levers:
-            distances = mock.patch.object(torch, "cdist", l1_distance)
-        with distances:
-            step = self.trainers if self.levers == TRAINER else self.plain
-            terms = step(pixels, targets).values()
+        distance = l1_distance if "no cdist" in self.levers else torch.cdist
+        with mock.patch.object(torch, "cdist", distance):
+            terms = self.step(*self.on_device(batch)).values()
         if "one transfer" in self.levers:
             return torch.stack([term.detach() for term in terms]).tolist()
         return [term.item() for term in terms]
@@ -151,15 +143,13 @@ class BenchStep:
 def bench_photographs(levers, config: TrainConfig, folder: str):
     """The training photographs as the levers keep them, opened once where they are kept."""
     kinds = {"photographs in memory": "memory", "photographs on disk": "disk"}
-    kept = [kind for lever, kind in kinds.items() if lever in levers]
-    cache = photograph_cache(kept[0] if kept else "off", 16, folder)
-    dataset = load_dataset(config.data_dir, "train", cache=cache)
-    for index in range(len(dataset) if kept else 0):
+    kept = next((kind for lever, kind in kinds.items() if lever in levers), "off")
+    dataset = load_dataset(config.data_dir, "train", cache=photograph_cache(kept, 16, folder))
+    for index in range(len(dataset) if kept != "off" else 0):
         dataset.photograph(index)
     return dataset
 
 
-# %% ../nbs/04d_levers.ipynb #endless-batches
 def endless_batches(dataset, config: TrainConfig):
     """The batches of epoch after epoch."""
     for epoch in itertools.count():
@@ -211,16 +201,6 @@ def bench_lever(levers, config: TrainConfig, repeats: int) -> dict:
     return measured
 
 
-# %% ../nbs/04d_levers.ipynb #why-missing
-def why_missing(levers, gpu: bool, compiled: bool) -> str:
-    """Why a lever is not measured here; "" where it is."""
-    if "CUDA graphs" in levers and not gpu:
-        return "needs a GPU"
-    if COMPILING & {*levers} and not compiled:
-        return "not asked for: --compiled"
-    return ""
-
-
 # %% ../nbs/04d_levers.ipynb #enlarged
 def _enlarged_split(root: Path, out: Path, split: str, sides: tuple[int, int]):
     coco = read_json(annotation_file(root, split))
@@ -229,13 +209,11 @@ def _enlarged_split(root: Path, out: Path, split: str, sides: tuple[int, int]):
         with Image.open(root / split / "images" / image["file_name"]) as photograph:
             larger = photograph.convert("RGB").resize(sides)
         image["file_name"] = Path(image["file_name"]).with_suffix(".jpg").name
-        x, y = sides[0] / image["width"], sides[1] / image["height"]
-        factors[image["id"]] = (x, y, x, y)
-        image["width"], image["height"] = sides
         larger.save(out / split / "images" / image["file_name"], quality=90)
+        factors[image["id"]] = np.array([*sides, *sides]) / (2 * [image["width"], image["height"]])
+        image["width"], image["height"] = sides
     for a in coco["annotations"]:
-        pairs = zip(a["bbox"], factors[a["image_id"]], strict=True)
-        a["bbox"] = [edge * factor for edge, factor in pairs]
+        a["bbox"] = (a["bbox"] * factors[a["image_id"]]).tolist()
         a["area"] = a["bbox"][2] * a["bbox"][3]
         a.pop("segmentation", None)
     write_json(annotation_file(out, split), coco)
@@ -252,68 +230,60 @@ def enlarged(root: str | Path, out: str | Path, sides: tuple[int, int]) -> Path:
 
 
 # %% ../nbs/04d_levers.ipynb #bench-config
-def bench_config(batch, image_size, model, data_dir, workers: int) -> TrainConfig:
+def bench_config(workers: int = 0) -> TrainConfig:
     """The training that levers are measured on: M at 640 px on a GPU, tiny at 64 px without.
 
     The photographs of the GPU are the demo's, enlarged: those of the thesis take minutes to draw.
     """
-    gpu = torch.cuda.is_available()
-    if not data_dir:
-        data_dir = study_data(open_study("demo" if gpu else "smoke"))
-        if gpu:
-            data_dir = enlarged(data_dir, project_root() / "runs" / "data" / "bench", (640, 640))
-    return TrainConfig(
-        str(data_dir),
-        model=model or ("m" if gpu else "tiny"),
-        image_size=image_size or (640 if gpu else 64),
-        batch_size=batch or (16 if gpu else 4),
-        num_workers=workers,
-    )
+    if not torch.cuda.is_available():
+        small = {"model": "tiny", "image_size": 64, "batch_size": 4}
+        return TrainConfig(str(study_data(open_study("smoke"))), num_workers=workers, **small)
+    larger = project_root() / "runs" / "data" / "bench"
+    data_dir = enlarged(study_data(open_study("demo")), larger, (640, 640))
+    large = {"model": "m", "image_size": 640, "batch_size": 16}
+    return TrainConfig(str(data_dir), num_workers=workers, **large)
 
 
 # %% ../nbs/04d_levers.ipynb #measured-lever
-def measured_lever(levers, config: TrainConfig, repeats: int) -> tuple[dict, str]:
-    """What `bench_lever` gives, or {} and the reason where a device or compiler refuses."""
+def measured_lever(levers, config: TrainConfig, repeats: int, compiled=True) -> tuple[dict, str]:
+    """What `bench_lever` gives, or {} and the reason where it is not measured.
+
+    That is where there is no GPU, or nobody asked for compiling, or a device or compiler refuses.
+    """
+    compiling = bool(COMPILING & {*levers})
+    if "CUDA graphs" in levers and not torch.cuda.is_available():
+        return {}, "needs a GPU"
+    if compiling and not compiled:
+        return {}, "not asked for: --compiled"
     try:
         return bench_lever(levers, config, repeats), ""
     except (RuntimeError, CacheError) as e:
-        if not (COMPILING | {"photographs on disk"}) & {*levers}:
+        if not compiling and "photographs on disk" not in levers:
             raise
         first_line = (str(e).strip().splitlines() or [""])[0]
         return {}, f"{type(e).__name__}: {first_line:.80}"
     finally:
-        if COMPILING & {*levers}:
+        if compiling:
             torch.compiler.reset()
 
 
 # %% ../nbs/04d_levers.ipynb #bench-train
-def bench_train(
-    repeats: int = 7,
-    batch: int | None = None,
-    image_size: int | None = None,
-    model: str | None = None,
-    data_dir: str | None = None,
-    workers: int = 0,
-    compiled: bool | None = None,
-) -> pd.DataFrame:
+def bench_train(repeats: int = 7, workers: int = 0, compiled: bool | None = None) -> pd.DataFrame:
     """A plain loop, each lever alone, and the trainer: images/s, ratio to the plain loop, drift.
 
     The ratio is to the mean of the plain loops right before and after; the drift is how far those
     differ. compiled: whether compiling is tried (None: on a GPU).
     """
     gpu = torch.cuda.is_available()
-    trainers = bench_config(batch, image_size, model, data_dir, workers)
+    trainers = bench_config(workers)
     plains = dataclasses.replace(trainers, precision="fp16" if gpu else "auto")
-    compiled = gpu if compiled is None else compiled
     before = bench_lever((), plains, repeats)
     rows = [{"loop": "plain", **before, "ratio": 1.0, "drift": 0.0, "missing": ""}]
     for levers in [*((name,) for name in LEVERS), TRAINER]:
-        row = {"loop": "the trainer" if levers == TRAINER else levers[0]}
-        row["missing"] = why_missing(levers, gpu, compiled)
-        measured = {}
-        if not row["missing"]:
-            config = trainers if levers == TRAINER else plains
-            measured, row["missing"] = measured_lever(levers, config, repeats)
+        config = trainers if levers == TRAINER else plains
+        tried = gpu if compiled is None else compiled
+        measured, missing = measured_lever(levers, config, repeats, tried)
+        row = {"loop": "the trainer" if levers == TRAINER else levers[0], "missing": missing}
         if measured:
             after = bench_lever((), plains, repeats)
             rates = [loop["images_per_second"] for loop in (before, after)]
@@ -321,9 +291,8 @@ def bench_train(
             row["drift"] = max(rates) / min(rates) - 1
             before = after
         rows.append(row | measured)
-    device = "cuda" if gpu else "cpu"
-    table = pd.DataFrame(rows).assign(device=device, threads=torch.get_num_threads())
-    return table.assign(workers=workers)
+    about = {"device": "cuda" if gpu else "cpu", "threads": torch.get_num_threads()}
+    return pd.DataFrame(rows).assign(**about, workers=workers)
 
 
 # %% ../nbs/04d_levers.ipynb #bench-loading

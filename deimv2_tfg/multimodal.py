@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    'PLACES', 'TEXT_PARTS', 'STAGES', 'LEARNED', 'UNFIT', 'SCHEDULES', 'MAIN_TEXTS', 'FEW_EPOCHS',
-    'GRIDS', 'FusionData', 'fusion_data', 'fusion_text', 'text_hash', 'find_fusion_run',
-    'fit_head', 'head_logits', 'save_head', 'load_head', 'FusedDetector', 'load_fused', 'thaw',
-    'fused_family', 'train_fusion', 'grid_configs', 'Grid', 'study_fusion', 'sample_run',
-    'sample_detector', 'verdict', 'cells_of', 'effect_columns', 'fusion_table', 'effect_table',
-    'plot_text_effects',
+    'PLACES', 'TEXT_PARTS', 'STAGES', 'SCHEDULES', 'MAIN_TEXTS', 'FEW_EPOCHS', 'GRIDS',
+    'FusionData', 'fusion_data', 'fusion_text', 'text_hash', 'find_fusion_run', 'fit_head',
+    'head_logits', 'save_head', 'load_head', 'FusedDetector', 'load_fused', 'thaw',
+    'fused_family', 'train_fusion', 'Grid', 'study_fusion', 'sample_run', 'sample_detector',
+    'effect_columns', 'plot_text_effects',
 ]  # fmt: skip
 
 # %% ../nbs/05_multimodal.ipynb #9f564af0
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -71,7 +69,7 @@ from .detector import count_parameters, detect, encode, load_detector, save_dete
 from .figures import finish, gettext
 from .recipes import FusionConfig, Schedule, TrainConfig, lr_factor
 from .runs import Log, Run, code_hash, data_hash, environment, run_directory
-from .statistics import Effect, Sampled, paired_effect, sample_ap, stratified_weights
+from .statistics import Effect, Sampled, sample_ap, stratified_weights
 from .synthetic import study_data
 from .text import default_encoder, descriptions_of, load_descriptions
 from .training import DEIMV2, Family, train
@@ -89,7 +87,6 @@ class FusionData:
     coco: dict  # {split: COCO annotations}
 
 
-# %% ../nbs/05_multimodal.ipynb #fusion-data-private
 @lru_cache(maxsize=2)
 def _fusion_data(run: str, data_dir: str, views: int, detector: str, data: str) -> FusionData:
     """See `fusion_data`; `detector` and `data` are hashes."""
@@ -104,7 +101,6 @@ def _fusion_data(run: str, data_dir: str, views: int, detector: str, data: str) 
     return FusionData(classes, sets["train"].category_ids, views, splits, coco)
 
 
-# %% ../nbs/05_multimodal.ipynb #fusion-data-2
 def fusion_data(config: FusionConfig) -> FusionData:
     """Everything that a run needs of detector and photographs: computed once, then read."""
     hashes = detector_hash(config.run), data_hash(config.data_dir)
@@ -124,7 +120,6 @@ def fusion_text(config: FusionConfig, classes: list) -> ClassText:
     return text
 
 
-# %% ../nbs/05_multimodal.ipynb #text-hash
 def text_hash(text: ClassText) -> str:
     """Hash of the numbers that a head is given as text."""
     parts = []
@@ -146,7 +141,6 @@ def _fusion_code() -> str:
     return hash_bytes(*(code_hash(*entry, rooms).encode() for entry in entries))
 
 
-# %% ../nbs/05_multimodal.ipynb #find-fusion-run
 def find_fusion_run(config: FusionConfig, text: ClassText) -> Path:
     """The directory of the frozen run.
 
@@ -170,7 +164,6 @@ def _head_optimizer(head: Head, config: FusionConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([decayed, free], config.lr)
 
 
-# %% ../nbs/05_multimodal.ipynb #epoch-queries
 def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Queries:
     """What an epoch trains on: a view in turn, or at the end the photographs as they are."""
     first_plain = round((1 - config.plain) * config.epochs)
@@ -179,7 +172,6 @@ def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Querie
     return data.views[epoch % len(data.views)]
 
 
-# %% ../nbs/05_multimodal.ipynb #trained-labels
 def _trained_labels(config: FusionConfig, classes: list) -> torch.Tensor | None:
     """Labels of all classes but the one that is held out; None: all."""
     if not config.held_out:
@@ -285,7 +277,6 @@ def _save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
     return metrics
 
 
-# %% ../nbs/05_multimodal.ipynb #judge-head
 def _judge_head(run: Path, head: Head, data: FusionData) -> dict:
     """Judge a head on val and test: `{split: metrics}`, written into its run directory."""
     metrics = {}
@@ -472,24 +463,6 @@ def train_fusion(config: FusionConfig) -> Path:
     return run
 
 
-# %% ../nbs/05_multimodal.ipynb #grid-configs
-LEARNED = ("linear", "cosine")  # controls that learn their class vectors
-UNFIT = {
-    ("cross_attention", "words"),  # no token vectors ship for random words
-    ("contrastive", "constant"),  # a constant gives all classes the same logit
-}
-
-
-def grid_configs(base: FusionConfig, heads, texts, seeds, learned=LEARNED) -> dict:
-    """`{(head, text, seed): FusionConfig}`: heads in turn with every text, then the controls."""
-    cells = [cell for cell in itertools.product(heads, texts) if cell not in UNFIT]
-    cells += [(head, "none") for head in learned]
-    configs = {}
-    for (head, text), seed in itertools.product(cells, seeds):
-        configs[head, text, seed] = dataclasses.replace(base, head=head, text=text, seed=seed)
-    return configs
-
-
 # %% ../nbs/05_multimodal.ipynb #grids
 SCHEDULES = {
     "thesis": {"batch_size": 2, "lr": 1e-4, "warmup_steps": 500},
@@ -504,13 +477,12 @@ class Grid:
 
     heads: tuple = ("contrastive", "residual", "cross_attention", "concat")
     texts: tuple = (*MAIN_TEXTS, "words", "constant")
-    learned: tuple = LEARNED
+    learned: tuple = ("linear", "cosine")  # controls that learn their class vectors
     seeds: int = 6
     repeats: int = 3  # seeds of prompts and held-out classes
     changes: dict = dataclasses.field(default_factory=dict)  # of FusionConfig
 
 
-# %% ../nbs/05_multimodal.ipynb #study-fusion
 FEW_EPOCHS = {"epochs": 2, "views": 1}
 GRIDS = {
     "smoke": Grid(("contrastive",), MAIN_TEXTS, ("linear",), 2, 1, FEW_EPOCHS),
@@ -537,7 +509,6 @@ def sample_run(run: Path, split="test", data_dir: str | None = None) -> Sampled:
     return sample_ap(found.tables, stratified_weights(found.tables), found.seed)
 
 
-# %% ../nbs/05_multimodal.ipynb #sample-detector
 def sample_detector(data: FusionData, split="test") -> Sampled:
     """The same of the detector that heads start from, by its cached queries."""
     queries = data.splits[split]
@@ -546,73 +517,11 @@ def sample_detector(data: FusionData, split="test") -> Sampled:
     return sample_ap(tables, stratified_weights(tables))
 
 
-# %% ../nbs/05_multimodal.ipynb #verdict
-def verdict(effect: Effect, what="text") -> str:
-    """In words, whether there is an effect.
-
-    The interval must leave out 0 and p must be under .05, which takes at least 6 seeds.
-    """
-    if effect.pairs < 6:
-        return f"cannot be told: {effect.pairs} seeds, 6 are needed"
-    if effect.p < 0.05 and effect.low > 0:
-        return f"{what} helps, by {100 * effect.difference:.1f} points"
-    if effect.p < 0.05 and effect.high < 0:
-        return f"{what} harms, by {-100 * effect.difference:.1f} points"
-    low, high = 100 * effect.low, 100 * effect.high
-    return f"no effect can be told from zero: between {low:+.1f} and {high:+.1f} points"
-
-
 # %% ../nbs/05_multimodal.ipynb #tables
-def cells_of(runs: dict) -> dict:
-    """`{(head, text): [run, ...] in the order of seeds}` of `{(head, text, seed): run}`."""
-    cells = {}
-    for head, text, seed in runs:
-        cells.setdefault((head, text), []).append((seed, runs[head, text, seed]))
-    return {cell: [run for _, run in sorted(found)] for cell, found in cells.items()}
-
-
 def effect_columns(effect: Effect) -> dict:
     """An effect as columns of a table; a fraction of AP, not points."""
     columns = {"effect": effect.difference, "low": effect.low, "high": effect.high}
     return columns | {"p": effect.p, "seeds": effect.pairs, "smallest difference": effect.smallest}
-
-
-# %% ../nbs/05_multimodal.ipynb #grid-table
-def fusion_table(runs: dict, phase1: Sampled, split="test", data_dir=None) -> pd.DataFrame:
-    """One row per head and text: AP, difference to phase 1 with interval, seconds, parameters.
-
-    runs: {(head, text, seed): run}; phase1: see `sample_detector`; data_dir: see `sample_run`.
-    """
-    rows = []
-    for (head, text), found in cells_of(runs).items():
-        group = [sample_run(run, split, data_dir) for run in found]
-        ap = np.array([sampled.metric("AP")[0] for sampled in group])
-        row = {"head": head, "text": text, "seeds": len(group), "AP": ap.mean()}
-        row["sd"] = ap.std(ddof=1) if len(ap) > 1 else math.nan
-        row["AP50"] = np.mean([sampled.metric("AP50")[0] for sampled in group])
-        effect = paired_effect(group, [phase1], fixed=True)
-        row |= {"to phase 1": effect.difference, "low": effect.low, "high": effect.high}
-        results = [Run(run).result for run in found]
-        row["parameters"] = results[0]["parameters"]
-        row["seconds"] = np.mean([result["seconds"] for result in results])
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-# %% ../nbs/05_multimodal.ipynb #effect-table
-def effect_table(runs: dict, split="test", data_dir=None) -> pd.DataFrame:
-    """One row per head and control: what the true text gives over it, paired by seed."""
-    rows = []
-    cells = cells_of(runs)
-    for (head, text), found in cells.items():
-        if text in ("true", "none") or (head, "true") not in cells:
-            continue
-        with_text = [sample_run(run, split, data_dir) for run in cells[head, "true"]]
-        control = [sample_run(run, split, data_dir) for run in found]
-        effect = paired_effect(with_text, control)
-        row = {"head": head, "true text against": text} | effect_columns(effect)
-        rows.append(row | {"in words": verdict(effect)})
-    return pd.DataFrame(rows)
 
 
 # %% ../nbs/05_multimodal.ipynb #plot-effects

@@ -60,7 +60,6 @@ def descriptions_of(data_dir: str | Path, path: str | Path | None = None) -> Pat
     return own if own.is_file() else DESCRIPTIONS
 
 
-# %% ../nbs/04b_text.ipynb #load-descriptions-2
 def load_descriptions(path: str | Path | None = None) -> dict:
     """`{class: {language: {name, description, keywords}}}` from a json file, or the package's.
 
@@ -170,13 +169,6 @@ def text_advice(classes, described: dict, data_dir: str | Path) -> str:
     return "\n".join([*lines, *text_missing(classes, described)])
 
 
-# %% ../nbs/04b_text.ipynb #nothing
-def _nothing(lines: list[str]) -> list[str]:
-    """A cell's lines, replaced by none: see `skip_page`."""
-    return ["pass\n"]
-
-
-# %% ../nbs/04b_text.ipynb #skip-page
 def skip_page(reason: str) -> None:
     """Print `reason`, and let all further cells of this notebook do nothing (until a restart)."""
     from IPython import get_ipython
@@ -184,7 +176,7 @@ def skip_page(reason: str) -> None:
     print(reason)
     shell = get_ipython()
     if shell is not None:
-        shell.input_transformers_cleanup.append(_nothing)
+        shell.input_transformers_cleanup.append(lambda lines: ["pass\n"])
 
 
 # %% ../nbs/04b_text.ipynb #random-words
@@ -215,12 +207,10 @@ class Encoder:
     limit: int | None = None  # tokens that it reads; None: what its configuration says
 
 
-# %% ../nbs/04b_text.ipynb #encodererror
 class EncoderError(ValueError):
     """A text encoder is not available; the message says how to get it."""
 
 
-# %% ../nbs/04b_text.ipynb #encoder-names
 HUB = {
     "clip": ("openai/clip-vit-base-patch32", 77),
     "siglip2": ("google/siglip2-base-patch16-224", 64),
@@ -244,7 +234,6 @@ def _hub_answers(seconds=2.0) -> bool:
     return True
 
 
-# %% ../nbs/04b_text.ipynb #cached-config
 def _hub_file(repository: str, **where) -> str | None:
     """Path of a repository's config.json in the hub's cache, or None."""
     try:
@@ -253,7 +242,6 @@ def _hub_file(repository: str, **where) -> str | None:
         return None
 
 
-# %% ../nbs/04b_text.ipynb #hub-encoder
 def _hub_encoder(name: str) -> Encoder:
     """An encoder of `HUB`. Raises `EncoderError` where it is neither here nor on the hub."""
     repository, limit = HUB[name]
@@ -283,17 +271,15 @@ def _minilm_encoder() -> Encoder:
     return Encoder("minilm", str(folder) if folder else None, MINILM_SHA256[:12], 256)
 
 
-# %% ../nbs/04b_text.ipynb #folder-encoder
 def _folder_encoder(folder: Path) -> Encoder:
     """The encoder that `save_pretrained` wrote; its revision is the hash of its files."""
     if not (folder / "config.json").is_file():
         wrong = "no config.json in the folder; it should be what save_pretrained writes"
         raise EncoderError(f"encoder {folder.name!r}: {wrong}")
     names = ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
-    digests = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in names:
-            digests.append(bytes.fromhex(file_digest(path)))
+    kinds = (".safetensors", ".bin")
+    read = [p for p in sorted(folder.iterdir()) if p.suffix in kinds or p.name in names]
+    digests = [bytes.fromhex(file_digest(path)) for path in read]
     return Encoder(folder.name, str(folder), hash_bytes(*digests))
 
 
@@ -329,10 +315,8 @@ def default_encoder(profile="demo") -> str:
 # %% ../nbs/04b_text.ipynb #check-lengths
 def _check_lengths(encoder: Encoder, texts: list[str], counts: list[int], limit: int) -> None:
     """Raises `ValueError` that lists every text with more tokens than the encoder reads."""
-    long = []
-    for text, count in zip(texts, counts, strict=True):
-        if count > limit:
-            long.append(f"{text[:40]!r}... has {count} tokens")
+    pairs = zip(texts, counts, strict=True)
+    long = [f"{text[:40]!r}... has {count} tokens" for text, count in pairs if count > limit]
     if long:
         raise ValueError(
             f"encoder {encoder.name!r} reads {limit} tokens: {'; '.join(long)}. "
@@ -402,7 +386,6 @@ def text_key(encoder: Encoder, text: str) -> str:
     return hash_bytes(*parts, length=16)
 
 
-# %% ../nbs/04b_text.ipynb #about-text
 def _about_text(encoder: Encoder, text: str) -> dict:
     """What is stored beside a text's vectors, and compared when they are read."""
     return {"encoder": encoder.name, "revision": encoder.revision, "text": text}
@@ -424,7 +407,6 @@ def _read_cached(path: Path, encoder: Encoder, text: str, tokens: bool) -> tuple
     return None if tokens else (pooled, None)
 
 
-# %% ../nbs/04b_text.ipynb #write-cached
 def _write_cached(path, encoder: Encoder, texts, pooled, tokens, dtype=torch.float32) -> Path:
     """Write vectors of several texts into one file; None in `tokens`: not wanted."""
     tensors = {}

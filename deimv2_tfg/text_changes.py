@@ -9,6 +9,7 @@ __all__ = [
 
 # %% ../nbs/05a_text_changes.ipynb #tc-exports
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,11 +40,12 @@ def _attention(head: torch.nn.Module, one: Queries, label: int) -> pd.DataFrame:
     score = head_logits(head, one).sigmoid()[0, :, label]
     value = score
     if hasattr(head, "cosine"):
-        value = head.cosine(one.embeddings.float())[0, :, label]
-    boxes = one.boxes[0].float() * one.size[0].flip(0).repeat(2)
-    found = dict(zip(("x", "y", "width", "height"), boxes.unbind(-1), strict=True))
-    found |= {"value": value, "score": score}
-    return pd.DataFrame({name: numbers.numpy() for name, numbers in found.items()})
+        cosine = head.cosine(one.embeddings.float())
+        value = cosine[0, :, label]
+    sides = one.size[0].flip(0)
+    boxes = one.boxes[0].float() * sides.repeat(2)
+    found = pd.DataFrame(boxes.numpy(), columns=["x", "y", "width", "height"])
+    return found.assign(value=value.numpy(), score=score.numpy())
 
 
 # %% ../nbs/05a_text_changes.ipynb #text-attention
@@ -55,16 +57,17 @@ def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataF
     the score), score.
     """
     run = Run(run)
-    here = {"run": str(run.path.parent / Path(run.config["run"]).name)}
-    config = run.config | here | {"runs_dir": str(run.path.parent)}
-    known = {field.name for field in dataclasses.fields(FusionConfig)}
-    data = fusion_data(FusionConfig(**{k: v for k, v in config.items() if k in known}))
+    beside = run.path.parent
+    phase1 = beside / Path(run.config["run"]).name
+    config = run.config | {"run": str(phase1), "runs_dir": str(beside)}
+    known = [field.name for field in dataclasses.fields(FusionConfig)]
+    data = fusion_data(FusionConfig(**{name: config[name] for name in known if name in config}))
     head = load_head(run.best / "head.safetensors")[0]
     queries = data.splits["test"]
-    places = {image_id: k for k, image_id in enumerate(queries.image_id.tolist())}
+    places = queries.image_id.tolist()
     tables = []
     for row in photographs.to_dict("records"):
-        place = places[row["image_id"]]
+        place = places.index(row["image_id"])
         label = config["classes"].index(row["class"])
         found = _attention(head, queries[place : place + 1], label)
         tables.append(found.assign(**row))
@@ -79,8 +82,9 @@ def _draw_attention(ax: plt.Axes, part: pd.DataFrame, photograph: Image.Image, e
     size = 5 + 60 * part["score"]
     dots = ax.scatter(part["x"], part["y"], c=part["value"], s=size, **ends)
     if "width" in part:
-        x, y, width, height = part.loc[part["score"].idxmax(), ["x", "y", "width", "height"]]
-        corner = x - width / 2, y - height / 2
+        best = part.loc[part["score"].idxmax()]
+        width, height = best["width"], best["height"]
+        corner = best["x"] - width / 2, best["y"] - height / 2
         ax.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="red"))
     ax.set(xlim=(0, photograph.width), ylim=(photograph.height, 0))
     return dots
@@ -93,23 +97,25 @@ def plot_attention(table: pd.DataFrame, folder: Path, language: str = "en") -> p
     One panel per class, and per `which` where the table has it; folder: of the photographs' files,
     by `file_name` in the table.
     """
-    panels = table.groupby([k for k in ("class", "which") if k in table], sort=False)
-    columns = 4 if "which" in table else 3
+    say = partial(gettext, language=language)
+    by = ["class", "which"] if "which" in table else ["class"]
+    panels = table.groupby(by, sort=False)
+    columns = 2 + len(by)
     rows = -(-len(panels) // columns)
     size = (7.4, 8.4 / columns * rows)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    ends = {"vmin": table["value"].min(), "vmax": table["value"].max(), "cmap": "viridis"}
+    values = table["value"]
+    ends = {"vmin": values.min(), "vmax": values.max(), "cmap": "viridis"}
     for ax, (keys, part) in zip(axes.flat, panels, strict=False):
-        dots = _draw_attention(ax, part, Image.open(folder / part["file_name"].iloc[0]), ends)
-        words = [class_title(keys[0], language), *(gettext(k, language) for k in keys[1:])]
+        file = folder / part["file_name"].iloc[0]
+        dots = _draw_attention(ax, part, Image.open(file), ends)
         score = format_number(part["score"].max(), 2, language)
-        best = f"{gettext('best score', language)} {score}"
-        ax.set_title("\n".join([", ".join(words), best]), fontsize=7)
+        words = ", ".join([class_title(keys[0], language), *map(say, keys[1:])])
+        ax.set_title(f"{words}\n{say('best score')} {score}", fontsize=7)
     for ax in axes.flat:
         ax.set_axis_off()
-    bar = fig.colorbar(dots, ax=axes, label=gettext("query and text", language), shrink=0.6)
-    finish(bar.ax.figure, language)
-    return fig
+    fig.colorbar(dots, ax=axes, label=say("query and text"), shrink=0.6)
+    return finish(fig, language)
 
 
 # %% ../nbs/05a_text_changes.ipynb #plot-class-gains
@@ -118,12 +124,16 @@ def plot_class_gains(table: pd.DataFrame, language: str = "en") -> plt.Figure:
     parts = table.groupby("compared", sort=False)
     size = (0.7 + 3.1 * len(parts), 2.8)
     fig, axes = plt.subplots(1, len(parts), figsize=size, sharey=True, squeeze=False)
+    style = {"fmt": "o", "color": "black", "capsize": 2, "markersize": 4}
     for ax, (title, part) in zip(axes[0], parts, strict=True):
-        spread = np.abs(part[["low", "high"]].to_numpy().T - part["effect"].to_numpy())
-        style = {"fmt": "o", "color": "black", "capsize": 2, "markersize": 4}
-        ax.errorbar(100 * part["effect"], range(len(part)), xerr=100 * spread, **style)
+        points = 100 * part[["effect", "low", "high"]].to_numpy()
+        effect, *ends = points.T
+        spread = np.abs(ends - effect)
+        rows = range(len(part))
+        ax.errorbar(effect, rows, xerr=spread, **style)
         ax.axvline(0, color="0.5", linewidth=0.8)
-        ax.set_yticks(range(len(part)), short_titles(list(part["class"]), language))
-        ax.set(xlabel=gettext("points of AP", language), title=caption_in(title, language))
+        ax.set_yticks(rows, short_titles(list(part["class"]), language))
+        ax.set_xlabel(gettext("points of AP", language))
+        ax.set_title(caption_in(title, language))
     axes[0, 0].invert_yaxis()
     return finish(fig, language)

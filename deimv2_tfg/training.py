@@ -8,15 +8,14 @@ __all__ = [
     'measured_precisions', 'fastest_precision', 'Trainer', 'set_rate', 'in_parts',
     'finish_snapshot', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch', 'train_epoch',
     'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields', 'find_run',
-    'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'finished_before',
-    'phase1_config', 'phase1_run',
+    'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'phase1_config',
+    'phase1_run',
 ]  # fmt: skip
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import platform
@@ -52,8 +51,6 @@ from deimv2_tfg.data import (
     require_dataset,
     spare_workers,
 )
-
-# %% ../nbs/04_training_stability.ipynb #imports-of-the-runs
 from deimv2_tfg.guard import (
     Diverged,
     anywhere,
@@ -132,7 +129,6 @@ class Family:
     name: str  # first part of the run directory's name
     build: Callable  # (config, num_classes) -> nn.Module with the weights of `config.init`
     losses: Callable  # (config, num_classes) -> f(model, pixel_values, targets, epoch) -> terms
-    predict: Callable  # (model, dataset, image_size, device) -> COCO results, xywh pixels
     save: Callable  # (model, directory, classes, **meta): what its evaluation reads
     code: tuple = ()  # ("module", "name") where its code begins: part of a run's hash
     blocks: Callable = lambda model: []  # repeated parts, for `config.checkpointing`
@@ -158,7 +154,6 @@ def _build_deimv2(config, num_classes):
     return model
 
 
-# %% ../nbs/04_training_stability.ipynb #deimv2-blocks
 def _deimv2_blocks(model):
     "Those without batch norms, whose statistics a second forward pass would count twice."
     blocks = list(model.model.decoder.layers)
@@ -178,12 +173,6 @@ def _deimv2_losses(config, num_classes):
     return losses
 
 
-# %% ../nbs/04_training_stability.ipynb #predict-deimv2
-def _predict_deimv2(model, dataset, image_size, device):
-    return predict(model, dataset, image_size, device=device)
-
-
-# %% ../nbs/04_training_stability.ipynb #deimv2-memory
 def _deimv2_memory(config, num_classes):
     shape = DetectorConfig.named(config.model, num_classes)
     dtype = torch.bfloat16 if pick_precision(config) in ("bf16", "fp16") else None
@@ -195,12 +184,10 @@ def _deimv2_memory(config, num_classes):
     return counted_memory(shape, config.image_size, dtype, prepare)
 
 
-# %% ../nbs/04_training_stability.ipynb #family-deimv2-2
 DEIMV2 = Family(
     "detector",
     _build_deimv2,
     _deimv2_losses,
-    _predict_deimv2,
     save_detector,
     code=(("training", "DEIMV2"),),
     blocks=_deimv2_blocks,
@@ -388,7 +375,6 @@ def _targets_on(targets: list[dict], device) -> list[dict]:
     return moved
 
 
-# %% ../nbs/04_training_stability.ipynb #in-parts
 def in_parts(trainer: Trainer, pixels: torch.Tensor, targets: list, size: int = 0) -> list[tuple]:
     """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets).
 
@@ -509,7 +495,6 @@ def _counted_part(trainer: Trainer, batch: int) -> int:
     return trainer.family.memory(config, trainer.train_set.num_classes).images_in(free)
 
 
-# %% ../nbs/04_training_stability.ipynb #proposed-part
 def _search(trainer: Trainer, attempt, batch: int) -> int:
     first = min(gather_object([_counted_part(trainer, batch)]))
     if trainer.accelerator.num_processes > 1:
@@ -612,14 +597,13 @@ def predict_val(trainer: Trainer) -> list[dict]:
     size = trainer.config.image_size
     gpu = accelerator.device.type == "cuda"
     with accelerator.autocast() if gpu else contextlib.nullcontext():
-        results = trainer.family.predict(model, share, size, accelerator.device)
+        results = predict(model, share, size, device=accelerator.device)
     if accelerator.num_processes == 1:
         return results
     place = {image["id"]: i for i, image in enumerate(val.coco["images"])}
     return sorted(gather_object(results), key=lambda r: place[r["image_id"]])
 
 
-# %% ../nbs/04_training_stability.ipynb #keep-as-best
 def keep_as_best(trainer: Trainer, results: list[dict], score: float):
     """Keep the EMA weights as `best/`, with their predictions on val."""
     trainer.best = score
@@ -667,7 +651,6 @@ def training_code(family: Family = DEIMV2) -> str:
     return hash_bytes(*(h.encode() for h in hashes))
 
 
-# %% ../nbs/04_training_stability.ipynb #hashed-fields
 NOT_HASHED = ("data_dir", "runs_dir", "name", "device")
 NOT_HASHED += ("num_workers", "cache", "cache_gb", "cache_dir")
 
@@ -731,7 +714,6 @@ def _describe_run(trainer: Trainer):
     trainer.run.write("env.json", made_with)
 
 
-# %% ../nbs/04_training_stability.ipynb #first-state
 def first_state(trainer: Trainer):
     """Write what a new run starts with: configuration, environment, weights."""
     config = trainer.config
@@ -758,7 +740,6 @@ def _say_of_others(trainer: Trainer):
         trainer.say(f"{done}; to go on from its weights: --init {nearby(run.path)}")
 
 
-# %% ../nbs/04_training_stability.ipynb #say-of-others-2
 def open_run(trainer: Trainer):
     """Resume from the last state, or write the first one; open the log."""
     if trainer.main:
@@ -871,23 +852,6 @@ def train(config: TrainConfig, family: Family = DEIMV2) -> Path:
     return run.path
 
 
-# %% ../nbs/04_training_stability.ipynb #finished-before
-def finished_before(config: TrainConfig, family: Family) -> Path | None:
-    """The newest finished run of a configuration on its data, whatever code trained it.
-
-    None where there is none. A field that a run lacks is younger than it.
-    """
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_HASHED}
-    asked = json.loads(json.dumps(fields))
-    data = data_hash(config.data_dir)
-    for run in reversed(find_runs(config.runs_dir, family.name)):
-        stored = asked | run.config
-        same = all(stored[name] == value for name, value in asked.items())
-        if same and run.environment.get("data_hash") == data:
-            return run.path
-    return None
-
-
 # %% ../nbs/04_training_stability.ipynb #phase1-config
 def phase1_config(study: Study) -> TrainConfig:
     """How a study's detector is trained, by its profile; the built-in photographs in float32.
@@ -910,7 +874,6 @@ def phase1_config(study: Study) -> TrainConfig:
     )
 
 
-# %% ../nbs/04_training_stability.ipynb #phase1-run
 def phase1_run(study: Study) -> Path:
     """The study's phase-1 run: `$DEIMV2_TFG_PHASE1` where that is set, else found or trained.
 

@@ -25,8 +25,8 @@ def broken(*given, **options):
     raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found\nmore")
 
 
-def test_one_row_per_lever_and_a_reason_for_each_that_is_missing(smoke_data):
-    bench = bench_train(repeats=2, data_dir=str(smoke_data))
+def test_one_row_per_lever_and_a_reason_for_each_that_is_missing():
+    bench = bench_train(repeats=2)
     assert list(bench["loop"]) == ["plain", *LEVERS, "the trainer"]
     absent = bench.set_index("loop").loc[["compiled", "CUDA graphs"]]
     assert list(absent["missing"]) == ["not asked for: --compiled", "needs a GPU"]
@@ -103,7 +103,7 @@ def test_a_card_is_measured_on_photographs_of_640_px(smoke_data, tmp_path, monke
     monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(levers, "study_data", lambda study: smoke_data)
-    config = levers.bench_config(None, None, None, None, 0)
+    config = levers.bench_config()
     assert (config.model, config.image_size, config.batch_size) == ("m", 640, 16)
     photograph = load_dataset(config.data_dir, "train").photograph(0)
     assert photograph.size == (640, 640)
