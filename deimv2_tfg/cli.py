@@ -431,10 +431,8 @@ def report_command(
 # %% ../nbs/08_cli.ipynb #bench
 @command
 def bench_command(
-    what: Literal["card", "criterion", "heads", "latency", "loading", "memory", "parts", "train"],
+    what: Literal["card", "criterion", "latency", "memory", "parts"],
     repeats: PositiveInt = 7,
-    workers: NonNegativeInt = 0,
-    compiled: bool | None = None,
     model: Literal[MODELS] = "m",
     image_size: PositiveInt = 640,
     batch_size: PositiveInt = 8,
@@ -442,34 +440,25 @@ def bench_command(
     """Measure a part of the package on this machine.
 
     Args:
-        what: criterion and heads against what they replace; levers of the trainer (train); one
-            network's latency, memory of a step, and parts of a step with their floor; card:
-            speed, memory and waits of a step, beside the counted, at this size and 1.6 times it;
-            loading: photographs of 4 megapixels that one core loads a second
+        what: the criterion against what it replaces; one network's latency, memory of a step, and
+            parts of a step with their floor; card: speed, memory and waits of a step, beside the
+            counted, at this size and 1.6 times it
         repeats: more of them tell more
-        workers: of train: processes that load photographs
-        compiled: of train: also the compiled network; null: on a GPU
         model: of latency, memory and parts
-        image_size: of latency, loading, memory and parts, pixels
+        image_size: of latency, memory and parts, pixels
         batch_size: of memory and parts
     """
-    table = bench_table(what, repeats, workers, compiled, model, image_size, batch_size)
+    table = bench_table(what, repeats, model, image_size, batch_size)
     return table.to_string(float_format="%.4g")
 
 
 # %% ../nbs/08_cli.ipynb #bench-table
-def bench_table(what, repeats, workers, compiled, model, image_size, batch_size) -> Any:
+def bench_table(what, repeats, model, image_size, batch_size) -> Any:
     """The data frame of one measurement; see `bench_command`."""
-    from deimv2_tfg import cost, fusion, levers, library_loss
+    from deimv2_tfg import cost, library_loss
 
     if what == "criterion":
         return library_loss.bench_criterion(repeats=repeats)
-    if what == "heads":
-        return fusion.bench_heads(repeats=repeats)
-    if what == "train":
-        return levers.bench_train(repeats=repeats, workers=workers, compiled=compiled)
-    if what == "loading":
-        return levers.bench_loading(image_size, repeats)
     if what == "card":
         larger = image_size * 8 // 5 // 32 * 32, max(1, batch_size // 2)
         return cost.card_table(model, ((image_size, batch_size), larger), repeats)

@@ -8,13 +8,12 @@ __all__ = [
     'run_queries', 'detector_hash', 'query_key', 'cached_queries', 'queries_in_batches',
     'query_results', 'ClassText', 'orthogonal_rows', 'class_text_of', 'Head', 'LinearHead',
     'ContrastiveHead', 'CosineHead', 'ConcatHead', 'ResidualHead', 'CrossAttentionHead',
-    'build_head', 'fusion_loss', 'training_pass', 'random_queries', 'bench_heads',
+    'build_head', 'fusion_loss', 'training_pass',
 ]  # fmt: skip
 
 # %% ../nbs/04c_fusion.ipynb #fusion-imports
 import json
 import math
-import time
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -577,49 +576,3 @@ def training_pass(head: Head, optimizer, clip=1.0, classes=None):
         return float(loss.detach()), float(norm)
 
     return step
-
-
-# %% ../nbs/04c_fusion.ipynb #random-queries
-def random_queries(images=715, queries=300, width=256, classes=6, objects=2, seed=0) -> Queries:
-    """Random `Queries` of a given size, for timing and tests."""
-    random = {"generator": torch.Generator().manual_seed(seed)}
-    embeddings = torch.randn(images, queries, width, **random).half()
-    logits = torch.randn(images, queries, classes, **random) - 4
-    quality = torch.randn(images, queries, 1, **random)
-    boxes = torch.rand(images, queries, 4, **random).mul(0.3).add(0.1)
-    query = torch.randint(queries, (images, objects), **random)
-    label = torch.randint(classes, (images, objects), **random)
-    target = torch.rand(images, objects, 4, **random).mul(0.3).add(0.1)
-    matches = query, label, target
-    size = torch.full((images, 2), 640)
-    return Queries(embeddings, logits, quality, boxes, *matches, torch.arange(images), size)
-
-
-def _seconds_per_epoch(head: Head, queries: Queries, batch_size: int, repeats: int) -> float:
-    """Mean time of an epoch over the queries, after one step that is not counted."""
-    step = training_pass(head, torch.optim.AdamW(head.parameters(), 1e-4))
-    step(queries[:batch_size])
-    start = time.perf_counter()
-    for _ in range(repeats):
-        for part in queries_in_batches(queries, batch_size):
-            step(part)
-    return (time.perf_counter() - start) / repeats
-
-
-# %% ../nbs/04c_fusion.ipynb #bench-heads
-def bench_heads(images=715, batch_size=16, epochs=20, repeats=1) -> pd.DataFrame:
-    """Seconds that `epochs` epochs of training take for each head on random cached queries.
-
-    Measured for `repeats` epochs over `images` photographs after one step, and multiplied.
-    """
-    cache = random_queries(images)
-    token_class = torch.arange(6).repeat_interleave(15)
-    tokens = torch.randn(len(token_class), 512)
-    text = ClassText(orthogonal_rows(6, 512, 0), tokens, token_class)
-    rows = []
-    for kind in HEADS:
-        head = build_head(kind, cache.embeddings.shape[-1], text)
-        seconds = _seconds_per_epoch(head, cache, batch_size, repeats)
-        row = {"head": kind, "parameters": count_parameters(head), "seconds an epoch": seconds}
-        rows.append(row | {f"seconds of {epochs} epochs": epochs * seconds})
-    return pd.DataFrame(rows).assign(threads=torch.get_num_threads())

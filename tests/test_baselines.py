@@ -5,25 +5,25 @@ import json
 
 import pytest
 import torch
+from page_code import page_module
 
 from deimv2_tfg import cli
 from deimv2_tfg.baselines import (
     FASTER_RCNN,
     Baseline,
-    baseline_config,
     build_baseline,
     load_baseline,
-    native_size,
-    overfit,
     save_baseline,
     torchvision_target,
-    trained,
 )
 from deimv2_tfg.core import open_study
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.evaluation import coco_metrics, evaluate
 from deimv2_tfg.results import compare
-from deimv2_tfg.training import find_run, finished_before, phase1_config, train
+from deimv2_tfg.runs import Run
+from deimv2_tfg.training import find_run, phase1_config, train
+
+page = page_module("06_baselines")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_no_threshold_before_the_judge(model):
 
 
 def test_a_handful_is_learnt_by_heart(smoke_data):
-    metrics = overfit("resnet18", load_dataset(smoke_data, "train"), 64, images=3, steps=36)
+    metrics = page.overfit("resnet18", load_dataset(smoke_data, "train"), 64, images=3, steps=36)
     assert metrics["AP50"] > 0.9
 
 
@@ -127,80 +127,75 @@ def test_weights_from_a_file_load_whole_or_raise(tmp_path):
     from torchvision.models import resnet18
 
     torch.manual_seed(1)
-    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
-    config = dataclasses.replace(
-        baseline_config(open_study("smoke"), "resnet18"), init=str(tmp_path / "resnet18.pth")
-    )
+    file = tmp_path / "resnet18.pth"
+    torch.save(resnet18().state_dict(), file)
+    config = page.baseline_config(open_study("smoke"), "resnet18", init=str(file))
     model = build_baseline(config, 3)
-    assert torch.equal(
-        model.detector.backbone.body.conv1.weight,
-        torch.load(tmp_path / "resnet18.pth")["conv1.weight"],
-    )
+    stored = torch.load(file)["conv1.weight"]
+    assert torch.equal(model.detector.backbone.body.conv1.weight, stored)
     with pytest.raises(ValueError, match="efficientnet_b0"):
         build_baseline(dataclasses.replace(config, model="efficientnet_b0"), 3)
 
 
-def test_the_same_trainer_and_the_same_judge(smoke_data, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def config(smoke_data, tmp_path_factory):
+    """A baseline of one epoch, in a directory of its own."""
+    own = page.baseline_config(open_study("smoke"), "resnet18")
+    runs_dir = str(tmp_path_factory.mktemp("baselines"))
+    return dataclasses.replace(own, data_dir=str(smoke_data), runs_dir=runs_dir, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return train(config, FASTER_RCNN)
+
+
+def test_the_same_trainer_finds_its_run_again(config, run):
     study = open_study("smoke")
-    config = dataclasses.replace(
-        baseline_config(study, "resnet18"),
-        data_dir=str(smoke_data),
-        runs_dir=str(tmp_path),
-        epochs=1,
-    )
-    same = dataclasses.asdict(phase1_config(study))
-    assert {
-        k for k, v in dataclasses.asdict(baseline_config(study, "resnet18")).items() if v != same[k]
-    } == {"model", "lr", "clip", "backbone_lr"}
-    run = train(config, FASTER_RCNN)
-    assert (
-        run == find_run(config, FASTER_RCNN)
-        and run.name.startswith("faster_rcnn-")
-        and train(config, FASTER_RCNN) == run
-    )
-    assert (
-        finished_before(config, FASTER_RCNN) == run
-        and finished_before(dataclasses.replace(config, num_workers=1), FASTER_RCNN) == run
-    )
-    older = run.rename(
-        run.with_name("faster_rcnn-0123456789")
-    )  # as if other code had trained it: found, by what it was asked for, and by its data
-    assert (
-        finished_before(config, FASTER_RCNN) == trained(config) == older
-        and finished_before(dataclasses.replace(config, seed=1), FASTER_RCNN) is None
-    )
-    env = json.loads((older / "env.json").read_text())
-    (older / "env.json").write_text(json.dumps(env | {"data_hash": "other"}))
-    assert finished_before(config, FASTER_RCNN) is None
-    (older / "env.json").write_text(json.dumps(env))
+    phase1 = dataclasses.asdict(phase1_config(study))
+    own = dataclasses.asdict(page.baseline_config(study, "resnet18"))
+    assert {k for k, v in own.items() if v != phase1[k]} == {"model", "lr", "clip", "backbone_lr"}
+    assert run == find_run(config, FASTER_RCNN) == train(config, FASTER_RCNN)
+    assert run.name.startswith("faster_rcnn-")
+
+
+def test_a_finished_run_counts_whatever_code_trained_it(config, run):
+    """It is found by what it was asked for and by its data, and not trained again."""
+
+    def found(**changes):
+        return page.finished_before(dataclasses.replace(config, **changes), FASTER_RCNN)
+
+    assert found() == found(num_workers=1) == run
+    older = run.rename(run.with_name("faster_rcnn-0123456789"))  # as if by other code
+    assert found() == page.trained(config) == older
+    assert found(seed=1) is None
+    stored = {name: (older / name).read_text() for name in ("config.json", "env.json")}
+    without = {k: v for k, v in Run(older).config.items() if k != "iou_crop"}
+    Run(older).write("config.json", without)  # of before there was such a field
+    assert found() == older
+    Run(older).write("env.json", Run(older).environment | {"data_hash": "other"})
+    assert found() is None
+    for name, text in stored.items():
+        (older / name).write_text(text)
     older.rename(run)
-    metrics, dataset = evaluate(run, smoke_data, "test"), load_dataset(smoke_data, "test")
+
+
+def test_the_same_judge(run, smoke_data, tmp_path, capsys):
+    metrics = evaluate(run, smoke_data, "test")
+    dataset = load_dataset(smoke_data, "test")
     results = json.loads((run / "predictions_test.json").read_text())
-    assert coco_metrics(dataset.coco, results) == pytest.approx(metrics, nan_ok=True) and {
-        r["category_id"] for r in results
-    } <= set(dataset.category_ids)
+    assert coco_metrics(dataset.coco, results) == pytest.approx(metrics, nan_ok=True)
+    assert {r["category_id"] for r in results} <= set(dataset.category_ids)
     table = compare([run], draws=20)
     assert table["model"][0].startswith("Faster R-CNN resnet18") and table["seeds"][0] == 1
-    assert (
-        cli.main(
-            [
-                "predict",
-                str(run),
-                str(smoke_data / "test" / "images"),
-                "--out",
-                str(tmp_path / "out"),
-                "--no-pictures",
-            ]
-        )
-        == 0
-    )
+    photographs = str(smoke_data / "test" / "images")
+    asked = ["predict", str(run), photographs, "--out", str(tmp_path / "out"), "--no-pictures"]
+    assert cli.main(asked) == 0
     assert cli.main(["export", str(run)]) == 2 and "only DEIMv2" in capsys.readouterr().err
 
 
 def test_other_sizes_take_smaller_batches(smoke_data):
     study = open_study("smoke")
-    assert (
-        baseline_config(study, "resnet18", image_size=128).batch_size
-        < baseline_config(study, "resnet18").batch_size
-        and native_size(load_dataset(smoke_data, "train")) == 64
-    )
+    larger = page.baseline_config(study, "resnet18", image_size=128)
+    assert larger.batch_size < page.baseline_config(study, "resnet18").batch_size
+    assert page.native_size(load_dataset(smoke_data, "train")) == 64

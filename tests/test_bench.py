@@ -1,15 +1,14 @@
 """What each lever of the trainer gives; what cannot be measured here says why."""
 
-import pandas as pd
 import pytest
 import torch
+from page_code import page_module
 
-from deimv2_tfg import levers
-from deimv2_tfg.cli import main
 from deimv2_tfg.cost import PARTS, memory_table, parts_table
 from deimv2_tfg.data import load_dataset
-from deimv2_tfg.levers import LEVERS, LOADING, bench_lever, bench_loading, bench_train
 from deimv2_tfg.recipes import TrainConfig
+
+levers = page_module("04d_levers")
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="states what is missing without a GPU"
@@ -26,10 +25,10 @@ def broken(*given, **options):
 
 
 def test_one_row_per_lever_and_a_reason_for_each_that_is_missing():
-    bench = bench_train(repeats=2)
-    assert list(bench["loop"]) == ["plain", *LEVERS, "the trainer"]
+    bench = levers.bench_train(repeats=2)
+    assert list(bench["loop"]) == ["plain", *levers.LEVERS, "the trainer"]
     absent = bench.set_index("loop").loc[["compiled", "CUDA graphs"]]
-    assert list(absent["missing"]) == ["not asked for: --compiled", "needs a GPU"]
+    assert list(absent["missing"]) == ["not asked for: compiled", "needs a GPU"]
     assert absent[["images_per_second", "ratio", "step_s", "data_wait"]].isna().all(axis=None)
     measured = bench[bench["missing"] == ""]
     assert len(measured) == len(bench) - 2
@@ -65,34 +64,26 @@ def test_the_static_part_is_what_is_compiled(config, monkeypatch):
         return counted
 
     monkeypatch.setattr(torch, "compile", compiled)
-    assert bench_lever(("compiled",), config, 2)["step_s"] > 0
+    assert levers.bench_lever(("compiled",), config, 2)["step_s"] > 0
     assert len(asked) == 2
     assert len(calls) == 2 * 3
-    bench_lever(("CUDA graphs",), config, 1)
+    levers.bench_lever(("CUDA graphs",), config, 1)
     assert asked == [None, None, "reduce-overhead", "reduce-overhead"]
 
 
-def test_workers_and_the_command(config, capsys, monkeypatch):
+def test_workers_load_what_is_kept_on_disk(config):
     loading = TrainConfig(**vars(config) | {"num_workers": 2})
-    measured = bench_lever(("photographs on disk",), loading, 3)
+    measured = levers.bench_lever(("photographs on disk",), loading, 3)
     assert 0 <= measured["data_wait"] < 1
     assert measured["images_per_second"] > 0
 
-    def asked(**given):
-        return pd.DataFrame([given])
-
-    monkeypatch.setattr(levers, "bench_train", asked)
-    assert main(["bench", "train", "--repeats", "2", "--workers", "3", "--compiled"]) == 0
-    said = capsys.readouterr().out.split()
-    assert said == ["repeats", "workers", "compiled", "0", "2", "3", "True"]
-
 
 def test_photographs_are_decoded_in_the_first_epoch_alone():
-    table = bench_loading(64, 1, (512, 384)).set_index(["loading", "epoch"])
+    table = levers.bench_loading(64, 1, (512, 384)).set_index(["loading", "epoch"])
     decoded = table["decoded"].unstack()
     assert list(decoded.loc["decoded each time"]) == [12, 12]
     kept = decoded.drop(index="decoded each time")
-    assert len(kept) == len(LOADING) - 1
+    assert len(kept) == len(levers.LOADING) - 1
     assert (kept["first"] == 12).all() and (kept["later"] == 0).all()
     rates = table["photographs_per_second"].unstack()
     assert rates.loc["shrunk once", "later"] > rates.loc["decoded each time", "later"]

@@ -10,6 +10,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from page_code import page_module
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -25,7 +26,6 @@ from deimv2_tfg.data import (
     photograph_cache,
 )
 from deimv2_tfg.detector import DetectorConfig, build_detector
-from deimv2_tfg.levers import enlarged
 from deimv2_tfg.photographs import read_photograph
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import load_state
@@ -191,7 +191,7 @@ def test_processes_share_a_folder(smoke_data, tmp_path):
 @pytest.fixture
 def large(smoke_data, tmp_path):
     "A data set of JPEGs of four times the side that a training at 64 px asks for."
-    return enlarged(smoke_data, tmp_path / "large", (256, 256))
+    return page_module("04d_levers").enlarged(smoke_data, tmp_path / "large", (256, 256))
 
 
 def test_workers_read_each_photograph_once_and_train_the_same(large, tmp_path, monkeypatch):

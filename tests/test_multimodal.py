@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from page_code import page_module
 from safetensors.torch import load_file, save_file
 
 from deimv2_tfg import fusion, multimodal
@@ -25,21 +26,16 @@ from deimv2_tfg.fusion import (
     orthogonal_rows,
     query_key,
     query_results,
-    random_queries,
 )
 from deimv2_tfg.multimodal import (
     FusedDetector,
-    effect_table,
     fusion_data,
-    fusion_table,
     fusion_text,
-    grid_configs,
     head_logits,
     load_fused,
     load_head,
     sample_detector,
     train_fusion,
-    verdict,
 )
 from deimv2_tfg.recipes import FusionConfig, TrainConfig
 from deimv2_tfg.results import compare
@@ -49,6 +45,8 @@ from deimv2_tfg.text import class_texts, load_descriptions
 from deimv2_tfg.training import train
 
 CLASSES = list(load_descriptions())
+page = page_module("05_multimodal")
+random_queries = page_module("04c_fusion").random_queries
 
 
 # ---- queries and heads
@@ -373,9 +371,9 @@ def test_a_fused_detector_refuses_another_detector(config, tmp_path):
 
 def test_an_effect_has_one_interval_in_every_table(config, phase1, smoke_data, material):
     evaluate(phase1, smoke_data, "test")
-    configs = grid_configs(config, ("residual",), ("true", "permuted"), (1, 2, 3), ())
+    configs = page.grid_configs(config, ("residual",), ("true", "permuted"), (1, 2, 3), ())
     runs = {key: train_fusion(c) for key, c in configs.items()}
-    mine = fusion_table(runs, sample_detector(material)).set_index("text")
+    mine = page.fusion_table(runs, sample_detector(material)).set_index("text")
     groups = {text: [r for (_, t, _), r in runs.items() if t == text] for text in mine.index}
     theirs = compare({"phase 1": [phase1], **groups}).set_index("model")
     for text in mine.index:
@@ -387,7 +385,7 @@ def test_an_effect_has_one_interval_in_every_table(config, phase1, smoke_data, m
             ("high", "difference high"),
         ):
             assert mine.loc[text, a] == pytest.approx(theirs.loc[text, b], abs=1e-9), (text, a)
-    effect = effect_table(runs).iloc[0]
+    effect = page.effect_table(runs).iloc[0]
     against = compare({"permuted": groups["permuted"], "true": groups["true"]}).iloc[1]
     for a, b in (("effect", "difference"), ("low", "difference low"), ("p", "p seeds")):
         assert effect[a] == pytest.approx(against[b], abs=1e-9)
@@ -395,16 +393,18 @@ def test_an_effect_has_one_interval_in_every_table(config, phase1, smoke_data, m
 
 def test_effects_in_words():
     real = Effect(0.02, 0.015, 0.025, pairs=6, p=2 / 64, smallest=0.01)
-    assert verdict(real) == "text helps, by 2.0 points"
+    assert page.verdict(real) == "text helps, by 2.0 points"
     harm = dataclasses.replace(real, difference=-0.02, low=-0.03, high=-0.01)
-    assert verdict(harm) == "text harms, by 2.0 points"
+    assert page.verdict(harm) == "text harms, by 2.0 points"
     wide = dataclasses.replace(real, low=-0.01)
-    assert verdict(wide) == "no effect can be told from zero: between -1.0 and +2.5 points"
-    assert verdict(dataclasses.replace(real, pairs=5)) == "cannot be told: 5 seeds, 6 are needed"
+    assert page.verdict(wide) == "no effect can be told from zero: between -1.0 and +2.5 points"
+    assert (
+        page.verdict(dataclasses.replace(real, pairs=5)) == "cannot be told: 5 seeds, 6 are needed"
+    )
 
 
 def test_a_grid_compares_like_with_like(config):
-    grid = grid_configs(config, ("residual",), ("true", "permuted"), (0, 1))
+    grid = page.grid_configs(config, ("residual",), ("true", "permuted"), (0, 1))
     same = {dataclasses.replace(c, head="linear", text="true", seed=0) for c in grid.values()}
     assert len(grid) == 8 and len(same) == 1 and list(grid)[0] == ("residual", "true", 0)
     permuted = [fusion_text(c, CLASSES) for c in grid.values() if c.text == "permuted"]
