@@ -25,7 +25,7 @@ READS = {
     "memoria": ["baselines", "errors", "09_pretraining", "results", "text_changes", "thesis"],
     "thesis": ["baselines", "multimodal"],
 }
-TRAINS = {"training", "stability", "levers", "multimodal", "text_changes", "baselines"}
+TRAINS = {"training", "stability", "04d_levers", "multimodal", "text_changes", "baselines"}
 TRAINS |= {"09_pretraining"}
 
 study = open_study(

@@ -61,6 +61,7 @@ def efficientnet_b0_fpn(pretrained=False, channels=256) -> nn.Module:
     return with_pyramid(create_feature_extractor(network, stages), [24, 40, 112, 320], channels)
 
 
+# %% ../nbs/06_baselines.ipynb #efficientnet-b0-fpn-part2
 class _NamedMaps(LiteFeatures):
     "Its maps by name, as torchvision's pyramid takes them."
 
@@ -103,6 +104,7 @@ SMALL_RPN = {
 }
 
 
+# %% ../nbs/06_baselines.ipynb #small-head-part2
 def _faster_rcnn(backbone: str, num_classes: int, image_size: int, pretrained: bool) -> FasterRCNN:
     """torchvision's detector with the settings of the table above."""
     small = image_size < 512
@@ -193,6 +195,7 @@ def save_baseline(model: Baseline, directory: str | Path, classes=None, **meta) 
     return directory
 
 
+# %% ../nbs/06_baselines.ipynb #save-baseline-part2
 def load_baseline(directory: str | Path) -> Baseline:
     """The baseline that `save_baseline` wrote, in evaluation mode, with `.classes` and `.meta`."""
     stored = read_json(Path(directory) / "config.json")
@@ -271,6 +274,7 @@ FASTER_RCNN = Family(
 )
 
 
+# %% ../nbs/06_baselines.ipynb #predict-baseline-part2
 def family_of(model: str) -> Family:
     """The family of a network by the name of its model: Faster R-CNN's backbones, else DEIMv2."""
     return FASTER_RCNN if model in BACKBONES else DEIMV2

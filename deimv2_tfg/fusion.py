@@ -124,6 +124,7 @@ def _batch_queries(model, pixel_values, targets) -> Queries:
     return Queries(embeddings, logits, quality, boxes, *matches, image_id, size)
 
 
+# %% ../nbs/04c_fusion.ipynb #run-queries-part2
 def _join_queries(parts: list[Queries]) -> Queries:
     """Batches as one, their matches filled up to the largest number of objects."""
     most = max(part.query.shape[1] for part in parts)
@@ -138,6 +139,7 @@ def _join_queries(parts: list[Queries]) -> Queries:
     return Queries(*map(torch.cat, columns))
 
 
+# %% ../nbs/04c_fusion.ipynb #run-queries-part3
 @torch.inference_mode()
 def run_queries(model, loader) -> Queries:
     """`Queries` of a detector on the batches of a loader; the detector does not change."""
@@ -154,6 +156,7 @@ def _query_code() -> str:
     return "".join(code_hash(*entry) for entry in entries)
 
 
+# %% ../nbs/04c_fusion.ipynb #query-key-part2
 AUGMENTATION = {
     "vertical": "vertical_flips",
     "photometric": "photometric",
@@ -177,6 +180,7 @@ def detector_hash(run: str | Path) -> str:
     return hash_bytes(weights, (folder / "config.json").read_bytes())
 
 
+# %% ../nbs/04c_fusion.ipynb #detector-hash-part2
 def query_key(run, data_hash: str, split: str, view: int | None = None, seed=0) -> str:
     """What cached queries are filed under.
 
@@ -200,6 +204,7 @@ def _read_queries(path: Path, key: str) -> Queries:
         return Queries(*(f.get_tensor(field.name) for field in fields(Queries)))
 
 
+# %% ../nbs/04c_fusion.ipynb #read-queries-part2
 def _query_loader(run, model, data_dir, split, view, seed, batch_size) -> DataLoader:
     """Batches of a split as the detector sees them: plain, or an augmented view of them."""
     size = trained_image_size(run), takes_plain_input(model)
@@ -268,6 +273,7 @@ class ClassText:
     texts: tuple = ()  # in words, where there are any
 
 
+# %% ../nbs/04c_fusion.ipynb #class-vectors-text-part2
 def _class_text(embedded: TextEmbeddings, order: list[int]) -> ClassText:
     """Texts given to the classes in this order."""
     texts = tuple(embedded.texts[i] for i in order)

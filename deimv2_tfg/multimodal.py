@@ -87,6 +87,7 @@ class FusionData:
     coco: dict  # {split: COCO annotations}
 
 
+# %% ../nbs/05_multimodal.ipynb #fusion-data-part2
 @lru_cache(maxsize=2)
 def _fusion_data(run: str, data_dir: str, views: int, detector: str, data: str) -> FusionData:
     """See `fusion_data`; `detector` and `data` are hashes."""
@@ -120,6 +121,7 @@ def fusion_text(config: FusionConfig, classes: list) -> ClassText:
     return text
 
 
+# %% ../nbs/05_multimodal.ipynb #text-of-part2
 def text_hash(text: ClassText) -> str:
     """Hash of the numbers that a head is given as text."""
     parts = []
@@ -141,6 +143,7 @@ def _fusion_code() -> str:
     return hash_bytes(*(code_hash(*entry, rooms).encode() for entry in entries))
 
 
+# %% ../nbs/05_multimodal.ipynb #fusion-code-part2
 def find_fusion_run(config: FusionConfig, text: ClassText) -> Path:
     """The directory of the frozen run.
 
@@ -277,6 +280,7 @@ def _save_judged(run: Path, split: str, coco: dict, results: list) -> dict:
     return metrics
 
 
+# %% ../nbs/05_multimodal.ipynb #save-judged-part2
 def _judge_head(run: Path, head: Head, data: FusionData) -> dict:
     """Judge a head on val and test: `{split: metrics}`, written into its run directory."""
     metrics = {}

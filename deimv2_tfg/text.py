@@ -169,6 +169,7 @@ def text_advice(classes, described: dict, data_dir: str | Path) -> str:
     return "\n".join([*lines, *text_missing(classes, described)])
 
 
+# %% ../nbs/04b_text.ipynb #text-advice-part2
 def skip_page(reason: str) -> None:
     """Print `reason`, and let all further cells of this notebook do nothing (until a restart)."""
     from IPython import get_ipython
@@ -234,6 +235,7 @@ def _hub_answers(seconds=2.0) -> bool:
     return True
 
 
+# %% ../nbs/04b_text.ipynb #hub-answers-part2
 def _hub_file(repository: str, **where) -> str | None:
     """Path of a repository's config.json in the hub's cache, or None."""
     try:
@@ -271,6 +273,7 @@ def _minilm_encoder() -> Encoder:
     return Encoder("minilm", str(folder) if folder else None, MINILM_SHA256[:12], 256)
 
 
+# %% ../nbs/04b_text.ipynb #minilm-part2
 def _folder_encoder(folder: Path) -> Encoder:
     """The encoder that `save_pretrained` wrote; its revision is the hash of its files."""
     if not (folder / "config.json").is_file():

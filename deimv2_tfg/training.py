@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'DEIMV2', 'COUNTERS', 'WORKSPACE', 'NOT_WEIGHTS', 'NOT_HASHED', 'Family',
-    'measured_precisions', 'fastest_precision', 'Trainer', 'set_rate', 'in_parts',
-    'finish_snapshot', 'snapshot', 'restore', 'fit_micro_batch', 'train_batch', 'train_epoch',
-    'predict_val', 'keep_as_best', 'validate', 'training_code', 'hashed_fields', 'find_run',
-    'check_model', 'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'phase1_config',
-    'phase1_run',
+    'NOT_WEIGHTS', 'NOT_HASHED', 'set_rate', 'train_batch', 'train_epoch', 'predict_val',
+    'keep_as_best', 'validate', 'training_code', 'hashed_fields', 'find_run', 'check_model',
+    'first_state', 'open_run', 'end_epoch', 'end_run', 'train', 'phase1_config', 'phase1_run',
 ]  # fmt: skip
 
 # %% ../nbs/04_training_stability.ipynb #37fd2945
@@ -18,68 +15,27 @@ import dataclasses
 import functools
 import math
 import os
-import platform
 import signal
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils._pytree import tree_map
 
-from deimv2_tfg.core import (
-    Study,
-    default_device,
-    hash_bytes,
-    keep_lines,
-    one_at_a_time,
-    progress,
-    project_root,
-    read_json,
-    seed_everything,
-    write_json,
-)
-from deimv2_tfg.data import (
-    Reading,
-    load_dataset,
-    photograph_cache,
-    require_dataset,
-    spare_workers,
-)
 from deimv2_tfg.guard import (
     Diverged,
     anywhere,
     is_incident,
     random_state,
     record_incident,
-    restore_buffers,
     roll_back,
-    saved_buffers,
-    set_random_state,
     stop_requests,
 )
-from deimv2_tfg.optim import (
-    BACKBONE,
-    device_named,
-    make_ema,
-    parameter_groups,
-    pick_precision,
-    recompute,
-    start_accelerator,
-)
-from deimv2_tfg.recipes import (
-    MODELS,
-    PLAIN_INPUT,
-    TrainConfig,
-    check_recipe,
-    frozen_stages,
-    lr_factor,
-)
+
+# %% ../nbs/04_training_stability.ipynb #imports-of-the-runs
 from deimv2_tfg.runs import (
     Log,
     Run,
@@ -91,267 +47,38 @@ from deimv2_tfg.runs import (
     finished_run,
     full_disk_named,
     keep_best,
-    load_state,
     mend_best,
     only_writer,
     refuse_stopped,
     run_directory,
-    save_state,
     weights_hash,
 )
-
-# %% ../nbs/04_training_stability.ipynb #imports-of-the-package
-from .batches import Batches, augmented, share_of, size_of_step
-from .cost import counted_memory, lacks_memory, largest_part
-from .criterion import build_criterion
-from .decisions import store_thresholds
-from .detector import DetectorConfig, build_detector, save_detector
-from .evaluation import coco_metrics, predict
-from .graphs import faster
-from .journal import end_lines, epoch_line, nearby, row_of, say, summarise_steps
-from .precision import attention_in_float32
-from .splits import bind_data
-from .step import count_boxes, training_step
-from .synthetic import study_data
-from .transforms import at_fraction, at_size, input_sizes, normalised, relit
-from .weights import LoadReport, find_weights, init_weights
-
-
-# %% ../nbs/04_training_stability.ipynb #family
-@dataclass(frozen=True)
-class Family:
-    """What the trainer must know of a kind of network. `config` is a `TrainConfig` everywhere.
-
-    targets: a list of {"labels": (n,) int64, "boxes": (n, 4) float32 cxcywh in [0, 1],
-    "image_id": int}, one for each photograph of a batch.
-    """
-
-    name: str  # first part of the run directory's name
-    build: Callable  # (config, num_classes) -> nn.Module with the weights of `config.init`
-    losses: Callable  # (config, num_classes) -> f(model, pixel_values, targets, epoch) -> terms
-    save: Callable  # (model, directory, classes, **meta): what its evaluation reads
-    code: tuple = ()  # ("module", "name") where its code begins: part of a run's hash
-    blocks: Callable = lambda model: []  # repeated parts, for `config.checkpointing`
-    faster: Callable | None = None  # (model, config, device) -> model, compiled or captured
-    memory: Callable | None = None  # (config, num_classes) -> `StepMemory`, counted
-    size: Callable = len  # (targets) -> the count that its losses are divided by
-    backbone: str = ""  # part of a parameter's dotted name that marks the backbone; "": none
-    models: tuple = ()  # what `config.model` may be; (): anything
-
-
-# %% ../nbs/04_training_stability.ipynb #family-deimv2
-def _build_deimv2(config, num_classes):
-    shape = DetectorConfig.named(config.model, num_classes)
-    if config.frozen or shape.backbone == "lite0":
-        shape = dataclasses.replace(shape, frozen=frozen_stages(config))
-    model = build_detector(shape)
-    report = LoadReport(taken="random weights")
-    if config.init != "scratch":
-        own = config.init != "imagenet"  # a detector's, whose classes may be others
-        classes = load_dataset(config.data_dir, "train").classes if own else None
-        report = init_weights(model, config.init, classes=classes)
-    model.start = dataclasses.asdict(report)
-    return model
-
-
-def _deimv2_blocks(model):
-    "Those without batch norms, whose statistics a second forward pass would count twice."
-    blocks = list(model.model.decoder.layers)
-    if model.detector_config.backbone == "vit":
-        blocks += model.model.conv_encoder.backbone.model.layer
-    return blocks
-
-
-# %% ../nbs/04_training_stability.ipynb #deimv2-losses
-def _deimv2_losses(config, num_classes):
-    change = round(config.matcher_change * config.epochs)
-    criterion = build_criterion(DetectorConfig.named(config.model, num_classes), change)
-
-    def losses(model, pixel_values, targets, epoch):
-        return criterion(model(pixel_values, targets=targets), targets, epoch=epoch)
-
-    return losses
-
-
-def _deimv2_memory(config, num_classes):
-    shape = DetectorConfig.named(config.model, num_classes)
-    dtype = torch.bfloat16 if pick_precision(config) in ("bf16", "fp16") else None
-
-    def prepare(model):
-        if config.checkpointing:
-            recompute(_deimv2_blocks(model))
-
-    return counted_memory(shape, config.image_size, dtype, prepare)
-
-
-DEIMV2 = Family(
-    "detector",
-    _build_deimv2,
-    _deimv2_losses,
-    save_detector,
-    code=(("training", "DEIMV2"),),
-    blocks=_deimv2_blocks,
-    faster=faster,
-    memory=_deimv2_memory,
-    size=count_boxes,
-    backbone=BACKBONE,
-    models=MODELS,
+from deimv2_tfg.trainer import (
+    DEIMV2,
+    Family,
+    Trainer,
+    finish_snapshot,
+    fit_micro_batch,
+    in_parts,
+    recompute_blocks,
+    restore,
+    snapshot,
 )
 
-# %% ../nbs/04_training_stability.ipynb #trainer
-COUNTERS = {
-    "epoch": 0,  # epochs that are over
-    "step": 0,  # steps that are over, failed ones included
-    "best": -1.0,  # best AP on val
-    "seconds": 0.0,
-    "since_best": 0,  # evaluations since then
-    "incidents": 0,  # failed steps
-    "returns": 0,  # rollbacks
-    "slower": 1.0,  # factor on the rate, halved by each
-    "in_a_row": 0,  # failed steps in a row
-    "micro": 0,  # photographs of a part; 0: the whole batch
-    "recomputed": 0,  # 1: checkpointing, since not one photograph fitted without
-}
-
-
-# %% ../nbs/04_training_stability.ipynb #open-data
-def _open_data(trainer):
-    """The photographs of a training, and how long it is."""
-    config = trainer.config
-    enough = Reading(longest=round(config.shrink * config.image_size))
-    workers = {"train": config.num_workers, "val": spare_workers()}
-    for split, reading in (("train", enough), ("val", Reading(square=config.image_size))):
-        kept = (config.cache, config.cache_gb, config.cache_dir, reading, workers[split])
-        dataset = load_dataset(config.data_dir, split, cache=photograph_cache(*kept))
-        setattr(trainer, f"{split}_set", dataset)
-    place = (trainer.accelerator.process_index, trainer.accelerator.num_processes)
-    on_card = trainer.accelerator.device.type == "cuda"
-    view = augmented(trainer.train_set, config, light_later=on_card)
-    trainer.batches = Batches(view, config, *place)
-    trainer.sizes = input_sizes(config.image_size, config.multi_scale)
-    if min(trainer.sizes) <= 32 and min(config.batch_size, len(trainer.train_set)) == 1:
-        why = "one photograph of 32 px is one number a channel and cannot be normalised"
-        raise ValueError(f"image_size={config.image_size}: {why}; take 64, or a larger batch")
-    trainer.steps_per_epoch = max(1, len(trainer.train_set) // config.batch_size)
-    trainer.total = trainer.steps_per_epoch * config.epochs
-
-
-# %% ../nbs/04_training_stability.ipynb #trainer-network
-def _build_network(trainer):
-    """Network, EMA and optimizer, on the device."""
-    config = trainer.config
-    accelerator = trainer.accelerator
-    device = accelerator.device
-    model = trainer.family.build(config, trainer.train_set.num_classes)
-    trainer.start = getattr(model, "start", None)
-    trainer.ema = make_ema(model, config.ema * trainer.total).to(device)
-    if device.type == "cpu" and trainer.precision == "bf16":
-        attention_in_float32(model)
-    if config.checkpointing:
-        recompute(trainer.family.blocks(model))
-    if accelerator.num_processes > 1 and device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if trainer.family.faster:
-        model = trainer.family.faster(model, config, device)
-    groups = parameter_groups(model, config, trainer.family.backbone)
-    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
-    trainer.model, trainer.optimizer = accelerator.prepare(model, optimizer)
-    trainer.rates = [group["lr"] for group in trainer.optimizer.param_groups]
-
-
-# %% ../nbs/04_training_stability.ipynb #fastest-precision
-def _timed_step(config: TrainConfig, family: Family, precision: str) -> Callable:
-    """A function that takes a step on noise (without the update) and gives its seconds."""
-    model = family.build(config, 2).train()
-    if precision == "bf16":
-        attention_in_float32(model)
-    model = start_accelerator(config, precision).prepare(model)
-    losses = family.losses(config, 2)
-    batch = min(config.batch_size, 8)
-    pixel_values = torch.rand(batch, 3, config.image_size, config.image_size)
-    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.7, 0.3, 0.1]])
-    target = {"labels": torch.tensor([0, 1]), "boxes": boxes, "image_id": 0}
-
-    def step() -> float:
-        started = time.perf_counter()
-        sum(losses(model, pixel_values, [target] * batch, 0).values()).backward()
-        return time.perf_counter() - started
-
-    return step
-
-
-def measured_precisions(config: TrainConfig, family: Family) -> dict[str, float]:
-    """Seconds of a step in float32 (`no`) and in `bf16`: the best of three, after one each."""
-    config = dataclasses.replace(config, init="scratch", frozen=frozen_stages(config))
-    steps = {name: _timed_step(config, family, name) for name in ("no", "bf16")}
-    rounds = [{name: step() for name, step in steps.items()} for _ in range(4)]
-    return {name: min(each[name] for each in rounds[1:]) for name in steps}
-
-
-def fastest_precision(config: TrainConfig, family: Family) -> str:
-    """`pick_precision`, and on a processor with 16-bit arithmetic what is faster by a tenth."""
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    on_cpu = config.device == "cpu" or default_device() == "cpu"
-    alone = PartialState().num_processes == 1
-    asked = config.precision == "auto" and on_cpu and bf16 and alone
-    if not asked or os.environ.get("IN_TEST"):
-        return pick_precision(config)
-    file = project_root() / "runs" / "precision.json"
-    name = f"{platform.node()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    name += f": {family.name} {config.model}, {config.image_size} px"
-    with one_at_a_time(file):
-        known = read_json(file) if file.is_file() else {}
-        if name not in known:
-            known[name] = measured_precisions(config, family)
-            write_json(file, known)
-    times = known[name]
-    return "bf16" if times["no"] > 1.1 * times["bf16"] else "no"
-
-
-# %% ../nbs/04_training_stability.ipynb #trainer-2
-class Trainer:
-    """All that a training holds while it runs: data, network, optimizer, EMA, counters.
-
-    Seeds the process. Raises what the family's `build` raises: `WeightsError` where the first
-    weights cannot be had. The `COUNTERS` are attributes.
-    """
-
-    def __init__(self, config: TrainConfig, run, family: Family = DEIMV2):
-        self.config = config
-        self.run = Run(run)
-        self.family = family
-        kept = self.run.environment.get("precision")  # a resumed training keeps its own
-        self.precision = kept or fastest_precision(config, family)
-        self.accelerator = start_accelerator(config, self.precision)
-        seed_everything(config.seed)
-        _open_data(self)
-        _build_network(self)
-        if self.accelerator.process_index:  # the same weights, other noise
-            seed_everything(config.seed + self.accelerator.process_index)
-        self.compute_losses = family.losses(config, self.train_set.num_classes)
-        self.rows = []  # of the epoch so far: (names, values on the device) of each step
-        self.log = None
-        self.writer = ThreadPoolExecutor(1)
-        self.writing = None  # the snapshot that `writer` writes
-        for name, value in COUNTERS.items():
-            setattr(self, name, value)
-
-    @property
-    def main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    def say(self, line: str):
-        """One process speaks for all."""
-        if self.main:
-            say(line)
-
-    @property
-    def finished(self) -> bool:
-        return self.epoch >= self.config.epochs or 0 < self.config.patience <= self.since_best
-
-    def restore(self, leave=()) -> bool:
-        """Resume from the last whole state; see `restore`."""
-        return restore(self, leave)
+from .batches import share_of, size_of_step
+from .core import Study, hash_bytes, keep_lines, one_at_a_time, progress, project_root
+from .data import require_dataset
+from .decisions import store_thresholds
+from .detector import DetectorConfig
+from .evaluation import coco_metrics, predict
+from .journal import end_lines, epoch_line, nearby, row_of, say, summarise_steps
+from .optim import device_named
+from .recipes import MODELS, TrainConfig, check_recipe, lr_factor
+from .splits import bind_data
+from .step import training_step
+from .synthetic import study_data
+from .transforms import at_fraction
+from .weights import find_weights
 
 
 # %% ../nbs/04_training_stability.ipynb #trainer-batches
@@ -360,170 +87,6 @@ def set_rate(trainer: Trainer):
     factor = trainer.slower * lr_factor(trainer.config, (trainer.step + 1) / trainer.total)
     for group, rate in zip(trainer.optimizer.param_groups, trainer.rates, strict=True):
         group["lr"] = rate * factor
-
-
-# %% ../nbs/04_training_stability.ipynb #targets-on
-def _targets_on(targets: list[dict], device) -> list[dict]:
-    """The targets on a device: one copy of all labels and one of all boxes, none waited for."""
-    counts = [len(target["labels"]) for target in targets]
-    moved = [dict(target) for target in targets]
-    for name in ("labels", "boxes"):
-        together = torch.cat([target[name] for target in targets])
-        parts = together.to(device, non_blocking=True).split(counts)
-        for target, part in zip(moved, parts, strict=True):
-            target[name] = part
-    return moved
-
-
-def in_parts(trainer: Trainer, pixels: torch.Tensor, targets: list, size: int = 0) -> list[tuple]:
-    """The batch on the device, as `training_step` takes it: a list of (pixel_values, targets).
-
-    pixels: of a loader, uint8 or float32; there they are put in the light that was drawn for them,
-    normalised and brought to side `size` (0: as they are).
-    """
-    device = trainer.accelerator.device
-    moved = _targets_on(targets, device)
-    n = trainer.micro or len(targets)
-    plain = trainer.config.model in PLAIN_INPUT
-    pixels = pixels.to(device, non_blocking=True)
-    if "light" in targets[0]:
-        lights = torch.stack([target["light"] for target in targets])
-        pixel_values = relit(pixels, lights.to(device, non_blocking=True), plain)
-    else:
-        pixel_values = normalised(pixels, plain)
-    split = at_size(pixel_values, size or pixel_values.shape[-1]).split(n)
-    return [(part, moved[i * n : (i + 1) * n]) for i, part in enumerate(split)]
-
-
-# %% ../nbs/04_training_stability.ipynb #snapshot
-def finish_snapshot(trainer: Trainer):
-    """Wait until the last snapshot is written. Raises what its writing raised."""
-    writing, trainer.writing = trainer.writing, None
-    if writing:
-        writing.result()
-
-
-def _on_host(value):
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-
-
-def snapshot(trainer: Trainer):
-    """Save everything that resuming needs: copied now, written by `trainer.writer`."""
-    finish_snapshot(trainer)
-    scaler = trainer.accelerator.scaler
-    state = {
-        "model": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        "ema": trainer.ema.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-        "random": gather_object([random_state()]),  # of each process
-        "rows": trainer.rows,
-        "counters": {name: getattr(trainer, name) for name in COUNTERS},
-    }
-    if trainer.main:
-        copied = tree_map(_on_host, state)
-        trainer.writing = trainer.writer.submit(save_state, trainer.run, trainer.step, copied)
-
-
-# %% ../nbs/04_training_stability.ipynb #restore
-def restore(trainer: Trainer, leave=()) -> bool:
-    """Resume from the last whole state (counters in `leave` stay); False where there is none."""
-    finish_snapshot(trainer)
-    trainer.accelerator.wait_for_everyone()
-    if (state := load_state(trainer.run)) is None:
-        return False
-    trainer.accelerator.unwrap_model(trainer.model).load_state_dict(state["model"])
-    trainer.ema.load_state_dict(state["ema"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    rank = trainer.accelerator.process_index
-    if rank < len(state["random"]):  # else more processes than before: seeded by their rank
-        set_random_state(state["random"][rank])
-    device = trainer.accelerator.device
-    trainer.rows = [(names, values.to(device)) for names, values in state["rows"]]
-    for name, value in state["counters"].items():
-        if name not in leave:
-            setattr(trainer, name, value)
-    return True
-
-
-# %% ../nbs/04_training_stability.ipynb #try-part
-WORKSPACE = 2**29  # bytes left free for libraries while a part is tried on a card
-
-
-def _try_part(trainer: Trainer, images, targets, n: int):
-    "Forward and backward pass on a part of the batch, beside AdamW's moments and a workspace."
-    trainer.micro = n
-    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    room = 2 * weights + (WORKSPACE if trainer.accelerator.device.type == "cuda" else 0)
-    kept = torch.empty(room, dtype=torch.uint8, device=trainer.accelerator.device)
-    part = in_parts(trainer, images, targets, trainer.sizes[-1])[0]
-    losses = trainer.compute_losses(trainer.model, *part, 0)
-    trainer.accelerator.backward(sum(losses.values()))
-    del kept
-
-
-def _fits(trainer: Trainer, attempt, n: int) -> bool:
-    "Whether an attempt goes through; other errors than a lack of memory are raised."
-    try:
-        attempt(n)
-    except RuntimeError as error:
-        if not lacks_memory(error):
-            raise
-        return False
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    return True
-
-
-# %% ../nbs/04_training_stability.ipynb #checkpoint
-def _checkpoint(trainer: Trainer):
-    recompute(trainer.family.blocks(trainer.accelerator.unwrap_model(trainer.model)))
-
-
-def _counted_part(trainer: Trainer, batch: int) -> int:
-    "What the count allows on this card; the whole batch where nothing can be counted."
-    device = trainer.accelerator.device
-    if device.type != "cuda" or not trainer.family.memory:
-        return batch
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    config = dataclasses.replace(trainer.config, image_size=trainer.sizes[-1])
-    if trainer.recomputed:
-        config = dataclasses.replace(config, checkpointing=True)
-    return trainer.family.memory(config, trainer.train_set.num_classes).images_in(free)
-
-
-def _search(trainer: Trainer, attempt, batch: int) -> int:
-    first = min(gather_object([_counted_part(trainer, batch)]))
-    if trainer.accelerator.num_processes > 1:
-        return largest_part(batch, first, lambda n: n <= first)
-    return largest_part(batch, first, functools.partial(_fits, trainer, attempt))
-
-
-# %% ../nbs/04_training_stability.ipynb #fit-micro-batch-2
-def fit_micro_batch(trainer: Trainer, attempt=None) -> int:
-    """Largest part of a batch whose passes fit in memory, with checkpointing where none does.
-
-    `attempt(n)` stands in for the forward and backward pass. Nothing but gradients is changed.
-    Raises `ValueError` where not one photograph fits.
-    """
-    images, targets = next(iter(trainer.batches.of(0)))
-    attempt = attempt or functools.partial(_try_part, trainer, images, targets)
-    before = random_state()
-    buffers = saved_buffers(trainer.model)
-    found = _search(trainer, attempt, len(targets))
-    if not found and not trainer.config.checkpointing:
-        trainer.recomputed = 1
-        _checkpoint(trainer)
-        found = _search(trainer, attempt, len(targets))
-    restore_buffers(trainer.model, buffers)
-    set_random_state(before)
-    if not found:
-        side = trainer.sizes[-1]
-        raise ValueError(f"image_size: not one photograph of {side} px fits; take a smaller one")
-    return found
 
 
 # %% ../nbs/04_training_stability.ipynb #train-batch
@@ -604,6 +167,7 @@ def predict_val(trainer: Trainer) -> list[dict]:
     return sorted(gather_object(results), key=lambda r: place[r["image_id"]])
 
 
+# %% ../nbs/04_training_stability.ipynb #keep-as-best
 def keep_as_best(trainer: Trainer, results: list[dict], score: float):
     """Keep the EMA weights as `best/`, with their predictions on val."""
     trainer.best = score
@@ -646,11 +210,12 @@ NOT_WEIGHTS += ("data.require_dataset", "recipes.check_fields", "recipes.TRAIN_R
 @functools.cache
 def training_code(family: Family = DEIMV2) -> str:
     """Hash of the code that shapes this family's weights: the trainer's and the family's own."""
-    hashes = [code_hash("training", "train", (*NOT_WEIGHTS, "training.DEIMV2"))]
+    hashes = [code_hash("training", "train", (*NOT_WEIGHTS, "trainer.DEIMV2"))]
     hashes += [code_hash(*entry, NOT_WEIGHTS) for entry in family.code]
     return hash_bytes(*(h.encode() for h in hashes))
 
 
+# %% ../nbs/04_training_stability.ipynb #hashed-fields
 NOT_HASHED = ("data_dir", "runs_dir", "name", "device")
 NOT_HASHED += ("num_workers", "cache", "cache_gb", "cache_dir")
 
@@ -714,6 +279,7 @@ def _describe_run(trainer: Trainer):
     trainer.run.write("env.json", made_with)
 
 
+# %% ../nbs/04_training_stability.ipynb #first-state
 def first_state(trainer: Trainer):
     """Write what a new run starts with: configuration, environment, weights."""
     config = trainer.config
@@ -740,6 +306,7 @@ def _say_of_others(trainer: Trainer):
         trainer.say(f"{done}; to go on from its weights: --init {nearby(run.path)}")
 
 
+# %% ../nbs/04_training_stability.ipynb #say-of-others-2
 def open_run(trainer: Trainer):
     """Resume from the last state, or write the first one; open the log."""
     if trainer.main:
@@ -750,7 +317,7 @@ def open_run(trainer: Trainer):
     if restore(trainer):
         trainer.say(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step}: {where}")
         if trainer.recomputed:
-            _checkpoint(trainer)
+            recompute_blocks(trainer)
     else:
         first_state(trainer)
         how = f"{trainer.accelerator.device}, precision {trainer.accelerator.mixed_precision}"
@@ -874,6 +441,7 @@ def phase1_config(study: Study) -> TrainConfig:
     )
 
 
+# %% ../nbs/04_training_stability.ipynb #phase1-run
 def phase1_run(study: Study) -> Path:
     """The study's phase-1 run: `$DEIMV2_TFG_PHASE1` where that is set, else found or trained.
 

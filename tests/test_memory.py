@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_card import DEVICE, Accelerator, autocast, fake_card, real, to_card
 
-from deimv2_tfg import training
+from deimv2_tfg import trainer as trainers
 from deimv2_tfg.baselines import FASTER_RCNN, Baseline
 from deimv2_tfg.cost import (
     PARTS,
@@ -25,7 +25,7 @@ from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
 from deimv2_tfg.optim import make_ema
 from deimv2_tfg.recipes import TrainConfig
-from deimv2_tfg.training import DEIMV2, Trainer, fit_micro_batch, measured_precisions
+from deimv2_tfg.trainer import DEIMV2, Trainer, fit_micro_batch, measured_precisions
 
 SIZE, BATCH = 96, 4
 GIB = 2**30
@@ -196,9 +196,9 @@ def test_the_count_proposes_a_part_where_there_is_a_card(monkeypatch):
     free = counted.needs(5) - reserved
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    assert training._counted_part(trainer, 16) in (4, 5)  # rounded
+    assert trainers._counted_part(trainer, 16) in (4, 5)  # rounded
     trainer.accelerator.device = torch.device("cpu")
-    assert training._counted_part(trainer, 16) == 16
+    assert trainers._counted_part(trainer, 16) == 16
 
 
 def test_the_self_check_of_a_card_runs_on_a_cpu_too(monkeypatch):

@@ -19,7 +19,7 @@ import torch
 
 from accelerate.utils import gather_object
 
-from deimv2_tfg import criterion, training
+from deimv2_tfg import criterion, trainer as trainers, training
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
 from deimv2_tfg.step import training_step
@@ -47,8 +47,8 @@ trainer.model.train()
 for m in trainer.model.modules():
     if isinstance(m, torch.nn.BatchNorm2d):
         m.eval()
-training._counted_part = lambda trainer, batch: 1 if last else batch
-largest = training.fit_micro_batch(trainer, lambda n: None)
+trainers._counted_part = lambda trainer, batch: 1 if last else batch
+largest = trainers.fit_micro_batch(trainer, lambda n: None)
 trainer.micro = 0
 parts = in_parts(trainer, *next(iter(trainer.batches.of(0))))
 set_rate(trainer)

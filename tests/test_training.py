@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from deimv2_tfg import optim, step, training
+from deimv2_tfg import trainer as trainers
 from deimv2_tfg.baselines import FASTER_RCNN
 from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import DatasetError, load_dataset
@@ -102,7 +103,7 @@ def test_a_snapshot_is_of_its_moment_and_written_meanwhile(config, tmp_path, mon
         assert free.wait(60)
         return save_state(*state)
 
-    monkeypatch.setattr(training, "save_state", when_free)
+    monkeypatch.setattr(trainers, "save_state", when_free)
     trainer = training.Trainer(config, tmp_path)
     kept = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     training.snapshot(trainer)
@@ -125,7 +126,7 @@ def test_an_exception_waits_for_the_snapshot(config, monkeypatch):
         ordinary(trainer, *batch)
 
     ordinary = training.train_batch
-    monkeypatch.setattr(training, "save_state", slowly)
+    monkeypatch.setattr(trainers, "save_state", slowly)
     monkeypatch.setattr(training, "train_batch", fails)
     with pytest.raises(RuntimeError, match="a fault of step 4"):
         train(config)
@@ -138,7 +139,7 @@ def test_what_fails_in_the_writing_is_raised_in_the_training(config, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         return save_state(run, step, state)
 
-    monkeypatch.setattr(training, "save_state", second_fails)
+    monkeypatch.setattr(trainers, "save_state", second_fails)
     with pytest.raises(TrainingStopped, match="the disk is full.*step-00000000"):
         train(config)
     assert not Run(find_run(config)).finished
@@ -275,7 +276,7 @@ def test_class_terms_of_a_detector_in_parts(smoke_data):
 def told(monkeypatch, capsys):
     "What is said on standard error, a line each."
     monkeypatch.delenv("IN_TEST")
-    monkeypatch.setattr(training, "fastest_precision", lambda *configured: "no")
+    monkeypatch.setattr(trainers, "fastest_precision", lambda *configured: "no")
     return lambda: [
         line for line in capsys.readouterr().err.splitlines() if "epoch" in line or ":" in line
     ]
@@ -358,15 +359,15 @@ def test_the_faster_precision_is_measured_once_and_remembered(config, tmp_path, 
         asked.append(config.model)
         return {"tiny": {"no": 1.0, "bf16": 0.8}, "small": {"no": 1.0, "bf16": 0.95}}[config.model]
 
-    monkeypatch.setattr(training, "measured_precisions", measured)
+    monkeypatch.setattr(trainers, "measured_precisions", measured)
     on_cpu = dataclasses.replace(config, device="cpu")
-    assert [training.fastest_precision(on_cpu, DEIMV2) for _ in range(2)] == ["bf16", "bf16"]
+    assert [trainers.fastest_precision(on_cpu, DEIMV2) for _ in range(2)] == ["bf16", "bf16"]
     small = dataclasses.replace(on_cpu, model="small")
-    assert training.fastest_precision(small, DEIMV2) == "no"
+    assert trainers.fastest_precision(small, DEIMV2) == "no"
     given = dataclasses.replace(on_cpu, precision="no")
-    assert training.fastest_precision(given, DEIMV2) == "no" and asked == ["tiny", "small"]
+    assert trainers.fastest_precision(given, DEIMV2) == "no" and asked == ["tiny", "small"]
     monkeypatch.setenv("IN_TEST", "1")
-    assert training.fastest_precision(on_cpu, DEIMV2) == "no"
+    assert trainers.fastest_precision(on_cpu, DEIMV2) == "no"
 
 
 def test_a_resumed_run_keeps_its_precision_and_attends_in_float32(config, monkeypatch):
