@@ -22,7 +22,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import typst
-from PIL import Image
 
 from deimv2_tfg.figures import (
     MISSING,
@@ -92,12 +91,12 @@ def _backbone_texts(config: DetectorConfig) -> dict[str, list[str]]:
 
 def _detector_texts(config: DetectorConfig) -> dict[str, list[str]]:
     """Lines of the boxes from the encoder on."""
-    return {
-        "encoder": ["hybrid encoder", f"channels: {config.width}"],
-        "queries": ["selection of queries", f"queries: {config.num_queries}"],
-        "decoder": ["decoder", f"layers: {config.decoder_layers}, heads: {config.heads}"],
-        "result": [f"boxes: {config.num_queries}", f"classes: {config.num_classes}"],
-    }
+    texts = {"encoder": ["hybrid encoder", f"channels: {config.width}"]}
+    texts["queries"] = ["selection of queries", f"queries: {config.num_queries}"]
+    sizes = f"layers: {config.decoder_layers}, heads: {config.heads}"
+    texts["decoder"] = ["decoder", sizes]
+    texts["result"] = [f"boxes: {config.num_queries}", f"classes: {config.num_classes}"]
+    return texts
 
 
 # %% ../nbs/09a_memoria.ipynb #fold
@@ -116,16 +115,20 @@ def plot_detector(config: DetectorConfig, image_size: int, language: str = "en")
     first = {"photograph": ["photograph", f"3 x {image_size} x {image_size}"]}
     backbone = _backbone_texts(config)
     rest = _detector_texts(config)
-    parts = list(backbone)[:-1]
-    chain = ["fusion", *rest]
-    places = {"photograph": (0, 1)}
-    places |= {name: (1.3, 1 + len(parts) / 2 - 0.5 - k) for k, name in enumerate(parts)}
-    places |= {name: (2.6 + 1.3 * k, 1) for k, name in enumerate(chain)}
-    arrows = [pair for part in parts for pair in (("photograph", part), (part, "fusion"))]
     texts = {}
     for name, lines in (first | backbone | rest).items():
-        texts[name] = "\n".join(_fold(caption_in(line, language)) for line in lines)
-    return _diagram(places, texts, arrows + list(pairwise(chain)))
+        folded = [_fold(caption_in(line, language)) for line in lines]
+        texts[name] = "\n".join(folded)
+    parts = list(backbone)[:-1]
+    places = {"photograph": (0, 1)}
+    for k, name in enumerate(parts):
+        places[name] = (1.3, 0.5 + len(parts) / 2 - k)
+    chain = ["fusion", *rest]
+    for k, name in enumerate(chain):
+        places[name] = (2.6 + 1.3 * k, 1)
+    arrows = [("photograph", part) for part in parts]
+    arrows += [(part, "fusion") for part in parts]
+    return _diagram(places, texts, [*arrows, *pairwise(chain)])
 
 
 # %% ../nbs/09a_memoria.ipynb #head-layers
@@ -142,14 +145,12 @@ def head_layers(head: Head) -> list[tuple[str, str]]:
 # %% ../nbs/09a_memoria.ipynb #plot-head
 def plot_head(head: Head, text_width: int, classes: int, language: str = "en") -> plt.Figure:
     """A fusion head as a diagram: the detector's queries and the texts into its layers."""
-    joined = "layers: " + ", ".join(f"{name} ({shape})" for name, shape in head_layers(head))
-    lines = joined.removeprefix("layers: ").split(", ")
-    texts = {
-        "detector": caption_in(f"detector, frozen\nquery: {head.width} numbers", language),
-        "text": caption_in(f"text encoder, frozen\nclass: {text_width} numbers", language),
-        "head": "\n".join([gettext(f"head: {head.kind}", language), *lines]),
-        "result": caption_in(f"one logit per class\nclasses: {classes}", language),
-    }
+    said = {"detector": f"detector, frozen\nquery: {head.width} numbers"}
+    said["text"] = f"text encoder, frozen\nclass: {text_width} numbers"
+    said["result"] = f"one logit per class\nclasses: {classes}"
+    texts = {name: caption_in(words, language) for name, words in said.items()}
+    layers = [f"{name} ({shape})" for name, shape in head_layers(head)]
+    texts["head"] = "\n".join([gettext(f"head: {head.kind}", language), *layers])
     places = {"detector": (0, 1.5), "text": (0, 0.3), "head": (2, 0.9), "result": (4, 0.9)}
     arrows = [("detector", "head"), ("text", "head"), ("head", "result")]
     return _diagram(places, texts, arrows)
@@ -194,23 +195,21 @@ COST = ("parameters (M)", "GFLOPs", "latency (ms)", "minutes", "seeds")
 def comparison(folder: str | Path) -> pd.DataFrame:
     """All networks of a study: model, images seen, QUALITY and COST; by run, missing is nan."""
     folder = Path(folder)
-    table = stored(folder, "07c_thesis/results").dropna(subset=["AP"]) if _has(folder) else None
-    if table is None:
-        return pd.DataFrame(columns=["run", "model", "images seen", *QUALITY, *COST])
-    rows = table.reindex(columns=["model", "images seen", *QUALITY, *COST])
+    columns = ["model", "images seen", *QUALITY, *COST]
+    table = stored(folder, "07c_thesis/results")
+    if "AP" not in table:
+        return pd.DataFrame(columns=["run", *columns])
+    rows = table.dropna(subset=["AP"]).reindex(columns=columns)
     for name in ("06_baselines/baselines", "04_training_stability/phase1", "runs"):
-        rows = rows.fillna(stored(folder, name).reindex(rows.index).reindex(columns=rows.columns))
+        known = stored(folder, name).reindex(rows.index)
+        rows = rows.fillna(known.reindex(columns=columns))
     runs, means = _class_means(folder)
     for run in rows.index.intersection(runs):
-        rows.loc[run] = rows.loc[run].fillna(pd.Series(means))
+        rows.loc[run] = rows.loc[run].fillna(means)
     cost = stored(folder, "06_baselines/baseline_cost", "network")
     cost.index = cost.index.map(_network)
-    costs = cost.reindex(rows["model"].map(_network)).reindex(columns=rows.columns)
+    costs = cost.reindex(rows["model"].map(_network)).reindex(columns=columns)
     return rows.fillna(costs.set_axis(rows.index)).reset_index()
-
-
-def _has(folder: Path) -> bool:
-    return (folder / "07c_thesis/results.csv").is_file()
 
 
 # %% ../nbs/09a_memoria.ipynb #roles
@@ -227,24 +226,31 @@ def roles(networks: pd.DataFrame) -> dict[str, dict[str, str]]:
     as_long = plain[plain["images seen"].isin(cnns["images seen"][:1])]
     asked = {"detector": plain, "fusion": fused, "cnn": cnns, "other_cnn": cnns[1:]}
     asked["detector_as_cnn"] = as_long
-    known = {role: part[["run", "model"]].head(1) for role, part in asked.items()}
-    return {role: part.to_dict("records")[0] for role, part in known.items() if len(part)}
+    found = {}
+    for role, part in asked.items():
+        for row in part[["run", "model"]].head(1).to_dict("records"):
+            found[role] = row
+    return found
 
 
 # %% ../nbs/09a_memoria.ipynb #plot-against-cost
 def plot_against_cost(networks: pd.DataFrame, language: str = "en") -> plt.Figure:
     """AP against each cost of a `comparison`: one point per network and number of images seen."""
-    costs = [c for c in ("GFLOPs", "parameters (M)", "latency (ms)") if networks[c].notna().any()]
-    fig, axes = plt.subplots(1, len(costs), figsize=(7.4, 2.6), sharey=True, squeeze=False)
+    measured = networks[["GFLOPs", "parameters (M)", "latency (ms)"]]
+    costs = list(measured.dropna(axis="columns", how="all"))
+    shape = {"figsize": (7.4, 2.6), "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(1, len(costs), **shape)
     known = networks.dropna(subset=["AP"]).dropna(subset=costs, how="all")
     for k, row in enumerate(known.to_dict("records")):
         images = format_number(row["images seen"], 0, language)
         label = f"{_short_name(row['model'], language)}, {images}"
-        style = {"marker": "osD^v"[k % 5], "linestyle": "", "color": class_style(k)["color"]}
+        style = {"marker": "osD^v"[k % 5], "linestyle": ""}
+        style["color"] = class_style(k)["color"]
         for ax, cost in zip(axes.flat, costs, strict=True):
             ax.plot(row[cost], row["AP"], label=label, **style)
     for ax, cost in zip(axes.flat, costs, strict=True):
-        ax.set(xlabel=gettext(cost, language), xlim=(0, 1.1 * known[cost].max()))
+        ax.set_xlabel(gettext(cost, language))
+        ax.set_xlim(0, 1.1 * known[cost].max())
         ax.set_ylim(0, 1.1 * known["AP"].max())
     axes[0, 0].set_ylabel(f"AP {gettext('on test', language)}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -268,10 +274,9 @@ def picture(record: dict, folder: Path, build: Path, language: str) -> tuple[Pat
 
     It is the one that was stored in the language, one drawn anew from its data, or any stored one.
     """
-    name = record["name"]
-    out = build / f"{name}.pdf"
+    out = build / f"{record['name']}.pdf"
     out.parent.mkdir(parents=True, exist_ok=True)
-    stored_path = Path(folder) / name
+    stored_path = Path(folder) / record["name"]
     if (translated := in_language(stored_path, language)).is_file():
         return Path(shutil.copy(translated, out)), True
     data = stored_path.with_suffix(".csv")
@@ -279,39 +284,36 @@ def picture(record: dict, folder: Path, build: Path, language: str) -> tuple[Pat
         return _save(figure, out), True
     for suffix in (".pdf", ".png"):
         if (kept := stored_path.with_suffix(suffix)).is_file():
-            return Path(shutil.copy(kept, out.with_suffix(suffix))), out.stem in WORDLESS
+            copied = shutil.copy(kept, out.with_suffix(suffix))
+            return Path(copied), out.stem in WORDLESS
     return None
 
 
 def _save(figure: plt.Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, bbox_inches="tight", metadata={"CreationDate": None})
-    figure.savefig(out.with_suffix(".png"), bbox_inches="tight", dpi=30)
     plt.close(figure)
     return out
 
 
-# %% ../nbs/09a_memoria.ipynb #aspect
-def _aspect(path: Path, folder: Path, name: str) -> float:
-    """Height over width of a picture, by the png that lies beside it or beside the stored one."""
-    beside = path.with_suffix(".png")
-    with Image.open(beside if beside.is_file() else Path(folder) / f"{name}.png") as image:
-        return image.height / image.width
-
-
 # %% ../nbs/09a_memoria.ipynb #figure-entries
+def _told(record: dict, language: str) -> dict[str, str]:
+    """Caption and source of a figure or table."""
+    caption = caption_in(record["caption"], language)
+    return {"caption": caption, "source": source_of(record, language)}
+
+
 def figure_entry(record: dict, folder: Path, build: Path, language: str) -> dict | None:
-    """Path (below build), aspect, caption and source of a figure; None where it is lost."""
+    """Path (below build), caption and source of a figure; None where it is lost."""
     found = picture(record, folder, build, language)
     if found is None:
         return None
     path, translated = found
-    entry = {"path": str(path.relative_to(build)), "aspect": _aspect(path, folder, record["name"])}
-    entry["caption"] = caption_in(record["caption"], language)
+    entry = {"path": str(path.relative_to(build)), **_told(record, language)}
     if not translated:
         note = gettext("labels in the picture as stored, in English", language)
         entry["caption"] += f" [{note}]"
-    return entry | {"source": source_of(record, language)}
+    return entry
 
 
 def _figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
@@ -330,34 +332,38 @@ def table_entry(table: pd.DataFrame, record: dict, language: str) -> dict:
     widths = [printed[c].str.len().max() for c in printed.columns]
     entry = {"head": list(printed.columns), "rows": printed.to_numpy().tolist()}
     entry["wide"] = [bool(w > WIDE) for w in widths]
-    entry["caption"] = caption_in(record["caption"], language)
-    entry["source"] = source_of(record, language)
-    return entry
+    return entry | _told(record, language)
 
 
 # %% ../nbs/09a_memoria.ipynb #number-entry
+def _cells(table: pd.DataFrame, column: str, language: str) -> list[str]:
+    """A column as it is printed, with its interval where the table has its ends."""
+    return for_print(table, language, [column]).iloc[:, 0].tolist()
+
+
 def number_entry(table: pd.DataFrame, language: str) -> dict:
     """What `numero` finds in a table: keys of its rows, cells by column, and with intervals."""
-    ends = [c for c in table.columns if re.search(r"(^| )(low|high)$|_(low|high)$", c)]
+    ends = table.filter(regex=r"(^|[ _])(low|high)$")
+    alone = table.drop(columns=ends.columns)
     texts = table.select_dtypes(exclude="number").fillna("").astype(str)
-    entry = {"keys": texts.to_dict("records"), "cells": {}, "intervals": {}}
-    for column in table.columns.difference(ends, sort=False):
-        alone = for_print(table[[column]], language, [column])
-        entry["cells"][column] = alone.iloc[:, 0].tolist()
-        both = for_print(table[[column, *ends]], language, [column])
-        entry["intervals"][column] = both.iloc[:, 0].tolist()
+    entry = {"keys": texts.to_dict("records")}
+    entry["cells"] = {c: _cells(alone[[c]], c, language) for c in alone}
+    entry["intervals"] = {}
+    if len(ends.columns):
+        entry["intervals"] = {c: _cells(alone[[c]].join(ends), c, language) for c in alone}
     return entry
 
 
 # %% ../nbs/09a_memoria.ipynb #phase1
 def settings_of(folder: Path, kind: str) -> dict[str, str]:
     """The configuration of the study's main run of a kind ("detector"), as runs.csv tells it."""
-    rows = stored(folder, "runs")
+    told = stored(folder, "runs").get("configuration", pd.Series(dtype=str))
     results = stored(folder, "07c_thesis/results")
-    names = [n for n in [*results.index, *rows.index] if str(n).startswith(kind)]
-    told = [str(rows["configuration"].get(n, "")) for n in names if n in rows.index]
-    known = next((t for t in told if "=" in t), "")
-    return dict(part.split("=", 1) for part in known.split() if "=" in part)
+    for name in [*results.index, *told.index]:
+        settings = re.findall(r"(\S+?)=(\S+)", str(told.get(name)))
+        if str(name).startswith(kind) and settings:
+            return dict(settings)
+    return {}
 
 
 # %% ../nbs/09a_memoria.ipynb #diagrams
@@ -400,9 +406,8 @@ def own_record(folder: Path, name: str) -> dict:
     records = {r["name"]: r for r in read_provenance(folder)}
     drawn = name in ("memoria/detector", "memoria/head")
     made = records.get("04_training_stability/phase1" if drawn else "07c_thesis/results", {})
-    return {"name": name, "caption": CAPTIONS[name], "runs": {}} | {
-        key: made[key] for key in ("runs", "commit") if key in made
-    }
+    record = {"name": name, "caption": CAPTIONS[name], "runs": {}}
+    return record | {key: made[key] for key in ("runs", "commit") if key in made}
 
 
 # %% ../nbs/09a_memoria.ipynb #own-tables
@@ -429,12 +434,8 @@ def own_figures(folder: Path, build: Path, language: str) -> dict[str, dict]:
         figures["memoria/cost"] = plot_against_cost(networks, language)
     entries = {}
     for name, figure in figures.items():
-        record = own_record(folder, name)
-        path = _save(figure, build / f"{name}.pdf")
-        entry = {"path": f"{name}.pdf", "aspect": _aspect(path, folder, name)}
-        entry["caption"] = caption_in(record["caption"], language)
-        entry["source"] = source_of(record, language)
-        entries[name] = entry
+        _save(figure, build / f"{name}.pdf")
+        entries[name] = {"path": f"{name}.pdf", **_told(own_record(folder, name), language)}
     return entries
 
 
@@ -444,9 +445,9 @@ SAID = ("not run",)  # words that the layout itself writes
 
 def _data_name(folder: Path) -> str:
     """The name of the study's data set: the study's, without its profile."""
-    profiles = {r.get("profile") for r in read_provenance(folder)}
-    ending = next((f"_{p}" for p in profiles if folder.name.endswith(f"_{p}")), "")
-    return folder.name.removesuffix(ending)
+    profiles = {str(record.get("profile")) for record in read_provenance(folder)}
+    name, _, ending = folder.name.rpartition("_")
+    return name if ending in profiles else folder.name
 
 
 def study_entries(folder: str | Path, build: Path, language: str) -> dict:
@@ -483,7 +484,8 @@ def _main(texts: Path, language: str) -> str:
     """The document: the layout, then every section in the order of its file name."""
     lines = ['#import "memoria.typ": *', f'#show: memoria.with(title: "{TITLES[language]}")']
     sections = sorted((texts / language).glob("*.typ"))
-    return "\n".join([*lines, *(f'#include "{language}/{s.name}"' for s in sections)])
+    lines += [f'#include "{language}/{section.name}"' for section in sections]
+    return "\n".join(lines)
 
 
 def make_memoria(
@@ -495,7 +497,8 @@ def make_memoria(
     typst.TypstError for a mistake in a section, ValueError for an unknown language.
     """
     folder, texts = Path(folder), Path(texts)
-    out = Path(out or project_root() / "runs" / folder.name / f"memoria_{language}.pdf")
+    default = project_root() / "runs" / folder.name / f"memoria_{language}.pdf"
+    out = Path(out or default)
     gettext(SAID[0], language)  # of a language that there is
     with tempfile.TemporaryDirectory() as temporary:
         build = Path(temporary)
