@@ -30,6 +30,7 @@ setup(
             "*.mplstyle",
             "*.j2",
             "locale/*/LC_MESSAGES/*.po",
+            "models/*/*",
         ]
     },
     python_requires=f">={cfg['min_python']}",

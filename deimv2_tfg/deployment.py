@@ -6,10 +6,10 @@
 __all__ = [
     'VIDEOS', 'OF_CAMERAS', 'RESULT_FILES', 'PHOTOGRAPH_COLUMNS', 'TOLERANCE', 'Thresholds',
     'kept_thresholds', 'one_threshold', 'run_thresholds', 'input_size', 'as_rgb', 'Detections',
-    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'page_count',
-    'pages_of', 'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables',
-    'clear_results', 'predict_files', 'Exported', 'query_difference', 'onnx_difference',
-    'export_notes', 'export_onnx',
+    'Predictor', 'category_ids_of', 'NeedsPackage', 'list_files', 'video_frames', 'pages_of',
+    'frames', 'good_class', 'part_verdict', 'PredictionReport', 'write_tables', 'clear_results',
+    'predict_files', 'Exported', 'query_difference', 'onnx_difference', 'export_notes',
+    'export_onnx',
 ]  # fmt: skip
 
 # %% ../nbs/07b_use.ipynb #use-imports
@@ -20,7 +20,10 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import numpy as np
@@ -28,7 +31,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import box_convert, clip_boxes_to_image, remove_small_boxes
 
 import deimv2_tfg.baselines  # it says how its networks are opened
 from deimv2_tfg.evaluation import (
@@ -39,14 +42,21 @@ from deimv2_tfg.evaluation import (
     to_coco_results,
     trained_image_size,
 )
+from deimv2_tfg.photographs import (
+    PICTURES,
+    PhotographError,
+    header_of,
+    read_photograph,
+    safe_path,
+)
 
 from .core import atomic_write, default_device, read_json, write_json
 from .data import annotation_file
 from .decisions import working_points
 from .detector import Detector
 from .figures import draw_boxes
+from .formats_out import Found, formats_named, write_found
 from .multimodal import FusedDetector
-from .photographs import PICTURES, PhotographError, read_photograph, safe_path
 from .runs import Run, file_digest, run_named
 from .transforms import to_pixel_values
 
@@ -164,17 +174,14 @@ class Detections:
 def _kept(photograph: Image.Image, results: list, names: list, thresholds: dict) -> Detections:
     """The results (COCO's, of one photograph) that reach the threshold of their class."""
     kept = [r for r in results if r["score"] >= thresholds[names[r["category_id"]]]]
-    kept.sort(key=_score, reverse=True)
+    kept.sort(key=itemgetter("score"), reverse=True)
     boxes = torch.tensor([r["bbox"] for r in kept], dtype=torch.float64).reshape(-1, 4)
     size = (photograph.height, photograph.width)
     boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
-    scores = np.array([r["score"] for r in kept], float)
-    labels = np.array([r["category_id"] for r in kept], int)
-    return Detections(photograph, boxes.numpy(), scores, labels, names)
-
-
-def _score(result: dict) -> float:
-    return result["score"]
+    inside = remove_small_boxes(boxes, 0.01).numpy()
+    scores = np.array([r["score"] for r in kept], float)[inside]
+    labels = np.array([r["category_id"] for r in kept], int)[inside]
+    return Detections(photograph, boxes.numpy()[inside], scores, labels, names)
 
 
 def _device(device: str | None) -> torch.device:
@@ -199,6 +206,7 @@ class Predictor:
         self.model = model
         self.names = list(model.classes)
         self.category_ids = list(range(len(self.names)))
+        self.image_size = image_size
         self.transform = to_pixel_values(image_size, takes_plain_input(model))
         self.thresholds = thresholds
 
@@ -281,7 +289,7 @@ def list_files(source: str | Path, leave_out: str | Path | None = None) -> list[
 
     What lies in the folder `leave_out` or begins with a dot is not listed; photographs of cameras
     in formats that may not be readable are, so that none goes without a verdict. Raises
-    `FileNotFoundError` where there is none.
+    `FileNotFoundError` where there is none, `ValueError` where `leave_out` holds all of them.
     """
     source = Path(source)
     if source.is_file():
@@ -289,6 +297,8 @@ def list_files(source: str | Path, leave_out: str | Path | None = None) -> list[
     found = [p for p in sorted(source.rglob("*")) if p.is_file() and p.name[0] != "."]
     if leave_out is not None:
         results = Path(leave_out).resolve()
+        if results in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"out={leave_out}: the photographs lie in it; choose another folder")
         found = [p for p in found if results not in p.resolve().parents]
     found = [p for p in found if p.suffix.lower() in PICTURES + OF_CAMERAS + VIDEOS]
     if not found:
@@ -312,17 +322,6 @@ def video_frames(path: Path, every: int = 1) -> Iterator[tuple[int, Image.Image]
 
 
 # %% ../nbs/07b_use.ipynb #frames-2
-def page_count(path: Path) -> int:
-    """Pages of a TIFF; 1 of anything else, and of a file that cannot be read."""
-    if path.suffix.lower() not in (".tif", ".tiff"):
-        return 1
-    try:
-        with Image.open(path) as file:
-            return getattr(file, "n_frames", 1)
-    except Exception:  # whatever a damaged file makes Pillow raise: its reader will say so
-        return 1
-
-
 def pages_of(path: Path) -> Iterator[Image.Image]:
     """Every page of a TIFF as an RGB photograph."""
     with Image.open(path) as file:
@@ -347,7 +346,7 @@ def frames(
             if path.suffix.lower() in VIDEOS:
                 for number, photograph in video_frames(path, every):
                     yield f"{name}#{number:06d}", photograph
-            elif page_count(path) > 1:
+            elif header_of(path).frames > 1:
                 for number, photograph in enumerate(pages_of(path)):
                     yield f"{name}#{number:06d}", photograph
             else:
@@ -355,7 +354,8 @@ def frames(
         except NeedsPackage:
             raise
         except Exception as error:  # a damaged page makes Pillow raise whatever its parser meets
-            yield name, error
+            file = str(path)
+            yield name, ValueError(str(error).removeprefix(f"{file}: ").replace(file, name))
 
 
 # %% ../nbs/07b_use.ipynb #verdict
@@ -429,14 +429,8 @@ class PredictionReport:
 
 
 # %% ../nbs/07b_use.ipynb #prediction-report-2
-RESULT_FILES = (
-    "predictions.json",
-    "images.json",
-    "predictions.csv",
-    "photographs.csv",
-    "errors.csv",
-    "settings.json",
-)
+RESULT_FILES = ("predictions.json", "images.json", "predictions.csv")
+RESULT_FILES += ("photographs.csv", "errors.csv", "settings.json")
 
 
 def _write_coco(report: PredictionReport, predictor: Predictor) -> None:
@@ -472,16 +466,8 @@ def _write_csv(report: PredictionReport, predictor: Predictor) -> None:
 
 
 # %% ../nbs/07b_use.ipynb #prediction-report-3
-PHOTOGRAPH_COLUMNS = (
-    "image_id",
-    "file_name",
-    "width",
-    "height",
-    "detections",
-    "verdict",
-    "defect_score",
-    "reason",
-)
+PHOTOGRAPH_COLUMNS = ["image_id", "file_name", "width", "height", "detections"]
+PHOTOGRAPH_COLUMNS += ["verdict", "defect_score", "reason"]
 
 
 def write_tables(report: PredictionReport) -> None:
@@ -494,28 +480,30 @@ def write_tables(report: PredictionReport) -> None:
     errors.to_csv(report.directory / "errors.csv", index=False)
 
 
-def clear_results(out: Path) -> None:
-    """Make the folder `out`, without what an earlier call left in it; other files stay."""
+def clear_results(out: Path, formats: Iterable[str] = ()) -> None:
+    """Make the folder `out`, without what an earlier call left in it; other files stay.
+
+    Raises `FileExistsError`, before anything is removed, where other files have names of results.
+    """
+    earlier = []
     if (out / "photographs.csv").is_file():
-        for name in RESULT_FILES:
+        settings = out / "settings.json"
+        written = read_json(settings).get("written", []) if settings.is_file() else []
+        earlier = [*RESULT_FILES, "pictures", *written]
+    names = {*RESULT_FILES, "pictures", *formats} - {*earlier}
+    if foreign := [name for name in sorted(names) if (out / name).exists()]:
+        there = f"{out / foreign[0]} is there already, and no result of an earlier call"
+        raise FileExistsError(f"{there}: choose another folder")
+    for name in earlier:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "pictures", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
 
 
 # %% ../nbs/07b_use.ipynb #predict-options
-def _batches(source: Iterable, size: int) -> Iterator[list]:
-    batch = []
-    for item in source:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _check_options(results_format: str, every: int, batch_size: int) -> None:
+def _check_options(results_format: str, every: int, batch_size: int, write: str) -> None:
     """Raise `ValueError`, one line that names every wrong option."""
     wrong = []
     if results_format not in ("coco", "csv"):
@@ -524,6 +512,10 @@ def _check_options(results_format: str, every: int, batch_size: int) -> None:
         wrong.append(f"every={every}: 1 takes each frame, 2 every second one")
     if batch_size < 1:
         wrong.append(f"batch_size={batch_size}: at least 1")
+    try:
+        formats_named(write)
+    except ValueError as error:
+        wrong.append(str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -537,24 +529,40 @@ def _save_picture(out: Path, name: str, found: Detections) -> None:
     found.show().save(path, "JPEG", quality=90)
 
 
+def _as_item(base: Path, name: str, found: Detections, frames_dir: Path) -> Found:
+    """A photograph as the writers take it; a frame or a page becomes a file in `frames_dir`."""
+    path = base / name
+    if not path.is_file():
+        name += ".png"
+        path = frames_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.photograph.save(path)
+    boxes = box_convert(torch.from_numpy(found.boxes), "xyxy", "xywh").tolist()
+    named = [(found.names[k], *box) for k, box in zip(found.labels, boxes, strict=True)]
+    return Found(path, found.photograph.size, named, name=name, scores=found.scores.tolist())
+
+
 # %% ../nbs/07b_use.ipynb #found-2
 def _found(
-    predictor: Predictor, batch: list, threshold, report: PredictionReport, base: Path
-) -> Iterable[tuple[str, Detections]]:
-    """(name, detections) of what could be read of a batch; the rest goes to the report's errors."""
-    readable = [(name, what) for name, what in batch if isinstance(what, Image.Image)]
-    for name, what in batch:
-        if isinstance(what, Exception):
-            file = str(base / name.split("#")[0])
-            report.errors[name] = str(what).removeprefix(f"{file}: ").replace(file, name)
-    if not readable:
-        return []
-    names, photographs = zip(*readable, strict=True)
-    return zip(names, predictor.predict_batch(list(photographs), threshold), strict=True)
+    predictor: Predictor, photographs: Iterable, size: int, threshold, report: PredictionReport
+) -> Iterator[tuple[str, Detections]]:
+    """(name, detections) of what can be read of (name, photograph or exception), `size` at once.
+
+    What cannot goes to the report's errors.
+    """
+    waiting = iter(photographs)
+    while batch := list(islice(waiting, size)):
+        readable = {name: what for name, what in batch if not isinstance(what, Exception)}
+        for name, what in batch:
+            if name not in readable:
+                report.errors[name] = str(what)
+        if readable:
+            found = predictor.predict_batch([*readable.values()], threshold)
+            yield from zip(readable, found, strict=True)
 
 
 # %% ../nbs/07b_use.ipynb #found
-def _settings(run, predictor: Predictor, thresholds: Thresholds, good, report) -> dict:
+def _settings(run, predictor: Predictor, thresholds: Thresholds, report) -> dict:
     """What the results of a prediction were made with."""
     return {
         "weights": str(detector_directory(run)),
@@ -562,7 +570,6 @@ def _settings(run, predictor: Predictor, thresholds: Thresholds, good, report) -
         "category_ids": predictor.category_ids,
         "thresholds": thresholds.values,
         "thresholds_chosen": thresholds.chosen,
-        "good": good,
         "verdicts": Counter(row["verdict"] for row in report.rows()),
     }
 
@@ -579,11 +586,12 @@ def predict_files(
     batch_size: int = 8,
     device: str | None = None,
     good: str = "",
+    write: str = "",
 ) -> PredictionReport:
     """Detect on a file, a folder or a video; write results, pictures and verdicts to `out`.
 
     Args:
-        run: a run, or a detector directory.
+        run: a run, a detector directory, or the name of a detector that comes with the package.
         source: a photograph, a video, or a folder with everything below it.
         out: the folder for the results; what an earlier call left there is removed.
         threshold: least score, 0 to 1, for all classes; default: the network's own, per class.
@@ -593,33 +601,40 @@ def predict_files(
         batch_size: photographs at once, at least 1.
         device: cpu, cuda, cuda:1; default: the best there is.
         good: the class that means a sound part (default NORMAL), or none: all are defects.
+        write: also in these formats, "yolo,voc,coco,cvat,labelstudio,crops" or some of them.
 
     What cannot be read is in the report's errors, and does not stop the rest. Raises
-    `ValueError` or `FileNotFoundError` before anything is written.
+    `ValueError`, `FileNotFoundError` or `FileExistsError` before anything is written.
     """
-    _check_options(results_format, every, batch_size)
-    source, out = Path(source), Path(out)
-    if source.is_dir() and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"out={out}: the photographs lie in it; choose another folder")
+    _check_options(results_format, every, batch_size, write)
+    formats = formats_named(write)
+    run, source, out = run_named(run), Path(source), Path(out)
     files = list_files(source, leave_out=out)
     predictor = Predictor.open(run, device)
     sound = good_class(predictor.names, good)
     if threshold is None and predictor.thresholds is None:
         run_thresholds(run)  # raises, with the reason
     thresholds = predictor.thresholds_or(threshold)
-    clear_results(out)
+    clear_results(out, formats)
     report = PredictionReport(out)
+    items = []
     base = source if source.is_dir() else source.parent
-    for batch in _batches(frames(files, base, every, source.is_dir()), batch_size):
-        for name, found in _found(predictor, batch, threshold, report, base):
+    photographs = frames(files, base, every, source.is_dir())
+    with TemporaryDirectory() as frames_dir:
+        for name, found in _found(predictor, photographs, batch_size, threshold, report):
             said = part_verdict(found, sound, thresholds.trusted)
             report.add(name, found, said, predictor.category_ids)
             if pictures:
                 _save_picture(out, name, found)
-    write = _write_coco if results_format == "coco" else _write_csv
-    write(report, predictor)
+            if formats:
+                items.append(_as_item(base, name, found, Path(frames_dir)))
+        classes = dict(zip(predictor.names, predictor.category_ids, strict=True))
+        write_found(items, classes, formats, out)
+    write_results = _write_coco if results_format == "coco" else _write_csv
+    write_results(report, predictor)
     write_tables(report)
-    write_json(out / "settings.json", _settings(run, predictor, thresholds, sound, report))
+    settings = _settings(run, predictor, thresholds, report)
+    write_json(out / "settings.json", settings | {"good": sound, "written": formats})
     return report
 
 
@@ -669,18 +684,16 @@ def onnx_difference(path: str | Path, model: torch.nn.Module, pixel_values: torc
 
 
 # %% ../nbs/07b_use.ipynb #export-onnx-2
-def export_notes(run: str | Path, model: torch.nn.Module, size: tuple[int, int]) -> dict:
-    """What a reader of the ONNX file has to know; `size` is (height, width)."""
-    normalise = to_pixel_values(size, takes_plain_input(model)).transforms[-1]
-    try:
-        thresholds = run_thresholds(run).values
-    except FileNotFoundError:
-        thresholds = None
+def export_notes(predictor: Predictor) -> dict:
+    """What a reader of the ONNX file has to know."""
+    height, width = predictor.image_size
+    normalise = predictor.transform.transforms[-1]
+    thresholds = predictor.thresholds
     return {
-        "classes": list(model.classes),  # in the order of the labels
-        "category_ids": category_ids_of(run, model),
-        "height": size[0],
-        "width": size[1],
+        "classes": predictor.names,  # in the order of the labels
+        "category_ids": predictor.category_ids,
+        "height": height,
+        "width": width,
         "channel_order": "RGB",
         "scale": "divide by 255, subtract mean, divide by std",
         "mean": list(normalise.mean),
@@ -688,18 +701,12 @@ def export_notes(run: str | Path, model: torch.nn.Module, size: tuple[int, int])
         "resize": "stretch to width x height, bilinear with antialiasing; no letterbox",
         "scores": "sigmoid(logits), the best 300 of all queries x classes; label: index of classes",
         "boxes": "cxcywh in [0, 1] of the photograph; clip the corners to it",
-        "thresholds": thresholds,
+        "thresholds": thresholds.values if thresholds else None,
     }
 
 
 # %% ../nbs/07b_use.ipynb #take-graph
 TOLERANCE = 1e-3
-
-
-def _require_packages(*names: str) -> None:
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise NeedsPackage(f"export takes the package {name}: pip install 'deimv2_tfg[export]'")
 
 
 def _write_graph(model: Detector, notes: dict, opset: int, path: Path) -> None:
@@ -735,19 +742,21 @@ def export_onnx(run: str, out: str = "detector.onnx", opset: int = 20) -> Path:
     against the network under ONNX Runtime, one photograph and three at a time. Raises
     `ValueError` where it differs, or for a network that is no DEIMv2; `NeedsPackage`.
     """
-    _require_packages("onnx", "onnxscript", "onnxruntime")
-    model = open_detector(detector_directory(run))
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise NeedsPackage(f"export takes the package {name}: pip install 'deimv2_tfg[export]'")
+    predictor = Predictor.open(run, "cpu")
+    model = predictor.model
     if not isinstance(model, Detector | FusedDetector):
         raise ValueError(f"{run}: a {type(model).__name__} cannot be exported, only DEIMv2")
-    size = input_size(run)
-    notes = export_notes(run, model, size)
+    notes = export_notes(predictor)
     path = Path(out)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     try:
         _write_graph(model, notes, opset, part)
-        noise = [torch.randn(n, 3, *size, generator=generator) for n in (1, 3)]
+        noise = [torch.randn(n, 3, *predictor.image_size, generator=generator) for n in (1, 3)]
         worst = max(onnx_difference(part, model, pixel_values) for pixel_values in noise)
         if not worst <= TOLERANCE:
             raise ValueError(f"{path}: not written, its outputs differ by {worst:.2g}")

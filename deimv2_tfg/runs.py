@@ -6,8 +6,8 @@
 __all__ = [
     'FRESH', 'WEIGHTS', 'PACKAGES', 'INCIDENT', 'file_digest', 'data_hash', 'source_hash',
     'reachable_code', 'code_hash', 'run_directory', 'weights_hash', 'environment', 'RunFiles',
-    'RunAbout', 'Run', 'find_runs', 'all_runs', 'run_named', 'finished_run', 'Log',
-    'CheckpointError', 'to_bytes', 'save_state', 'load_state', 'keep_best', 'mend_best',
+    'RunAbout', 'Run', 'find_runs', 'all_runs', 'shipped_models', 'run_named', 'finished_run',
+    'Log', 'CheckpointError', 'to_bytes', 'save_state', 'load_state', 'keep_best', 'mend_best',
     'TrainingStopped', 'refuse_stopped', 'only_writer', 'full_disk_named',
 ]  # fmt: skip
 
@@ -426,12 +426,17 @@ def all_runs(folder: str | Path | None = None) -> list[Run]:
 
 
 # %% ../nbs/00b_runs.ipynb #run-named
+def shipped_models() -> dict[str, Path]:
+    """The detectors that come with the package (chapter 7h), `{name: directory}`."""
+    return {path.parent.name: path.parent for path in sorted(PACKAGE.glob("models/*/config.json"))}
+
+
 def run_named(name: str | Path) -> str:
-    """The directory that a run is called by: a path, a run's name, or `latest`.
+    """The directory that a run is called by: a path, a run's name, `latest`, or a shipped name.
 
     A name is that of the directory, or the configuration's `name`; of several the latest is meant,
-    and by `latest` the last one that has a network. Raises `FileNotFoundError`, which names the
-    runs that are there.
+    and by `latest` the last one that has a network; where no run has it, a detector that comes with
+    the package. Raises `FileNotFoundError`, which names the runs and detectors that are there.
     """
     path = Path(name)
     if (path / "config.json").exists() or path.is_file():
@@ -441,8 +446,13 @@ def run_named(name: str | Path) -> str:
         last = name == "latest" and run.best.is_dir()
         if last or name in (run.name, run.config.get("name") or None):
             return str(run.path)
+    shipped = shipped_models()
+    if name in shipped:
+        return str(shipped[name])
     names = ", ".join(run.title for run in runs[-8:]) or "none"
-    raise FileNotFoundError(f"{name}: no such run; runs there: {names}")
+    detectors = ", ".join(shipped) or "none"
+    there = f"runs there: {names}; detectors that come with the package: {detectors}"
+    raise FileNotFoundError(f"{name}: no such run; {there}")
 
 
 # %% ../nbs/00b_runs.ipynb #finished-run

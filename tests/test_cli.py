@@ -163,11 +163,11 @@ def test_a_fault_of_ours_is_no_bad_input(error, expected, capsys, monkeypatch):
 
 
 def test_a_gpu_that_is_not_there_is_named(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", bool)
+    monkeypatch.setattr("torch.cuda.device_count", int)
     (tmp_path / "config.json").write_text("{}")
-    code, message = said(capsys, "predict", str(tmp_path), "x", "--device", "cuda")
+    code, message = said(capsys, "evaluate", str(tmp_path), "x", "--device", "cuda")
     assert code == 2
-    assert "no GPU" in message
+    assert "device='cuda': torch finds no such device" in message
 
 
 def test_dashes_underscores_and_switches_are_read_alike():

@@ -28,6 +28,7 @@ from deimv2_tfg.deployment import (
 )
 from deimv2_tfg.detector import DetectorConfig, build_detector, load_detector, save_detector
 from deimv2_tfg.evaluation import coco_metrics, jittered_results, predict
+from deimv2_tfg.formats import read_voc_set
 from deimv2_tfg.photographs import PhotographError
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Run
@@ -396,6 +397,43 @@ def test_results_are_neither_read_nor_mixed(run, tmp_path):
             predict_files(str(run), str(folder), str(wrong), threshold=0.5)
 
 
+def test_finds_are_written_in_other_formats(run, tmp_path, monkeypatch):
+    network = Fixed(["NORMAL", "HOLE"], [[-3, -2, 50, 90], [5, 5, 25, 20]], [1, 1], [0.9, 0.8])
+    predictor = Predictor(network, 32)
+    monkeypatch.setattr(deployment.Predictor, "open", lambda *given: predictor)
+    for side in ("top", "side"):
+        noise(tmp_path / "line" / side, 1)
+    pages = [Image.new("RGB", (40, 30), (40 * k, 90, 90)) for k in range(2)]
+    pages[0].save(tmp_path / "line" / "scan.tif", save_all=True, append_images=pages[1:])
+    out = tmp_path / "out"
+    options = {"threshold": 0.5, "pictures": False}
+    for _ in range(2):  # the second call takes the first one's place
+        predict_files(str(run), str(tmp_path / "line"), str(out), write="voc, crops", **options)
+    names = ["scan.tif_000000.png", "scan.tif_000001.png", "side__0000.jpg", "top__0000.jpg"]
+    voc = read_voc_set(out / "voc").items
+    assert [item.path.name for item in voc] == names
+    for item in voc:
+        width, height = item.size
+        assert item.boxes == [("HOLE", 0, 0, min(50, width), height), ("HOLE", 5, 5, 20, 15)]
+    assert len(list((out / "crops" / "HOLE").iterdir())) == 8
+    predict_files(str(run), str(tmp_path / "line"), str(out), **options)
+    assert not (out / "voc").exists() and not (out / "crops").exists()
+
+
+@pytest.mark.parametrize("name", ["yolo", "pictures", "predictions.json"])
+def test_what_no_prediction_wrote_is_not_written_over(run, tmp_path, name):
+    folder = noise(tmp_path / "line", 1)
+    mine = tmp_path / "out" / name
+    if mine.suffix:
+        mine.parent.mkdir()
+        mine.write_text("mine")
+    else:
+        mine.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=f"{name} is there already"):
+        predict_files(str(run), str(folder), str(mine.parent), threshold=0.5, write="yolo")
+    assert list(mine.parent.iterdir()) == [mine]
+
+
 @pytest.mark.finding("training.md:24", "training.md:25")
 @pytest.mark.parametrize(
     "options",
@@ -407,6 +445,7 @@ def test_results_are_neither_read_nor_mixed(run, tmp_path):
         {"every": 0},
         {"every": -2},
         {"results_format": "xml"},
+        {"write": "voc,xml"},
         {"device": "gpu"},
         {"good": "OK"},
     ],
