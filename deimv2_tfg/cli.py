@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    'COMMANDS', 'Device', 'Counts', 'Split', 'BAD_INPUT', 'command', 'usable_device',
-    'interrupt_is_terminate', 'train_command', 'cv_command', 'fuse_command', 'evaluate_command',
-    'predict_command', 'export_command', 'doctor_command', 'import_command', 'split_command',
-    'describe_command', 'synth_command', 'convert_command', 'run_row', 'runs_command',
-    'compare_command', 'report_command', 'bench_command', 'bench_table', 'exit_code', 'overview',
-    'called', 'told', 'main', 'narrow_exports',
+    'COMMANDS', 'Device', 'Counts', 'Split', 'BAD_INPUT', 'command', 'train_command',
+    'cv_command', 'fuse_command', 'evaluate_command', 'predict_command', 'export_command',
+    'ship_command', 'doctor_command', 'import_command', 'split_command', 'describe_command',
+    'synth_command', 'convert_command', 'run_row', 'runs_command', 'compare_command',
+    'report_command', 'bench_command', 'bench_table', 'exit_code', 'overview', 'called', 'told',
+    'main', 'narrow_exports',
 ]  # fmt: skip
 
 # %% ../nbs/08_cli.ipynb #7d45e799
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -48,34 +47,6 @@ def command(function: Callable) -> Callable:
     return function
 
 
-# %% ../nbs/08_cli.ipynb #usable
-def usable_device(device: str | None) -> str | None:
-    """`device`, if it is there. Raises `ValueError` for a GPU that torch cannot use."""
-    import torch
-
-    if device and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no GPU here; take cpu")
-    return device
-
-
-# %% ../nbs/08_cli.ipynb #interrupts
-@contextlib.contextmanager
-def interrupt_is_terminate():
-    """Ctrl-C as SIGTERM while something listens to SIGTERM; else as always."""
-
-    def interrupt(number, frame):
-        if callable(signal.getsignal(signal.SIGTERM)):
-            signal.raise_signal(signal.SIGTERM)
-        else:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 # %% ../nbs/08_cli.ipynb #train-command
 @command
 def train_command(config: TrainConfig):
@@ -83,8 +54,7 @@ def train_command(config: TrainConfig):
     from deimv2_tfg.baselines import family_of
     from deimv2_tfg.training import train
 
-    with interrupt_is_terminate():
-        return train(config, family_of(config.model))
+    return train(config, family_of(config.model))
 
 
 # %% ../nbs/08_cli.ipynb #cv-command
@@ -93,9 +63,7 @@ def cv_command(config: TrainConfig):
     """Train on every fold of a folder that `split --folds` wrote; prints the table out of fold."""
     from deimv2_tfg.folds import fold_table, train_folds
 
-    with interrupt_is_terminate():
-        runs = train_folds(config)
-    table = fold_table(config.data_dir, {config.model: runs})
+    table = fold_table(config.data_dir, {config.model: train_folds(config)})
     return table.T.to_string(header=False, na_rep="-", float_format="{:.3f}".format)
 
 
@@ -105,9 +73,7 @@ def fuse_command(config: FusionConfig):
     """Train a head that reads texts on the queries of a trained detector; prints the run."""
     from deimv2_tfg.multimodal import train_fusion
 
-    config = dataclasses.replace(config, run=run_named(config.run))
-    with interrupt_is_terminate():
-        return train_fusion(config)
+    return train_fusion(dataclasses.replace(config, run=run_named(config.run)))
 
 
 # %% ../nbs/08_cli.ipynb #evaluate
@@ -126,7 +92,8 @@ def evaluate_command(
     """COCO metrics of a run's best weights, or of another tool's results, as JSON.
 
     Args:
-        run: a run, a detector directory, `latest`, or a file of COCO results (.json)
+        run: a run, a detector (its directory, or a shipped one's name), `latest`, or a file of
+            COCO results (.json)
         data_dir: a data set in the thesis's layout
         split: which part of it
         image_size: side of the square input, pixels; null: that of the training
@@ -138,25 +105,18 @@ def evaluate_command(
     """
     from deimv2_tfg import baselines, multimodal  # noqa: F401  (their detectors open by kind)
     from deimv2_tfg.evaluation import evaluate
+    from deimv2_tfg.optim import device_named
 
-    return evaluate(
-        run_named(run),
-        data_dir,
-        split,
-        image_size,
-        batch_size,
-        usable_device(device),
-        allow_changed=allow_changed,
-        precision=precision,
-        score_threshold=score_threshold,
-    )
+    size = {"image_size": image_size, "batch_size": batch_size, "device": device_named(device)}
+    how = {"allow_changed": allow_changed, "precision": precision}
+    return evaluate(run_named(run), data_dir, split, score_threshold=score_threshold, **size, **how)
 
 
 # %% ../nbs/08_cli.ipynb #predict
 @command
 def predict_command(
-    run: str,
-    source: str,
+    files: list[str],
+    model: str = "",
     out: str = "predictions",
     threshold: ClosedUnitInterval | None = None,
     results_format: Literal["coco", "csv"] = "coco",
@@ -165,13 +125,13 @@ def predict_command(
     batch_size: PositiveInt = 8,
     device: Device | None = None,
     good: str = "",
+    write: str = "",
 ):
-    """Detections on a photograph, a folder or a video, with pictures and a file of results.
+    """Boxes on photographs or a video: predict RUN SOURCE, or predict --model NAME SOURCE.
 
     Args:
-        run: a run, a detector directory, or `latest`
-        source: a photograph, a folder of them, or a video
-        out: folder for the results
+        model: a shipped detector's name, a run, or `latest`, where the first word is not to be it
+        out: folder for the results, pictures, and verdicts
         threshold: lowest score, for all classes; null: the run's own, one for each class
         results_format: of the file of results
         pictures: also write the photographs with their boxes
@@ -179,22 +139,16 @@ def predict_command(
         batch_size: photographs at once
         device: where; null: a GPU where there is one
         good: the class of sound parts (NORMAL where there is one), or none: all are defects
+        write: what is found also as some of yolo,voc,coco,cvat,labelstudio,crops
     """
-    from deimv2_tfg import baselines, multimodal  # noqa: F401
+    words = [model, *files] if model else files
+    if len(words) != 2:
+        raise ValueError(f"takes RUN SOURCE, or --model NAME SOURCE, not {shlex.join(files)}")
     from deimv2_tfg.deployment import predict_files
 
-    return predict_files(
-        run_named(run),
-        source,
-        out,
-        threshold,
-        results_format,
-        pictures,
-        every,
-        batch_size,
-        usable_device(device),
-        good,
-    )
+    given = {"threshold": threshold, "every": every, "batch_size": batch_size, "device": device}
+    written = {"results_format": results_format, "pictures": pictures, "write": write}
+    return predict_files(*words, out, good=good, **given, **written)
 
 
 # %% ../nbs/08_cli.ipynb #export
@@ -210,6 +164,33 @@ def export_command(run: str, out: str = "detector.onnx", opset: PositiveInt = 20
     from deimv2_tfg.deployment import export_onnx
 
     return export_onnx(run_named(run), out, opset)
+
+
+# %% ../nbs/08_cli.ipynb #ship
+@command
+def ship_command(
+    run: str,
+    name: str,
+    data: str = "",
+    limits: str = "",
+    split: Split = "test",
+    data_dir: str | None = None,
+    folder: str | None = None,
+):
+    """A run's best network into the package, with a card; `--model NAME` then finds it.
+
+    Args:
+        run: a run that was evaluated on the split, or `latest`
+        name: what it will be called by: small letters, digits, - and _
+        data: origin and licence of the photographs, as text or a .md file; empty: the set's own
+        limits: further limits for the card, one a line
+        split: the photographs that the card's figures are of
+        data_dir: where the data set is, if it has moved
+        folder: another place than the package
+    """
+    from deimv2_tfg.models import ship
+
+    return ship(run, name, data, limits, split, data_dir, folder)
 
 
 # %% ../nbs/08_cli.ipynb #doctor
