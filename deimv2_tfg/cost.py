@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    'STATUS', 'WAYS', 'PARTS', 'SLACK', 'LACKS', 'sizes_of_batch', 'count_flops', 'seconds_of',
+    'STATUS', 'WAYS', 'PARTS', 'SLACK', 'LACKS', 'pass_of', 'count_flops', 'seconds_of',
     'latency', 'peak_of', 'peak_memory', 'device_name', 'model_cost', 'way_latency',
-    'latency_table', 'StepParts', 'arithmetic_rate', 'parts_table', 'memory_table', 'step_memory',
-    'LiveMemory', 'unmatched_losses', 'fake_tensors', 'fake_detector', 'counted_step',
-    'StepMemory', 'counted_memory', 'stepped_memory', 'lacks_memory', 'part_sizes',
-    'largest_part', 'waits_of', 'allocated_peak', 'card_table',
+    'latency_table', 'even_targets', 'StepParts', 'arithmetic_rate', 'parts_table', 'step_memory',
+    'memory_table', 'LiveMemory', 'unmatched_losses', 'fake_tensors', 'fake_detector',
+    'counted_step', 'StepMemory', 'counted_memory', 'stepped_memory', 'lacks_memory',
+    'part_sizes', 'largest_part', 'waits_of', 'allocated_peak', 'card_table',
 ]  # fmt: skip
 
 # %% ../nbs/03d_cost.ipynb #cost-imports
@@ -59,19 +59,26 @@ from .core import default_device
 from .evaluation import detections
 
 
-# %% ../nbs/03d_cost.ipynb #count-flops
-def sizes_of_batch(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Heights and widths (B, 2) of a batch (B, 3, H, W), as if the photographs had that size."""
-    sizes = [pixel_values.shape[-2:]] * len(pixel_values)
-    return torch.tensor(sizes, device=pixel_values.device)
-
-
 # %% ../nbs/03d_cost.ipynb #count-flops-2
-@torch.no_grad()
+def pass_of(model: torch.nn.Module, pixel_values: torch.Tensor) -> Callable:
+    """A call without arguments: one pass over a batch (B, 3, H, W) to the detections.
+
+    As if the photographs had the size of the batch.
+    """
+    sizes = [pixel_values.shape[-2:]] * len(pixel_values)
+    sizes = torch.tensor(sizes, device=pixel_values.device)
+
+    @torch.no_grad()
+    def one_pass():
+        detections(model, pixel_values, sizes)
+
+    return one_pass
+
+
 def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
     """Floating-point operations of one forward pass to the detections; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter:
-        detections(model, pixel_values, sizes_of_batch(pixel_values))
+        pass_of(model, pixel_values)()
     return counter.get_total_flops()
 
 
@@ -87,18 +94,12 @@ def seconds_of(call: Callable, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-# %% ../nbs/03d_cost.ipynb #latency-2
-@torch.no_grad()
 def latency(
     model: torch.nn.Module, pixel_values: torch.Tensor, repeats: int = 20, warmup: int = 3
 ) -> np.ndarray:
     """Seconds of each of `repeats` passes over a batch, to the finished detections; (repeats,)."""
-    sizes = sizes_of_batch(pixel_values)
-
-    def one_pass():
-        detections(model, pixel_values, sizes)
-
-    taken = [seconds_of(one_pass, pixel_values.device) for _ in range(warmup + repeats)]
+    call = pass_of(model, pixel_values)
+    taken = [seconds_of(call, pixel_values.device) for _ in range(warmup + repeats)]
     return np.array(taken[warmup:])
 
 
@@ -114,7 +115,6 @@ def _resident(line: str) -> float:
         return float("nan")
 
 
-# %% ../nbs/03d_cost.ipynb #forget-high-water
 def _forget_high_water() -> bool:
     """Set the process's high-water mark back to what is in use; whether that could be done."""
     try:
@@ -143,17 +143,11 @@ def peak_of(call: Callable, device: torch.device) -> float:
     return max(0.0, _resident("VmHWM") - before)
 
 
-# %% ../nbs/03d_cost.ipynb #peak-memory-2
-@torch.no_grad()
 def peak_memory(model: torch.nn.Module, pixel_values: torch.Tensor) -> float:
     """MB that one pass takes at its highest, beyond weights and input."""
-    sizes = sizes_of_batch(pixel_values)
-
-    def one_pass():
-        detections(model, pixel_values, sizes)
-
-    one_pass()  # the first sets up libraries, which is not the network's
-    return peak_of(one_pass, pixel_values.device)
+    call = pass_of(model, pixel_values)
+    call()  # the first sets up libraries, which is not the network's
+    return peak_of(call, pixel_values.device)
 
 
 # %% ../nbs/03d_cost.ipynb #device-name
@@ -225,7 +219,6 @@ def way_latency(model: str, image_size: int, way: str, repeats: int) -> np.ndarr
         return latency(network, pixels, repeats)
 
 
-# %% ../nbs/03d_cost.ipynb #latency-table-2
 def latency_table(model: str, sizes=(640, 1024), ways=tuple(WAYS), repeats=20) -> pd.DataFrame:
     """Median and 90th percentile (ms) of one photograph, one row per size and way."""
     rows = []
@@ -239,6 +232,17 @@ def latency_table(model: str, sizes=(640, 1024), ways=tuple(WAYS), repeats=20) -
                 row["note"] = f"{type(e).__name__}: {e}".splitlines()[0][:80]
             rows.append(row)
     return pd.DataFrame(rows).assign(device=device_name(default_device()))
+
+
+# %% ../nbs/03d_cost.ipynb #d4e3928c
+PARTS = ("encoder", "decoder", "losses", "backward", "update")
+
+
+def even_targets(images: int, boxes: int = 4) -> list[dict]:
+    """Targets of a batch that is only measured: as many boxes in each photograph, of class 0."""
+    one = {"labels": torch.zeros(boxes, dtype=torch.int64), "image_id": 0}
+    one["boxes"] = torch.full((boxes, 4), 0.25)
+    return [one] * images
 
 
 # %% ../nbs/03d_cost.ipynb #step
@@ -256,10 +260,9 @@ class StepParts:
         self.network = build_detector(config).to(self.device).train()
         self.criterion = Criterion(config.num_classes)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4)
-        self.pixels = torch.randn(batch_size, 3, image_size, image_size, device=self.device)
-        boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2]] * 4, device=self.device)
-        labels = torch.arange(4, device=self.device) % config.num_classes
-        self.targets = [{"labels": labels, "boxes": boxes} for _ in range(batch_size)]
+        with self.device:
+            self.pixels = torch.randn(batch_size, 3, image_size, image_size)
+            self.targets = even_targets(batch_size)
 
     def encoder(self):
         with self.autocast():
@@ -292,10 +295,6 @@ class StepParts:
         return pd.DataFrame(taken).median()
 
 
-# %% ../nbs/03d_cost.ipynb #d4e3928c
-PARTS = ("encoder", "decoder", "losses", "backward", "update")
-
-
 # %% ../nbs/03d_cost.ipynb #parts-table
 def arithmetic_rate(device: torch.device, repeats: int = 5) -> float:
     """Operations a second of a square matrix product in float32, the best of `repeats`."""
@@ -305,7 +304,6 @@ def arithmetic_rate(device: torch.device, repeats: int = 5) -> float:
     return 2 * side**3 / best
 
 
-# %% ../nbs/03d_cost.ipynb #parts-table-2
 def parts_table(model: str, image_size: int, batch_size: int, repeats: int = 5) -> pd.DataFrame:
     """Parts of a training step: seconds, share, operations, and their floor.
 
@@ -325,7 +323,15 @@ def parts_table(model: str, image_size: int, batch_size: int, repeats: int = 5) 
     return table.assign(device=device_name(step.device))
 
 
-# %% ../nbs/03d_cost.ipynb #memory-table
+# %% ../nbs/03d_cost.ipynb #step-memory
+def step_memory(step: StepParts, repeats: int) -> dict:
+    """Median seconds, images/s and peak memory (GB) of a whole training step."""
+    step.whole()
+    peak = peak_of(step.whole, step.device) / 1024
+    seconds = float(np.median([seconds_of(step.whole, step.device) for _ in range(repeats)]))
+    return {"step_s": seconds, "images/s": len(step.pixels) / seconds, "peak_gb": peak}
+
+
 def memory_table(model: str, image_size: int, batch_size: int, repeats: int = 3) -> pd.DataFrame:
     """Seconds and peak memory (GB) of a training step, one row per batch: `batch_size`, half, ...
 
@@ -343,15 +349,6 @@ def memory_table(model: str, image_size: int, batch_size: int, repeats: int = 3)
         rows.append(row)
         batch_size //= 2
     return pd.DataFrame(rows).assign(device=device_name(default_device()))
-
-
-# %% ../nbs/03d_cost.ipynb #step-memory
-def step_memory(step: StepParts, repeats: int) -> dict:
-    """Median seconds, images/s and peak memory (GB) of a whole training step."""
-    step.whole()
-    peak = peak_of(step.whole, step.device) / 1024
-    seconds = float(np.median([seconds_of(step.whole, step.device) for _ in range(repeats)]))
-    return {"step_s": seconds, "images/s": len(step.pixels) / seconds, "peak_gb": peak}
 
 
 # %% ../nbs/03d_cost.ipynb #livememory
@@ -398,7 +395,6 @@ def _made_up_pairs(heads: int, counts: np.ndarray, queries: int) -> np.ndarray:
     return np.stack([head, image, query, target])
 
 
-# %% ../nbs/03d_cost.ipynb #unmatched-losses
 def unmatched_losses(criterion: Criterion, outputs, targets: list[dict]) -> dict:
     """The terms of a `Criterion` with pairs that nothing was read for: for fake tensors."""
     tensors = float_outputs(outputs)
@@ -436,6 +432,12 @@ def fake_detector(config: DetectorConfig, device="cpu") -> Detector:
 
 
 # %% ../nbs/03d_cost.ipynb #counted-step-2
+def _held(model) -> list[torch.Tensor]:
+    "Network, and of each parameter three copies: the average and AdamW's two moments."
+    others = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+    return [*model.parameters(), *model.buffers(), *others]
+
+
 def counted_step(
     config: DetectorConfig,
     image_size: int,
@@ -454,14 +456,13 @@ def counted_step(
         model = fake_detector(config, device)
         if prepare:
             prepare(model)
-        others = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-        with LiveMemory([*model.parameters(), *model.buffers(), *others]) as live:
+        held = _held(model)
+        with LiveMemory(held) as live:
             pixel_values = torch.empty(batch_size, 3, image_size, image_size)
-            labels = torch.zeros(boxes, dtype=torch.int64)
-            one = {"labels": labels, "boxes": torch.full((boxes, 4), 0.25)}
+            targets = even_targets(batch_size, boxes)
             with torch.autocast(device, dtype, enabled=dtype is not None):
-                outputs = model(pixel_values, targets=[one] * batch_size)
-            losses = unmatched_losses(Criterion(config.num_classes), outputs, [one] * batch_size)
+                outputs = model(pixel_values, targets=targets)
+            losses = unmatched_losses(Criterion(config.num_classes), outputs, targets)
             sum(losses.values()).backward()
     return live.peak
 
@@ -499,15 +500,13 @@ def stepped_memory(model, compute_losses, image_size: int, dtype=None, boxes=4) 
     `compute_losses`: as `training_step` takes it. For what fake tensors cannot go through, such as
     a choice of boxes by their scores. Gradients are taken away, random numbers drawn.
     """
-    others = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-    target = {"labels": torch.zeros(boxes, dtype=torch.int64), "image_id": 0}
-    target["boxes"] = torch.full((boxes, 4), 0.25)
+    held = _held(model)
     peaks = []
     for images in (1, 2):
-        with LiveMemory([*model.parameters(), *model.buffers(), *others]) as live:
+        with LiveMemory(held) as live:
             pixel_values = torch.rand(images, 3, image_size, image_size)
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                losses = compute_losses(model, pixel_values, [target] * images, 0)
+                losses = compute_losses(model, pixel_values, even_targets(images, boxes), 0)
             sum(losses.values()).backward()
         model.zero_grad(set_to_none=True)
         peaks.append(live.peak)
@@ -538,7 +537,6 @@ def part_sizes(batch: int) -> list[int]:
     return sorted({-(-batch // parts) for parts in range(1, batch + 1)})
 
 
-# %% ../nbs/03d_cost.ipynb #largest-part-2
 def largest_part(batch: int, first: int, fits: Callable) -> int:
     """The largest part of a batch for which `fits(n)`, looked for from `first` on; 0: none.
 
@@ -566,7 +564,6 @@ def waits_of(call: Callable, device: torch.device) -> float:
     return float(sum("synchroniz" in str(warning.message) for warning in found))
 
 
-# %% ../nbs/03d_cost.ipynb #waits-of
 def allocated_peak(step: StepParts) -> int:
     """Bytes of tensors at most in a training step, network and optimizer included."""
     if step.device.type == "cuda":
@@ -596,7 +593,6 @@ def _card_row(model: str, image_size: int, batch_size: int, repeats: int) -> dic
     return row | {"waits": waits} | (seconds / whole).to_dict()
 
 
-# %% ../nbs/03d_cost.ipynb #card-table
 def card_table(model="m", rows=((640, 8), (1024, 4)), repeats: int = 5) -> pd.DataFrame:
     """What a card makes of training steps, a row for each of `rows` (pixels, photographs).
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'PUBLISHED_SIZES', 'DetectorOutput', 'EncoderLayer', 'Detector', 'reset_class_heads',
-    'reset_parameters', 'build_detector', 'count_parameters', 'encode', 'anchor_logits',
-    'select_queries', 'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes',
-    'denoising_queries', 'attention_mask', 'draw_noise', 'refine', 'as_output', 'detect',
-    'postprocess', 'save_detector', 'class_places', 'load_detector', 'convert_weights',
+    'PUBLISHED_SIZES', 'DetectorOutput', 'EncoderLayer', 'Detector', 'draw_weights',
+    'build_detector', 'count_parameters', 'encode', 'anchor_logits', 'select_queries',
+    'bin_offsets', 'corners_to_boxes', 'decode', 'noisy_boxes', 'denoising_queries',
+    'attention_mask', 'draw_noise', 'refine', 'as_output', 'detect', 'postprocess',
+    'save_detector', 'load_detector', 'convert_weights',
 ]  # fmt: skip
 
 # %% ../nbs/03_detector.ipynb #1b369dd0
@@ -178,13 +178,19 @@ class Detector(Deimv2ForObjectDetection):
         """Whether `pixel_values` are from 0 to 1 as they are (HGNetv2), not centred."""
         return self.detector_config.backbone in HGNET_STAGES
 
+    @torch.no_grad()
     def reset_class_heads(self):
         """Draw anew what depends on the number of classes; scores start at the class prior."""
-        reset_class_heads(self)
+        prior = self.config.initializer_bias_prior_prob
+        for head in (self.model.enc_score_head, *self.model.decoder.class_embed):
+            head.reset_parameters()
+            nn.init.constant_(head.bias, math.log(prior / (1 - prior)))
+        if hasattr(self.model, "denoising_class_embed"):
+            self.model.denoising_class_embed.reset_parameters()
 
     def draw_weights(self):
         """Random weights as the reference draws them, with the current seed."""
-        reset_parameters(self)
+        draw_weights(self)
 
     def load_imagenet(self) -> LoadReport:
         """ImageNet's weights in the backbone (`lite` alone has them). Raises `WeightsError`."""
@@ -226,22 +232,10 @@ def _reset_attention(model):
             nn.init.zeros_(layer.gateway.gate.bias)
 
 
-# %% ../nbs/03_detector.ipynb #reset-class-heads
-@torch.no_grad()
-def reset_class_heads(model: Detector) -> None:
-    """Draw anew what depends on the number of classes; scores start at the class prior."""
-    prior = model.config.initializer_bias_prior_prob
-    for head in (model.model.enc_score_head, *model.model.decoder.class_embed):
-        head.reset_parameters()
-        nn.init.constant_(head.bias, math.log(prior / (1 - prior)))
-    if hasattr(model.model, "denoising_class_embed"):
-        model.model.denoising_class_embed.reset_parameters()
-
-
 # %% ../nbs/03_detector.ipynb #reset-class-heads-b
 def _reset_heads(model):
     decoder = model.model.decoder
-    reset_class_heads(model)
+    model.reset_class_heads()
     for head in _box_heads(model):
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)
@@ -251,9 +245,8 @@ def _reset_heads(model):
     decoder.reg_scale.fill_(model.config.reg_scale)
 
 
-# %% ../nbs/03_detector.ipynb #reset-parameters
 @torch.no_grad()
-def reset_parameters(model: Detector) -> None:
+def draw_weights(model: Detector) -> None:
     """Random weights as the reference draws them, with the current seed."""
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
@@ -269,7 +262,7 @@ def build_detector(config: DetectorConfig) -> Detector:
     """The network with random weights (seed it with `seed_everything`), in training mode."""
     with no_init_weights():
         model = Detector(library_config(config))
-    reset_parameters(model)
+    draw_weights(model)
     return model.train()
 
 
@@ -309,7 +302,6 @@ def _anchors(height, width, side):
     return torch.stack([x, y, sides, sides], -1).flatten(0, 1)
 
 
-# %% ../nbs/03_detector.ipynb #anchor-logits
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def anchor_logits(shapes: tuple, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -362,7 +354,6 @@ def bin_offsets(bins: int, up: torch.Tensor, reg_scale: torch.Tensor) -> torch.T
     return torch.cat([-right.flip(0), torch.zeros_like(bound), right])
 
 
-# %% ../nbs/03_detector.ipynb #corners-to-boxes
 def corners_to_boxes(corners, refs, offsets, reg_scale) -> torch.Tensor:
     """Boxes (..., 4) cxcywh from distributions over the four edges of reference boxes.
 
@@ -434,7 +425,6 @@ def noisy_boxes(boxes: torch.Tensor, negative: torch.Tensor, scale: float = 1.0)
     return box_convert(edges.clamp(0, 1), "xyxy", "cxcywh").abs()
 
 
-# %% ../nbs/03_detector.ipynb #padded-targets
 def _padded(targets, fill):
     "Labels (B, n) and boxes (B, n, 4) of a batch, n the most targets of an image, in a few copies."
     counts = [len(t["labels"]) for t in targets]
@@ -619,12 +609,6 @@ def save_detector(model: Detector, directory, classes=None, **meta) -> Path:
     return directory
 
 
-# %% ../nbs/03_detector.ipynb #class-places
-def class_places(n: int) -> list[str]:
-    """Names for `n` classes that nobody named."""
-    return [f"class_{k}" for k in range(n)]
-
-
 # %% ../nbs/03_detector.ipynb #load-detector
 def load_detector(directory, device="cpu") -> Detector:
     """The detector that `save_detector` wrote, in eval mode, with its `.classes` and `.meta`."""
@@ -633,7 +617,8 @@ def load_detector(directory, device="cpu") -> Detector:
     model = build_detector(DetectorConfig.of(stored["detector"]))
     state = safetensors.torch.load_file(directory / "model.safetensors")
     place_weights(model, state, name=f"the configuration in {directory}")
-    model.classes = stored["classes"] or class_places(model.detector_config.num_classes)
+    places = [f"class_{k}" for k in range(model.detector_config.num_classes)]
+    model.classes = stored["classes"] or places
     model.meta = stored["meta"]
     return model.to(device).eval()
 
