@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = [
     'FINE', 'COARSE', 'FAINT', 'ORIENTATIONS', 'SAME', 'NOWHERE', 'CANDIDATE', 'NEIGHBOURS',
-    'WORDS', 'AUGMENTED', 'ROBOFLOW', 'COPIES', 'open_pixels', 'detail', 'turned', 'fingerprints',
+    'WORDS', 'AUGMENTED', 'ROBOFLOW', 'open_pixels', 'detail', 'turned', 'fingerprints',
     'similarity', 'same_pairs', 'clusters', 'base_name', 'copies_by_name', 'pair_sheet',
-    'planted', 'copy_recall',
 ]  # fmt: skip
 
 # %% ../nbs/00f_copies.ipynb #imports
 import hashlib
-import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -28,9 +26,7 @@ from scipy import ndimage, sparse
 from deimv2_tfg.photographs import (
     SIDE,
     Photograph,
-    pixel_facts,
     read_photograph,
-    thumbnail_of,
 )
 
 from .core import progress
@@ -88,7 +84,6 @@ ORIENTATIONS = (
 )
 
 
-# %% ../nbs/00f_copies.ipynb #turned-2
 def turned(x: np.ndarray, k: int) -> np.ndarray:
     """The last two axes in orientation `k` (see `ORIENTATIONS`)."""
     if k & 4:
@@ -367,97 +362,3 @@ def pair_sheet(photographs, pairs, most: int = 12, titles=None):
         likeness = f"{row.similarity:.2f}, {row.turned}"
         right.text(1, -0.02, likeness, fontsize=6, ha="right", va="top", transform=right.transAxes)
     return fig
-
-
-# %% ../nbs/00f_copies.ipynb #coded
-def _coded(image, quality):
-    """The image through JPEG at a quality."""
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=quality)
-    return Image.open(written)
-
-
-def _resized(image, factor):
-    sides = [max(8, round(side * factor)) for side in image.size]
-    return image.resize(sides, Image.Resampling.BILINEAR)
-
-
-def _brighter(image, factor):
-    return image.point(lambda value: min(255, value * factor))
-
-
-def _transposed(image, how):
-    return image.transpose(Image.Transpose[how])
-
-
-# %% ../nbs/00f_copies.ipynb #copies
-COPIES = {}
-
-
-def _kind_of_copy(name: str, *steps):
-    """Name a chain of (function, its argument)."""
-    COPIES[name] = steps
-
-
-# %% ../nbs/00f_copies.ipynb #copies-1
-_kind_of_copy("mirrored", (_transposed, "FLIP_LEFT_RIGHT"))
-_kind_of_copy("upside down", (_transposed, "FLIP_TOP_BOTTOM"))
-_kind_of_copy("turned by 90°", (_transposed, "ROTATE_90"))
-_kind_of_copy("turned by 180°", (_transposed, "ROTATE_180"))
-_kind_of_copy("30 % brighter", (_brighter, 1.3))
-_kind_of_copy("40 % darker", (_brighter, 0.6))
-_kind_of_copy("half the size", (_resized, 0.5))
-_kind_of_copy("a third of the size", (_resized, 1 / 3))
-_kind_of_copy("1.7 times the size", (_resized, 1.7))
-_kind_of_copy("JPEG at quality 50", (_coded, 50))
-_kind_of_copy("JPEG at quality 20", (_coded, 20))
-_kind_of_copy(
-    "mirrored, brighter, smaller, JPEG",
-    (_transposed, "FLIP_LEFT_RIGHT"),
-    (_brighter, 1.2),
-    (_resized, 0.6),
-    (_coded, 60),
-)
-
-
-# %% ../nbs/00f_copies.ipynb #planted
-def planted(photograph: Photograph, kind: str) -> Photograph:
-    """A copy of a photograph, changed as `COPIES[kind]` does and looked at; nothing is written."""
-    with Image.open(photograph.path) as image:
-        copy = image.convert("L" if image.mode == "L" else "RGB")
-    for change, argument in COPIES[kind]:
-        copy = change(copy, argument)
-    copy.load()
-    facts = {"mode": copy.mode, "size": copy.size, "thumbnail": thumbnail_of(copy)}
-    return Photograph(photograph.path, **facts, **pixel_facts(copy))
-
-
-# %% ../nbs/00f_copies.ipynb #copy-recall
-def copy_recall(photographs: list[Photograph], chosen) -> pd.DataFrame:
-    """Plant every kind of copy of the `chosen` photographs (positions) and look for them among all.
-
-    Rows are kinds; columns `planted`, `found` (paired with its original's cluster as it was
-    before), `share`, `false pairs` (of a copy with anything else).
-    """
-    n = len(photographs)
-    sound = [i for i in chosen if photographs[i].pixels_digest and not photographs[i].flat]
-    cluster = clusters(n, same_pairs(photographs)[["a", "b"]])
-    kinds = [(kind, i) for kind in COPIES for i in sound]
-    shown = progress(kinds, "planting copies", delay=1)
-    copies = [planted(photographs[i], kind) for kind, i in shown]
-    originals = [i for _, i in kinds]
-    source = np.array([*range(n), *originals])
-    pairs = same_pairs([*photographs, *copies])
-    a, b = pairs[["a", "b"]].to_numpy(int).T
-    right = cluster[source[a]] == cluster[source[b]]
-    rows = []
-    for k, kind in enumerate(COPIES):
-        first = n + k * len(sound)
-        its = (b >= first) & (b < first + len(sound))
-        rightly = its & right & (a < n)
-        found = len(np.unique(b[rightly]))
-        share = found / max(1, len(sound))
-        false_pairs = int((its & ~right).sum())
-        rows.append((kind, len(sound), found, share, false_pairs))
-    columns = ["copy", "planted", "found", "share", "false pairs"]
-    return pd.DataFrame(rows, columns=columns).set_index("copy")

@@ -6,7 +6,7 @@
 __all__ = [
     'MODES', 'SUFFIXES', 'DAMAGED', 'CHANGES', 'ROUNDS', 'check_dataset', 'DatasetError',
     'require_dataset', 'mended', 'fix_dataset', 'link_images', 'write_report', 'as_text',
-    'as_dict', 'changes_as_text', 'doctor', 'twin_table',
+    'as_dict', 'changes_as_text', 'doctor',
 ]  # fmt: skip
 
 # %% ../nbs/00i_doctor.ipynb #imports
@@ -573,18 +573,3 @@ def doctor(
         if copy:
             print(changes_as_text(changes, copy))
     return int(bool(report.errors) or (strict and bool(report.warnings)))
-
-
-# %% ../nbs/00i_doctor.ipynb #twins
-def twin_table(report: Report) -> pd.DataFrame:
-    """How many photographs of each split (rows) show the same as one of each split (columns)."""
-    pairs = report.pairs[["file_a", "file_b"]]
-    both = pd.concat([pairs, pairs.rename(columns={"file_a": "file_b", "file_b": "file_a"})])
-    both["split"] = both["file_a"].astype(str).str.split("/").str[0]
-    both["other"] = both["file_b"].astype(str).str.split("/").str[0]
-    counts = both.groupby(["split", "other"])["file_a"].nunique().unstack(fill_value=0)
-    counts = counts.reindex(index=SPLITS, columns=SPLITS, fill_value=0)
-    photographs = Counter(split for split, _ in report.photographs)
-    table = counts.add_prefix("with a twin in ").reset_index(names="split")
-    table.insert(1, "photographs", [photographs[split] for split in SPLITS])
-    return table.rename_axis(columns=None)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from page_code import page_module
 from PIL import Image, ImageEnhance, ImageOps
 
 from deimv2_tfg import cli
-from deimv2_tfg.copies import base_name, copy_recall, same_pairs
+from deimv2_tfg.copies import base_name, same_pairs
 from deimv2_tfg.core import read_json, write_json
 from deimv2_tfg.data import SPLITS, annotation_file, check_dataset, load_dataset
 from deimv2_tfg.doctor import fix_dataset, write_report
@@ -651,9 +652,8 @@ def test_real_photographs_have_no_error_and_one_is_told_from_another():
 
 def recall(files, n, seed=0):
     photographs = look_at_all(sorted(files))
-    return photographs, copy_recall(
-        photographs, np.random.default_rng(seed).permutation(len(photographs))[:n]
-    )
+    chosen = np.random.default_rng(seed).permutation(len(photographs))[:n]
+    return photographs, page_module("00f_copies").copy_recall(photographs, chosen)
 
 
 @pytest.mark.skipif(not NEU.is_dir(), reason=f"the real photographs {NEU} are not there")
