@@ -38,7 +38,7 @@ memoria: env
 # The notebooks are stored with the outputs of the demo: after `make thesis`, this copies them into nbs/.
 pages: env
 	$(BIN)/python tools/pages.py runs/demo/pages
-	$(BIN)/python -c "from deimv2_tfg.figures import write_index; write_index('thesis_figures/package')"
+	$(BIN)/python -c "from deimv2_tfg.freshness import write_index; write_index('thesis_figures/package')"
 	$(BIN)/nbdev_clean
 
 # Every page runs once, in tests/test_chapters.py, by the workflow and from another folder; nbdev_test
@@ -76,4 +76,4 @@ clean:
 
 # Figures whose code, runs or data have changed, of every study in thesis_figures/: make check-figures
 check-figures: env
-	$(BIN)/python -c "from deimv2_tfg.figures import report_figures; raise SystemExit(report_figures() > 0)"
+	$(BIN)/python -c "from deimv2_tfg.freshness import report_figures; raise SystemExit(report_figures() > 0)"

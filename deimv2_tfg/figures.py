@@ -6,11 +6,10 @@
 __all__ = [
     'LINES', 'LANGUAGES', 'CLASS_TITLES', 'MISSING', 'NUMBERS', 'HEADS', 'ENCODERS', 'LIFTED',
     'EFFECTS', 'LEFT_OUT', 'LONG', 'WIDE', 'NOT_MAKERS', 'PACKAGE_STUDY', 'WHEN', 'SUMMARY',
-    'STATES', 'SECTIONS', 'class_style', 'catalogue', 'gettext', 'class_title', 'short_titles',
-    'format_number', 'caption_in', 'finish', 'place_labels', 'draw_boxes', 'for_print',
-    'to_latex', 'made_by', 'run_digest', 'read_provenance', 'source_of', 'note_runs',
-    'save_figure', 'in_language', 'save_table', 'of_package', 'check_figures', 'section_of',
-    'write_index', 'report_figures',
+    'class_style', 'catalogue', 'gettext', 'class_title', 'short_titles', 'format_number',
+    'caption_in', 'finish', 'place_labels', 'draw_boxes', 'for_print', 'to_latex',
+    'without_magics', 'made_by', 'run_digest', 'read_provenance', 'source_of', 'note_runs',
+    'save_figure', 'in_language', 'save_table', 'of_package',
 ]  # fmt: skip
 
 # %% ../nbs/00d_figures.ipynb #imports
@@ -50,7 +49,7 @@ from .runs import Run, code_hash, data_hash, environment, source_hash
 # %% ../nbs/00d_figures.ipynb #style
 plt.style.use(PACKAGE / "figures.mplstyle")
 
-# %% ../nbs/00d_figures.ipynb #class-style
+
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 
@@ -157,7 +156,6 @@ def finish(figure: plt.Figure, language: str = "en") -> plt.Figure:
     return figure
 
 
-# %% ../nbs/00d_figures.ipynb #localformatter
 class _LocalFormatter(ScalarFormatter):
     """Matplotlib's plain numbers with the decimal sign of a language."""
 
@@ -220,7 +218,6 @@ def _scaled(image: Image.Image, side: int | None) -> tuple[Image.Image, float]:
     return image.resize(size), scale
 
 
-# %% ../nbs/00d_figures.ipynb #draw-boxes
 def _draw_label(pen: ImageDraw.ImageDraw, place, text: str, color: tuple, font) -> None:
     dark = np.dot(color, (0.299, 0.587, 0.114)) < 140
     pen.rectangle(place.tolist(), fill=color)
@@ -236,10 +233,10 @@ def _rgb(index: int) -> tuple[int, int, int]:
 def _box_texts(labels, names: list[str], scores=None) -> list[str]:
     """What is written beside each box: the class's name, and the score where there is one."""
     texts = [names[int(k)] for k in labels]
-    if scores is None:
-        return texts
-    pairs = zip(texts, scores, strict=True)
-    return [t if s is None or np.isnan(s) else f"{t} {s:.2f}" for t, s in pairs]
+    for k, score in enumerate([] if scores is None else scores):
+        if pd.notna(score):
+            texts[k] += f" {score:.2f}"
+    return texts
 
 
 # %% ../nbs/00d_figures.ipynb #draw-boxes-2
@@ -426,7 +423,8 @@ NOT_MAKERS = ("core", "runs", "figures")
 PACKAGE_STUDY = "package"  # what no study changes is kept there
 
 
-def _without_magics(source: str) -> str:
+def without_magics(source: str) -> str:
+    """A cell's source as plain Python: without lines for the notebook or the shell."""
     return "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
 
 
@@ -436,7 +434,7 @@ def _cell_names(frame) -> tuple[set[str], str | None]:
     cells = frame.f_globals.get("In")
     if not frame.f_code.co_name.startswith("<") or not cells:
         return {*frame.f_code.co_names}, None
-    source = _without_magics(cells[-1])
+    source = without_magics(cells[-1])
     nodes = ast.walk(ast.parse(source))
     return {node.id for node in nodes if isinstance(node, ast.Name)}, source
 
@@ -493,37 +491,26 @@ def read_provenance(folder: str | Path) -> list[dict]:
 def source_of(record: dict, language: str = "en") -> str:
     """Run and commit of a figure or table, short: "run detector-f0209bd01b; commit 715bef3"."""
     runs = list(record.get("runs") or {})
-    told = []
+    commit = str(record.get("commit") or MISSING)
+    told = [f"commit {commit[:7]}"]
     if runs:
-        more = f" {gettext('and', language)} {len(runs) - 1}" if len(runs) > 1 else ""
-        rest = f" {gettext('more', language)}" if more else ""
-        told.append(f"{gettext('run', language)} {runs[0]}{more}{rest}")
-    told.append(f"commit {str(record.get('commit') or MISSING)[:7]}")
+        run = f"{gettext('run', language)} {runs[0]}"
+        others = f" {gettext('and', language)} {len(runs) - 1} {gettext('more', language)}"
+        told.insert(0, run + others if len(runs) > 1 else run)
     return "; ".join(told)
 
 
 # %% ../nbs/00d_figures.ipynb #run-rows
-SUMMARY = (
-    "model",
-    "backbone",
-    "head",
-    "text",
-    "encoder",
-    "language",
-    "field",
-    "held_out",
-    "image_size",
-)
-SUMMARY += ("epochs", "batch_size", "lr", "precision", "init")
+SUMMARY = "model backbone head text encoder language field held_out image_size".split()
+SUMMARY += "epochs batch_size lr precision init".split()
 
 
 def _run_row(run: str | Path) -> dict:
     """What is told of a run in `runs.csv`; what is not known is None."""
     run = Run(run)
-    config = {key: run.config.get(key) for key in SUMMARY}
-    given = {key: value for key, value in config.items() if value not in (None, "")}
-    told = [f"{key}={value}" for key, value in given.items()]
-    row = {"run": run.name, "configuration": " ".join(told), "seed": run.config.get("seed")}
+    config = run.config
+    told = [f"{key}={config[key]}" for key in SUMMARY if config.get(key) not in (None, "")]
+    row = {"run": run.name, "configuration": " ".join(told), "seed": config.get("seed")}
     row["data"] = run.environment.get("data_hash")
     row["commit"] = str(run.environment.get("commit") or "")[:9]
     row["device"] = run.environment.get("device")
@@ -629,133 +616,3 @@ def of_package(page: Study) -> Study:
     if page.profile.name == "smoke":
         return page
     return dataclasses.replace(page, name=PACKAGE_STUDY, data_dir=None)
-
-
-# %% ../nbs/00d_figures.ipynb #code-changes
-STATES = ("fresh", "stale", "cannot be checked here")
-
-
-@functools.cache
-def _page_cells(chapter: str) -> set[str] | None:
-    """Hashes of the code cells of a chapter's page; None where the notebooks are not here."""
-    path = PACKAGE.parent / "nbs" / f"{chapter}.ipynb"
-    if not path.is_file():
-        return None
-    cells = read_json(path)["cells"]
-    code = [c["source"] for c in cells if c["cell_type"] == "code"]
-    sources = ["".join(lines) for lines in code]
-    return {source_hash(_without_magics(source)) for source in sources}
-
-
-def _code_change(definition: str, before: str, chapter: str) -> tuple[str, str] | None:
-    """(state, reason) where a definition (or the saving cell) is not what it was."""
-    if definition == "cell":
-        cells = _page_cells(chapter)
-        if cells is None:
-            return STATES[2], f"the page {chapter} is not here"
-        return None if before in cells else (STATES[1], f"its cell of {chapter} has changed")
-    module, _, name = definition.partition(".")
-    if not (PACKAGE / f"{module}.py").is_file() or code_hash(module, name) != before:
-        return STATES[1], f"{definition} has changed"
-    return None
-
-
-# %% ../nbs/00d_figures.ipynb #run-changes
-def _run_change(run: Path, before: str | None) -> tuple[str, str] | None:
-    """(state, reason) where a run is not what it was, or not here."""
-    now = run_digest(run)
-    if before is None or now is None:
-        return STATES[2], f"run {run.name} is not here"
-    return None if now == before else (STATES[1], f"run {run.name} has changed")
-
-
-# %% ../nbs/00d_figures.ipynb #changes
-def _changes(record: dict, runs: Path, data_dir: Path | None) -> list[tuple[str, str]]:
-    chapter = record["name"].rpartition("/")[0]
-    found = [_code_change(d, before, chapter) for d, before in record["code"].items()]
-    found += [_run_change(runs / name, before) for name, before in record["runs"].items()]
-    if not record["code"]:
-        found.append((STATES[2], "its code was not noted"))
-    if data_dir and record["data"] not in (None, _data_hash(data_dir)):
-        found.append((STATES[1], "the data have changed"))
-    return [change for change in found if change]
-
-
-# %% ../nbs/00d_figures.ipynb #check-figures
-def check_figures(folder: str | Path, data_dir: str | Path | None = None) -> pd.DataFrame:
-    """State of each figure and table of a study's directory: columns name, state, reason.
-
-    folder: `thesis_figures/<study>`; its runs are looked for in `runs/<study>`; data_dir: the data
-    set, where it is at hand (else data are not compared).
-    """
-    folder = Path(folder).resolve()
-    runs = folder.parents[1] / "runs" / folder.name
-    data_dir = Path(data_dir).resolve() if data_dir else None
-    rows = []
-    for record in read_provenance(folder):
-        changes = _changes(record, runs, data_dir)
-        changes.sort(key=lambda change: change[0] != STATES[1])  # what is stale first
-        state, reason = changes[0] if changes else (STATES[0], "")
-        rows.append({"name": record["name"], "state": state, "reason": reason})
-    return pd.DataFrame(rows, columns=["name", "state", "reason"])
-
-
-# %% ../nbs/00d_figures.ipynb #sections
-SECTIONS = {
-    "4.1 Architecture": "02_backbone 02a_weights 03_detector 03a_criterion 03d_cost 03e_input_size",
-    "4.2 Classes and data": "00f_copies 00i_doctor 01_data 01b_formats 01c_transforms 01e_splits",
-    "4.3 Optimisation": "03f_recipes 03g_guard 04_training_stability 04a_divergence 04d_levers",
-    "4.4 The detector and convolutional networks": "03b_evaluation 06_baselines 09_pretraining",
-    "5.2 Descriptions of the classes": "04b_text",
-    "5.3 Fusion": "04c_fusion",
-    "5.4 Training with text": "05_multimodal 05a_text_changes",
-    "6.1 Metrics": "01g_metrics 03c_decisions 07_results",
-    "6.2 Success and failure": "07a_errors 07b_use 07d_browse",
-    "6.3 Comparison of all networks": "07c_thesis 07e_report 07f_folds",
-}
-
-
-def section_of(name: str) -> str:
-    """The section of the thesis that a figure "chapter/name" belongs to."""
-    chapter = name.partition("/")[0]
-    return next((s for s, its in SECTIONS.items() if chapter in its.split()), "Annexes")
-
-
-# %% ../nbs/00d_figures.ipynb #index-line
-def _index_line(folder: Path, record: dict) -> str:
-    suffixes = {"png": ".png", "pdf": ".pdf", "es": "_es.pdf", "csv": ".csv", "tex": ".tex"}
-    name = record["name"]
-    there = {word: s for word, s in suffixes.items() if (folder / f"{name}{s}").is_file()}
-    files = [f"[{word}]({name}{s})" for word, s in there.items()]
-    title = name.rpartition("/")[2]
-    links = " ".join(files)
-    return f"- **{title}** {record['caption']} {links}"
-
-
-# %% ../nbs/00d_figures.ipynb #write-index
-def write_index(folder: str | Path) -> Path:
-    """Write a study's `index.md`: its figures and tables by section of the thesis."""
-    folder = Path(folder)
-    lines = [f"# {folder.name}", "", "Where each comes from is in provenance.jsonl and runs.csv."]
-    records = read_provenance(folder)
-    for section in [*SECTIONS, "Annexes"]:
-        its = [r for r in records if section_of(r["name"]) == section]
-        if its:
-            lines += ["", f"## {section}", ""]
-            lines += [_index_line(folder, r) for r in its]
-    return atomic_write(folder / "index.md", "\n".join(lines) + "\n")
-
-
-# %% ../nbs/00d_figures.ipynb #report-figures
-def report_figures(data_dir: str | Path | None = None) -> int:
-    """Print every study's state and each stale figure of thesis_figures. Returns their number."""
-    stale = 0
-    for path in sorted((project_root() / "thesis_figures").glob("*/provenance.jsonl")):
-        states = check_figures(path.parent, data_dir)
-        counts = states["state"].value_counts()
-        told = ", ".join(f"{counts.get(state, 0)} {state}" for state in STATES)
-        print(f"{path.parent.name}: {told}")
-        for row in states[states["state"] == STATES[1]].itertuples():
-            print(f"  {row.name}: {row.reason}")
-            stale += 1
-    return stale

@@ -20,13 +20,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from deimv2_tfg.figures import (
-    SECTIONS,
     caption_in,
     for_print,
     format_number,
     gettext,
     read_provenance,
-    section_of,
     source_of,
 )
 from deimv2_tfg.results import (
@@ -40,6 +38,7 @@ from deimv2_tfg.results import (
 from .core import PACKAGE, atomic_write, project_root
 from .decisions import at_working_points, confusion, plot_confusion
 from .errors import worst_photographs
+from .freshness import SECTIONS, section_of
 from .runs import Run, find_runs
 from .thesis import redrawn, runs_table
 

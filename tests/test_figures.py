@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from deimv2_tfg import figures
+from deimv2_tfg import figures, freshness
 from deimv2_tfg.core import open_study, project_root
+from deimv2_tfg.runs import data_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = sorted((ROOT / "thesis_figures").glob("*/provenance.jsonl"))
@@ -151,7 +152,7 @@ def test_a_figure_and_a_table_are_saved_by_chapter_with_one_record_each(page):
     assert bars["runs"] == {"detector-1": figures.run_digest(run)}
     row = pd.read_csv(page.figures / "runs.csv").iloc[0]
     assert row["seed"] == 3 and row["images seen"] == 48 and row["minutes"] == 1.5
-    index = figures.write_index(page.figures).read_text()
+    index = freshness.write_index(page.figures).read_text()
     assert "## 6.1 Metrics" in index and "**bars** Two bars. [png](07_results/bars.png)" in index
 
 
@@ -164,7 +165,7 @@ def test_saving_the_same_again_changes_no_record(page):
 
 
 def state_of(page, data_dir=None):
-    return figures.check_figures(page.figures, data_dir).iloc[0].tolist()[1:]
+    return freshness.check_figures(page.figures, data_dir).iloc[0].tolist()[1:]
 
 
 def test_a_run_that_changed_is_stale_and_one_that_is_not_here_is_not(page):
@@ -193,14 +194,14 @@ def test_changed_data_are_stale(page, smoke_data):
     record = {"name": "01_data/a", "code": {"cell": "gone"}, "runs": {}, "data": "0" * 12}
     page.figures.mkdir(parents=True)
     (page.figures / "provenance.jsonl").write_text(json.dumps(record))
-    changes = figures._changes(record, page.runs, smoke_data)
+    changes = freshness._changes(record, page.runs, data_hash(smoke_data))
     assert ("stale", "the data have changed") in changes
     assert state_of(page)[0] == "stale"  # no cell of the page has that hash
 
 
 def test_the_check_passes_on_what_is_stored(monkeypatch):
     monkeypatch.delenv("DEIMV2_TFG_HOME", raising=False)
-    assert project_root() == ROOT and figures.report_figures() == 0
+    assert project_root() == ROOT and freshness.report_figures() == 0
 
 
 def test_what_is_stored_is_small_and_listed():

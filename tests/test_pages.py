@@ -23,9 +23,6 @@ NAMES = [p.stem for p in CHAPTERS]
 SAVING = [p for p in CHAPTERS if p.stem > "00d_figures"]  # those below cannot import it
 PARAMETERS = {"profile", "data_dir", "study", "seed"}
 ABSOLUTE = re.compile(r"(?<![\w./:])/(?:home|root|work|tmp|Users|mnt|content|kaggle)/[\w.-]+")
-LONG_PAGES = {  # "page": why it is longer
-    "00d_figures": "one plot, table or check per cell",
-}
 SHOWN_ELSEWHERE = {}  # "page.name": why no cell near its definition uses it
 
 
@@ -94,7 +91,7 @@ def test_exported_cells_are_small():
 def test_pages_can_be_read_in_one_sitting():
     """Many cells are small ones: with one definition a cell, a page has up to 76."""
     counts = {p.stem: len(json.loads(p.read_text())["cells"]) for p in CHAPTERS}
-    long = {name: n for name, n in counts.items() if n > 76 and name not in LONG_PAGES}
+    long = {name: n for name, n in counts.items() if n > 76}
     assert not long
 
 
