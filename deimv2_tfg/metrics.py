@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'AREAS', 'DETECTIONS', 'KEPT', 'RESULT', 'HARMLESS', 'READABLE', 'READINGS', 'index_truth',
+    'RESULT', 'AREAS', 'DETECTIONS', 'KEPT', 'HARMLESS', 'READABLE', 'READINGS', 'index_truth',
     'index_results', 'run_cocoeval', 'summarise', 'class_matches', 'Judged', 'judged',
     'match_tables', 'coco_metrics', 'class_metrics', 'precision_recall', 'result_problems',
     'results_problems', 'read_results',
@@ -16,7 +16,9 @@ import io
 import math
 import pickle
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +36,20 @@ from .statistics import ClassMatches
 
 
 # %% ../nbs/01g_metrics.ipynb #index
-def _index(images: list, categories: list, annotations: list) -> COCO:
-    """pycocotools' index over COCO dicts, without its prints."""
+def _index(images: Iterable, categories: Iterable, boxes: list, keys: Iterable = ()) -> COCO:
+    """pycocotools' index over copies of COCO dicts, boxes numbered from 1, without its prints.
+
+    A missing `area` is width x height, a missing `iscrowd` 0. `keys`: of the boxes, if not all.
+    """
     coco = COCO()
-    coco.dataset = {"info": {}, "images": images, "categories": categories}
-    coco.dataset["annotations"] = annotations
+    coco.dataset = {"info": {}, "annotations": []}
+    coco.dataset["images"] = [dict(image) for image in images]
+    coco.dataset["categories"] = [dict(category) for category in categories]
+    for number, box in enumerate(boxes, start=1):
+        _, _, width, height = box["bbox"]
+        one = {"area": width * height, "iscrowd": 0}
+        one |= {key: box[key] for key in keys or box}
+        coco.dataset["annotations"].append(one | {"id": number})
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -48,23 +59,16 @@ def _read(annotations: str | Path | dict) -> dict:
     return annotations if isinstance(annotations, dict) else read_json(Path(annotations))
 
 
-# %% ../nbs/01g_metrics.ipynb #index-truth
 def index_truth(annotations: str | Path | dict) -> COCO:
-    """pycocotools' index over a copy of COCO annotations; the caller's dict is not changed.
-
-    Annotation ids are renumbered from 1; a missing `area` is width x height, a missing `iscrowd` 0.
-    """
+    """pycocotools' index over a copy of COCO annotations; the caller's dict is not changed."""
     source = _read(annotations)
-    boxes = []
-    for number, a in enumerate(source["annotations"], start=1):
-        area = a["bbox"][2] * a["bbox"][3]
-        boxes.append({"area": area, "iscrowd": 0, **a, "id": number})
-    images = [dict(image) for image in source["images"]]
-    categories = [dict(category) for category in source["categories"]]
-    return _index(images, categories, boxes)
+    return _index(source["images"], source["categories"], source["annotations"])
 
 
 # %% ../nbs/01g_metrics.ipynb #check-results
+RESULT = ("image_id", "category_id", "bbox", "score")
+
+
 def _check_results(truth: COCO, results: list) -> None:
     for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
         unknown = sorted({r[key] for r in results} - set(known))
@@ -76,7 +80,6 @@ def _check_results(truth: COCO, results: list) -> None:
         raise ValueError("results hold a score or a box that is not finite")
 
 
-# %% ../nbs/01g_metrics.ipynb #index-results
 def index_results(truth: COCO, results: list) -> COCO:
     """pycocotools' index over a copy of COCO results; the list may be empty.
 
@@ -84,13 +87,7 @@ def index_results(truth: COCO, results: list) -> COCO:
     box that is not finite.
     """
     _check_results(truth, results)
-    boxes = []
-    for number, r in enumerate(results, start=1):
-        box = {key: r[key] for key in ("image_id", "category_id")}
-        box |= {"id": number, "bbox": list(r["bbox"]), "score": float(r["score"])}
-        area = r["bbox"][2] * r["bbox"][3]
-        boxes.append(box | {"area": area, "iscrowd": 0})
-    return _index(truth.dataset["images"], truth.dataset["categories"], boxes)
+    return _index(truth.dataset["images"], truth.dataset["categories"], results, RESULT)
 
 
 # %% ../nbs/01g_metrics.ipynb #category-ids
@@ -104,7 +101,6 @@ def _category_ids(truth: COCO, classes: list | None) -> list[int]:
     return [ids[name] for name in classes or ids]
 
 
-# %% ../nbs/01g_metrics.ipynb #run-cocoeval
 def run_cocoeval(
     annotations: str | Path | dict, results: list, classes: list | None = None
 ) -> COCOeval:
@@ -143,7 +139,6 @@ def _metrics_of(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     return metrics
 
 
-# %% ../nbs/01g_metrics.ipynb #summarise
 def summarise(evaluator: COCOeval) -> dict[str, float]:
     """AP, AP50, AP75, AP by size, AR at 1/10/100 and AP, AP50 of each class, as a flat dict.
 
@@ -151,7 +146,8 @@ def summarise(evaluator: COCOeval) -> dict[str, float]:
     """
     precision = evaluator.eval["precision"][..., -1]
     metrics = _metrics_of(precision, evaluator.eval["recall"])
-    names = [evaluator.cocoGt.cats[c]["name"] for c in evaluator.params.catIds]
+    categories = evaluator.cocoGt.cats
+    names = [categories[c]["name"] for c in evaluator.params.catIds]
     for k, name in enumerate(names):
         metrics[f"AP/{name}"] = _mean(precision[:, :, k, 0])
     for k, name in enumerate(names):
@@ -159,7 +155,7 @@ def summarise(evaluator: COCOeval) -> dict[str, float]:
     return metrics
 
 
-# %% ../nbs/01g_metrics.ipynb #classmatches-2
+# %% ../nbs/01g_metrics.ipynb #class-matches
 def _joined(found: list, key: str, thresholds: int) -> np.ndarray:
     """A flag of all detections of a class, (T, n), from the evaluator's images."""
     parts = [np.asarray(e[key], dtype=bool).reshape(thresholds, -1) for e in found]
@@ -167,7 +163,6 @@ def _joined(found: list, key: str, thresholds: int) -> np.ndarray:
     return np.concatenate([none, *parts], axis=1)
 
 
-# %% ../nbs/01g_metrics.ipynb #class-matches
 def class_matches(evaluator: COCOeval, k: int) -> ClassMatches:
     """Matches of the evaluator's k-th class, all sizes, at most 100 detections an image."""
     params = evaluator.params
@@ -177,8 +172,8 @@ def class_matches(evaluator: COCOeval, k: int) -> ClassMatches:
     places = [i for i, e in enumerate(of_class) if e is not None]
     found = [of_class[i] for i in places]
     objects = np.zeros(images, dtype=int)
-    asked = [np.asarray(e["gtIgnore"]) == 0 for e in found]
-    objects[places] = [np.count_nonzero(flags) for flags in asked]
+    asked = [np.equal(e["gtIgnore"], 0) for e in found]
+    objects[places] = list(map(np.count_nonzero, asked))
     scores = np.concatenate([np.zeros(0), *(e["dtScores"] for e in found)])
     counts = [len(e["dtScores"]) for e in found]
     image = np.repeat(np.array(places, dtype=int), counts)
@@ -219,24 +214,22 @@ def _content(*parts) -> str:
     return hash_bytes(pickle.dumps(parts))
 
 
-def _judge(annotations: dict, results: list, classes: list | None) -> Judged:
-    """Run the evaluator; of its matches by image only those of all sizes are kept."""
-    evaluator = run_cocoeval(annotations, results, classes)
-    tables = [class_matches(evaluator, k) for k in range(len(evaluator.params.catIds))]
-    everything = evaluator.params.areaRng[0]
-    found = [e for e in evaluator.evalImgs if e is not None]
-    evaluator.evalImgs = [e for e in found if e["aRng"] == everything]
-    return Judged(evaluator, summarise(evaluator), tables)
-
-
-# %% ../nbs/01g_metrics.ipynb #judge-once
 def _judge_once(annotations: dict, results: list, classes: list | None = None) -> Judged:
-    """`_judge`, remembered by the content of what it is given."""
+    """The evaluator's work, remembered by the content of what it is given.
+
+    Of its matches by image only those of all sizes are kept.
+    """
     key = _content(annotations, results, classes)
-    if key not in _KEPT:
-        while len(_KEPT) >= KEPT:
-            _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[key] = _judge(annotations, results, classes)
+    if key in _KEPT:
+        return _KEPT[key]
+    evaluator = run_cocoeval(annotations, results, classes)
+    params = evaluator.params
+    tables = [class_matches(evaluator, k) for k in range(len(params.catIds))]
+    everything = params.areaRng[0]
+    evaluator.evalImgs = [e for e in evaluator.evalImgs if e and e["aRng"] == everything]
+    if len(_KEPT) >= KEPT:
+        _KEPT.pop(next(iter(_KEPT)))
+    _KEPT[key] = Judged(evaluator, summarise(evaluator), tables)
     return _KEPT[key]
 
 
@@ -334,7 +327,6 @@ def precision_recall(
 
 
 # %% ../nbs/01g_metrics.ipynb #result-problems
-RESULT = ("image_id", "category_id", "bbox", "score")
 HARMLESS = ("box-over-edge", "box-tiny", "box-empty")
 READABLE = ("box-outside", "box-fraction", "category_id is not")  # its numbers can be compared
 
@@ -344,9 +336,7 @@ def result_problems(r, known: dict[str, dict], sizes: dict) -> list[tuple[str, s
 
     known: {"image_id": ids, "category_id": ids}; sizes: {image id: (width, height)}.
     """
-    fields = r if isinstance(r, dict) else {}
-    missing = [key for key in RESULT if key not in fields]
-    if missing:
+    if missing := [key for key in RESULT if not isinstance(r, dict) or key not in r]:
         return [("fields are missing", ", ".join(missing))]
     wrong = []
     for key, ids in known.items():
@@ -373,10 +363,6 @@ READINGS = {
 }
 
 
-def _minus_score(result: dict) -> float:
-    return -result["score"]
-
-
 def _arrays(rows: list) -> tuple[torch.Tensor, list]:
     """Boxes (n, 4) and class ids of annotations or results."""
     boxes = [row["bbox"] for row in rows]
@@ -392,7 +378,7 @@ def _best_of(annotations: dict, results: list) -> list[tuple]:
     objects, found = defaultdict(list), defaultdict(list)
     for a in annotations["annotations"]:
         objects[a["image_id"]].append(a)
-    for r in sorted(results, key=_minus_score):
+    for r in sorted(results, key=itemgetter("score"), reverse=True):
         found[r["image_id"]].append(r)
     pairs = []
     for image in annotations["images"]:
@@ -405,17 +391,17 @@ def _best_of(annotations: dict, results: list) -> list[tuple]:
     return pairs
 
 
-# %% ../nbs/01g_metrics.ipynb #overlaps-if-2
+# %% ../nbs/01g_metrics.ipynb #overlaps-if
 def _overlaps_if(pair: tuple, form: str, fractions: bool) -> torch.Tensor:
     """IoU (m, n) of an image's objects with its results, if their numbers mean `form`."""
     (truth, _), (boxes, _), size = pair
     pixels = boxes * size if fractions else boxes
     corners = box_convert(pixels, form, "xyxy")
     low, high = corners.split(2, dim=1)
-    return box_iou(truth, torch.cat([low, torch.maximum(low, high)], dim=1))
+    ordered = torch.cat([low, torch.maximum(low, high)], dim=1)
+    return box_iou(truth, ordered)
 
 
-# %% ../nbs/01g_metrics.ipynb #overlaps-if
 def _mean_overlap(pairs: list, form: str, fractions: bool) -> float:
     """How well the best result fits an object, on average; 0 without an object."""
     best = [torch.zeros(0)]
@@ -448,7 +434,8 @@ def _other_classes(pairs: list, ids: list[int]) -> list[str]:
     for pair in pairs:
         (_, annotated), (_, found), _ = pair
         near = _overlaps_if(pair, "xywh", False) >= 0.5
-        classes += [(annotated[a], found[d]) for a, d in near.nonzero().tolist()]
+        for a, d in near.nonzero().tolist():
+            classes.append((annotated[a], found[d]))
     right = sum(annotated == found for annotated, found in classes)
     for first in (0, 1):
         meant = dict(enumerate(ids, start=first))
@@ -479,10 +466,12 @@ def results_problems(annotations: dict, results: list) -> list[str]:
     fractions = len(small) > len(results) / 2  # here and there a box is as small as that
     if fractions:
         said["box-fraction"] = small
-    total = len(results)
-    lines = [f"{kind}: {len(at)} of {total}, {at[0]}" for kind, at in said.items()]
+    lines = []
+    for kind, at in said.items():
+        lines.append(f"{kind}: {len(at)} of {len(results)}, {at[0]}")
     pairs = _best_of(annotations, clear)
-    return lines + _other_boxes(pairs, fractions) + _other_classes(pairs, sorted(ids))
+    lines += _other_boxes(pairs, fractions)
+    return lines + _other_classes(pairs, sorted(ids))
 
 
 # %% ../nbs/01g_metrics.ipynb #read-results
@@ -492,13 +481,13 @@ def read_results(path: str | Path, annotations: dict) -> list[dict]:
     Raises `ValueError` that names the file and all that is wrong with it.
     """
     results = read_json_file(path)
-    if not isinstance(results, list):
-        kind = type(results).__name__
-        wrong = [f"a list of results is needed, not a {kind}"]
-        if isinstance(results, dict):
-            wrong[0] += f" with {', '.join(list(results)[:5])}"
-    else:
+    if isinstance(results, list):
         wrong = results_problems(annotations, results)
+    else:
+        what = f"a {type(results).__name__}"
+        if isinstance(results, dict):
+            what += f" with {', '.join(list(results)[:5])}"
+        wrong = [f"a list of results is needed, not {what}"]
     if wrong:
         raise ValueError("\n  ".join([f"{path} cannot be judged:", *wrong]))
     return results
