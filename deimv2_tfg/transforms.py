@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'IMAGE_MEAN', 'IMAGE_STD', 'CLEAN', 'QUARTER_TURNS', 'LIGHT', 'normalised', 'to_pixel_values',
-    'as_photograph', 'on_canvas', 'in_pixels', 'in_fractions', 'DrawnLight', 'relit',
-    'augmentation', 'EvalTransform', 'eval_transform', 'TrainTransform', 'mosaic', 'mixup',
-    'copy_blend', 'at_fraction', 'MixingDataset', 'input_sizes', 'at_size', 'collate',
+    'IMAGE_MEAN', 'IMAGE_STD', 'LIGHT', 'normalised', 'to_pixel_values', 'as_photograph',
+    'on_canvas', 'in_pixels', 'in_fractions', 'DrawnLight', 'relit', 'augmentation',
+    'EvalTransform', 'eval_transform', 'TrainTransform', 'mosaic', 'mixup', 'copy_blend',
+    'at_fraction', 'MixingDataset', 'input_sizes', 'at_size', 'collate',
 ]  # fmt: skip
 
 # %% ../nbs/01c_transforms.ipynb #51d6256b
@@ -31,7 +31,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 def _centre(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (3, 1, 1), copied to a device once: each copy would be waited for."""
     both = torch.tensor([IMAGE_MEAN, IMAGE_STD]).to(device)
-    return both[0].view(3, 1, 1), both[1].view(3, 1, 1)
+    mean, std = both[..., None, None]
+    return mean, std
 
 
 def _as_shares(pixels: torch.Tensor, plain: bool) -> torch.Tensor:
@@ -49,7 +50,9 @@ def _centred(shares: torch.Tensor, plain: bool) -> torch.Tensor:
 
 def normalised(pixels: torch.Tensor, plain: bool = False) -> torch.Tensor:
     """Bytes (..., 3, H, W) as the float32 that `to_pixel_values` gives; what is float stays so."""
-    return _centred(_as_shares(pixels, plain), plain) if pixels.dtype == torch.uint8 else pixels
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return _centred(_as_shares(pixels, plain), plain)
 
 
 def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.Compose:
@@ -57,16 +60,12 @@ def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.
 
     `image_size`: a side or (height, width), in pixels.
     """
-    centre = ((0.0,) * 3, (1.0,) * 3) if plain else (IMAGE_MEAN, IMAGE_STD)
     size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(size, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(*centre),
-        ]
-    )
+    parts = [v2.ToImage(), v2.Resize(size, antialias=True)]
+    parts.append(v2.ToDtype(torch.float32, scale=True))
+    nothing = v2.Normalize([0.0] * 3, [1.0] * 3)
+    parts.append(nothing if plain else v2.Normalize(IMAGE_MEAN, IMAGE_STD))
+    return v2.Compose(parts)
 
 
 def as_photograph(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -90,8 +89,8 @@ def in_pixels(photograph: Image.Image, target: dict) -> tuple[Image.Image, dict]
     w, h = photograph.size
     corners = box_convert(target["boxes"], "cxcywh", "xyxy")
     edges = torch.tensor([w, h, w, h], dtype=corners.dtype)
-    boxes = corners * edges
-    return photograph, target | {"boxes": on_canvas(boxes, (h, w))}
+    boxes = on_canvas(corners * edges, (h, w))
+    return photograph, target | {"boxes": boxes}
 
 
 def in_fractions(target: dict) -> dict:
@@ -108,11 +107,12 @@ def _labels(sample: tuple) -> torch.Tensor:
     return sample[1]["labels"]
 
 
-CLEAN = v2.SanitizeBoundingBoxes(min_size=2, labels_getter=_labels)
+_CLEAN = v2.SanitizeBoundingBoxes(min_size=2, labels_getter=_labels)
 _TURNS = [v2.RandomRotation((angle, angle), expand=True) for angle in (90, 180, 270)]
-QUARTER_TURNS = v2.RandomChoice(_TURNS)
+_QUARTER_TURNS = v2.RandomChoice(_TURNS)
 _EXPOSURE = {"brightness": (0.75, 1.25), "contrast": (0.7, 1.3)}
-LIGHT = v2.RandomPhotometricDistort(**_EXPOSURE, saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.5)
+_COLOUR = {"saturation": (0.7, 1.3), "hue": (-0.03, 0.03)}
+LIGHT = v2.RandomPhotometricDistort(**_EXPOSURE, **_COLOUR, p=0.5)
 
 
 # %% ../nbs/01c_transforms.ipynb #drawn-light
@@ -130,19 +130,20 @@ class DrawnLight:
         drawn = {}
         if torch.rand(1) < self.chance:
             drawn = LIGHT.make_params([photograph])
-        factors = [drawn.get(f"{name}_factor") for name in ("brightness", "contrast", "saturation")]
-        brightness, contrast, saturation = (factor or 1.0 for factor in factors)
-        contrasts = (contrast, 1.0) if drawn.get("contrast_before") else (1.0, contrast)
+        contrast = drawn.get("contrast_factor") or 1.0
+        before, after = (contrast, 1.0) if drawn.get("contrast_before") else (1.0, contrast)
+        light = [drawn.get("brightness_factor") or 1.0, before]
+        light.append(drawn.get("saturation_factor") or 1.0)
+        light += [drawn.get("hue_factor") or 0.0, after]
         order = drawn.get("channel_permutation")
-        channels = range(3) if order is None else order.tolist()
-        turn = drawn.get("hue_factor") or 0.0
-        light = [brightness, contrasts[0], saturation, turn, contrasts[1], *channels]
+        light += range(3) if order is None else order.tolist()
         return photograph, target | {"light": torch.tensor(light)}
 
 
 # %% ../nbs/01c_transforms.ipynb #relit
 def _blended(shares: torch.Tensor, others: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (shares * factor + others * (1 - factor)).clamp(0, 1)
+    blended = shares * factor + others * (1 - factor)
+    return blended.clamp(0, 1)
 
 
 def _contrasted(shares: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -155,11 +156,17 @@ def _with_hue_turned(shares: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     high = shares.amax(1)
     spread = high - shares.amin(1)
     divisor = torch.where(spread > 0, spread, 1)
-    r, g, b = ((high[:, None] - shares) / divisor[:, None]).unbind(1)  # 0: the largest
-    sixths = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r)) + 6 * turn
-    distances = [(n + sixths) % 6 for n in (5, 3, 1)]
-    slopes = [torch.minimum(k, 4 - k).clamp(0, 1) for k in distances]
-    return torch.stack([high - spread * slope for slope in slopes], 1)
+    below = (high[:, None] - shares) / divisor[:, None]
+    r, g, b = below.unbind(1)  # 0: the largest
+    sixths = torch.where(g == 0, 2 + r - b, 4 + g - r)
+    sixths = torch.where(r == 0, b - g, sixths)
+    sixths += 6 * turn
+    channels = []
+    for n in (5, 3, 1):
+        distance = (n + sixths) % 6
+        slope = torch.minimum(distance, 4 - distance).clamp(0, 1)
+        channels.append(high - spread * slope)
+    return torch.stack(channels, 1)
 
 
 # %% ../nbs/01c_transforms.ipynb #relit-2
@@ -169,7 +176,8 @@ def relit(pixels: torch.Tensor, lights: torch.Tensor, plain: bool = False) -> to
     `pixels`: bytes or numbers, as `normalised` takes them. No part waits for a card.
     """
     shares = _as_shares(pixels, plain)
-    brightness, before, saturation, turn, after = lights[:, :5, None, None, None].unbind(1)
+    factors = lights[:, :5, None, None, None]
+    brightness, before, saturation, turn, after = factors.unbind(1)
     shares = (shares * brightness).clamp(0, 1)
     shares = _contrasted(shares, before)
     shares = _blended(shares, v2.functional.rgb_to_grayscale(shares), saturation)
@@ -194,21 +202,22 @@ def augmentation(
     Each number is a probability, 0 turns its part off. `light_later`: see `DrawnLight`.
     """
     parts = []
-    if photometric:
-        light = DrawnLight(photometric) if light_later else v2.RandomApply([LIGHT], photometric)
-        parts.append(light)
+    if photometric and light_later:
+        parts.append(DrawnLight(photometric))
+    elif photometric:
+        parts.append(v2.RandomApply([LIGHT], photometric))
     if zoom_out:
-        parts += [v2.RandomZoomOut(fill=114, side_range=(1.0, 2.0), p=zoom_out), CLEAN]
+        parts += [v2.RandomZoomOut(fill=114, side_range=(1.0, 2.0), p=zoom_out), _CLEAN]
     if iou_crop:
         crop = v2.RandomIoUCrop(min_scale=0.5, trials=15)
-        parts += [v2.RandomApply([crop], iou_crop), CLEAN]
+        parts += [v2.RandomApply([crop], iou_crop), _CLEAN]
     if quarter_turns:
-        parts.append(v2.RandomApply([QUARTER_TURNS], quarter_turns))
+        parts.append(v2.RandomApply([_QUARTER_TURNS], quarter_turns))
     if flips:
         parts.append(v2.RandomHorizontalFlip(0.5))
     if flips and vertical:
         parts.append(v2.RandomVerticalFlip(0.5))
-    return v2.Compose([*parts, CLEAN])
+    return v2.Compose([*parts, _CLEAN])
 
 
 # %% ../nbs/01c_transforms.ipynb #traintransform
@@ -260,17 +269,17 @@ def _uniform(low: float, high: float) -> float:
 
 # %% ../nbs/01c_transforms.ipynb #mosaic
 def _mixed(
-    target: dict, boxes: torch.Tensor, labels: torch.Tensor, size: Sequence[int], others: list
+    target: dict, boxes: torch.Tensor, labels: torch.Tensor, size: Sequence[int], *others: dict
 ) -> dict:
     """The target with these boxes (xyxy pixels on an image of `size`), cut at the edge.
 
-    Those of less than two pixels go. `others`: ids of the photographs that were mixed in.
+    Those of less than two pixels go. `others`: targets of the photographs that were mixed in.
     """
     boxes = clip_boxes_to_image(boxes, size)
     kept = remove_small_boxes(boxes, 2)
-    mixed_with = [*target.get("mixed_with", []), *others]
-    boxes = on_canvas(boxes[kept], size)
-    return target | {"boxes": boxes, "labels": labels[kept], "mixed_with": mixed_with}
+    ids = [other["image_id"] for other in others]
+    mixed = {"boxes": on_canvas(boxes[kept], size), "labels": labels[kept]}
+    return target | mixed | {"mixed_with": target.get("mixed_with", []) + ids}
 
 
 # %% ../nbs/01c_transforms.ipynb #mosaic-2
@@ -283,7 +292,8 @@ def mosaic(samples: Sequence[tuple], side: int, smallest: float = 0.5) -> tuple:
     sheet = Image.new("RGB", (2 * side, 2 * side))
     boxes = []
     for k, (photograph, target) in enumerate(samples):
-        corner = (k % 2 * side, k // 2 * side)
+        row, column = divmod(k, 2)
+        corner = (column * side, row * side)
         small = photograph.resize((side, side), Image.Resampling.BILINEAR)
         sheet.paste(small, corner)
         _, on_photograph = in_pixels(photograph, target)
@@ -294,13 +304,15 @@ def mosaic(samples: Sequence[tuple], side: int, smallest: float = 0.5) -> tuple:
     y = round(_uniform(0, 2 * side - width))
     corner = torch.tensor([x, y, x, y])
     boxes = torch.cat(boxes) - corner
-    labels = torch.cat([target["labels"] for _, target in samples])
-    from_middle = (boxes[:, :2] + boxes[:, 2:]) / 2 - width / 2
-    kept = from_middle.abs().amax(1) <= width / 2
-    others = [target["image_id"] for _, target in samples[1:]]
+    targets = [target for _, target in samples]
+    labels = torch.cat([target["labels"] for target in targets])
+    centres = box_convert(boxes, "xyxy", "cxcywh")[:, :2]
+    from_middle = (centres - width / 2).abs().amax(1)
+    kept = from_middle <= width / 2
     window = sheet.crop((x, y, x + width, y + width))
-    size = (width, width)
-    return window, _mixed(samples[0][1], boxes[kept], labels[kept], size, others)
+    first, *others = targets
+    size = window.size[::-1]
+    return window, _mixed(first, boxes[kept], labels[kept], size, *others)
 
 
 # %% ../nbs/01c_transforms.ipynb #mixup
@@ -316,11 +328,14 @@ def mixup(
     Weights: `least` to 1 - `least`.
     """
     share = _uniform(least, 1 - least)
-    mixed = {key: torch.cat([target[key], other_target[key]]) for key in ("boxes", "labels")}
+    mixed = dict(target)
+    for key in ("boxes", "labels"):
+        both = (target[key], other_target[key])
+        mixed[key] = torch.cat(both)
     before = [*target.get("mixed_with", []), other_target["image_id"]]
-    mixed["mixed_with"] = [*before, *other_target.get("mixed_with", [])]
-    values = pixel_values * share + other_values * (1 - share)
-    return values, target | mixed
+    mixed["mixed_with"] = before + other_target.get("mixed_with", [])
+    mean = pixel_values * share + other_values * (1 - share)
+    return mean, mixed
 
 
 # %% ../nbs/01c_transforms.ipynb #covered
@@ -328,9 +343,10 @@ def _covered(box: torch.Tensor, boxes: torch.Tensor) -> float:
     """Largest share of `box` (1, 4) that one of `boxes` (n, 4) covers, xyxy."""
     if not len(boxes):
         return 0.0
-    low = torch.maximum(box[:, :2], boxes[:, :2])
-    high = torch.minimum(box[:, 2:], boxes[:, 2:])
-    shared = (high - low).clamp(min=0).prod(1)
+    low, high = box.split(2, dim=1)
+    lows, highs = boxes.split(2, dim=1)
+    sides = torch.minimum(high, highs) - torch.maximum(low, lows)
+    shared = sides.clamp(min=0).prod(1)
     return (shared / box_area(box)).max().item()
 
 
@@ -346,17 +362,14 @@ def _soft_edge(size: tuple[int, int]) -> Image.Image:
     return mask.filter(ImageFilter.BoxBlur(edge))
 
 
-def _free_place(
-    size: tuple[int, int], room: tuple[int, int], boxes: torch.Tensor, covered: float, tries: int
-) -> torch.Tensor | None:
-    """A box (1, 4), xyxy, of `size` in a photograph of `room` (W, H) that is free of `boxes`."""
-    w, h = size
-    for _ in range(tries):
+def _free_place(w: int, h: int, room: tuple[int, int], boxes: torch.Tensor) -> torch.Tensor | None:
+    """A box (1, 4), xyxy, of w x h in a photograph of `room` (W, H) that is free of `boxes`."""
+    for _ in range(10):
         x = round(_uniform(0, room[0] - w))
         y = round(_uniform(0, room[1] - h))
         edges = (x, y, x + w, y + h)
         box = torch.tensor([edges], dtype=torch.float32)
-        if _covered(box, boxes) <= covered:
+        if _covered(box, boxes) <= 0.1:
             return box
     return None
 
@@ -369,13 +382,11 @@ def copy_blend(
     other_target: dict,
     most: int = 3,
     largest: float = 0.25,
-    covered: float = 0.1,
-    tries: int = 10,
 ) -> tuple[Image.Image, dict]:
     """Copy up to `most` objects of `other` to random places, edges blended over a tenth.
 
     An object of more than `largest` of its photograph is left; so is one that finds no place
-    where at most `covered` of it lies on a box. Boxes out: torchvision's type, xyxy pixels.
+    where at most a tenth of it lies on a box. Boxes out: torchvision's type, xyxy pixels.
     """
     photograph, target = in_pixels(photograph.copy(), target)
     size = target["boxes"].canvas_size
@@ -383,13 +394,14 @@ def copy_blend(
     labels = target["labels"]
     sources = in_pixels(other, other_target)[1]["boxes"]
     scaled = box_convert(v2.functional.resize(sources, list(size)), "xyxy", "xywh")
-    too_large = box_area(sources) > largest * other.width * other.height
+    most_area = largest * other.width * other.height
+    too_large = box_area(sources) > most_area
     for k in torch.randperm(len(sources))[:most].tolist():
         if too_large[k]:
             continue
         sides = scaled[k, 2:].tolist()
         w, h = (max(2, round(side)) for side in sides)
-        box = _free_place((w, h), photograph.size, boxes, covered, tries)
+        box = _free_place(w, h, photograph.size, boxes)
         if box is None:
             continue
         edges = [round(v) for v in sources[k].tolist()]
@@ -397,11 +409,11 @@ def copy_blend(
         patch = other.crop(edges).resize((w, h))
         photograph.paste(patch, corner, _soft_edge((w, h)))
         boxes = torch.cat([boxes, box])
-        its_label = other_target["labels"][[k]]
-        labels = torch.cat([labels, its_label])
+        label = other_target["labels"][[k]]
+        labels = torch.cat([labels, label])
     if len(labels) == len(target["labels"]):
         return photograph, target
-    return photograph, _mixed(target, boxes, labels, size, [other_target["image_id"]])
+    return photograph, _mixed(target, boxes, labels, size, other_target)
 
 
 # %% ../nbs/01c_transforms.ipynb #at-fraction
@@ -440,20 +452,23 @@ class MixingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _other(self) -> int:
+    def _any(self) -> int:
         return int(torch.randint(len(self), ()))
 
+    def _other(self) -> tuple:
+        return self.dataset[self._any()]
+
     def _drawn(self, kind: str) -> bool:
-        chance = self.chances[kind]
-        return bool(self.on[kind] and chance and torch.rand(()) < chance)
+        chance = self.chances[kind] if self.on[kind] else 0
+        return bool(chance and torch.rand(()) < chance)
 
     def _one(self, i: int) -> tuple[torch.Tensor, dict]:
         sample = self.dataset[i]
         if self._drawn("mosaic"):
-            others = [self.dataset[self._other()] for _ in range(3)]
+            others = [self._other() for _ in range(3)]
             sample = mosaic([sample, *others], self.side)
         if self._drawn("copy_blend"):
-            sample = copy_blend(*sample, *self.dataset[self._other()])
+            sample = copy_blend(*sample, *self._other())
         return self.transform(*sample)
 
     def _numbers(self, i: int) -> tuple[torch.Tensor, dict]:
@@ -463,7 +478,8 @@ class MixingDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, dict]:
         self.transform.strength = self.on["strength"]
         if self._drawn("mixup"):
-            return mixup(*self._numbers(i), *self._numbers(self._other()))
+            first = self._numbers(i)
+            return mixup(*first, *self._numbers(self._any()))
         mixing = self.on["mixup"] and self.chances["mixup"]  # then a batch is numbers, not bytes
         return self._numbers(i) if mixing else self._one(i)
 
@@ -473,9 +489,10 @@ def input_sizes(image_size: int, spread: float, step: int = 32) -> list[int]:
     """Multiples of `step` within a `spread` around `image_size`, and `image_size` itself."""
     if not spread:
         return [image_size]
-    low = round(image_size * (1 - spread) / step) * step
-    high = round(image_size * (1 + spread) / step) * step
-    return sorted({image_size, *range(max(step, low), high + 1, step)})
+    low = round(image_size * (1 - spread) / step)
+    high = round(image_size * (1 + spread) / step)
+    sizes = [k * step for k in range(max(1, low), high + 1)]
+    return sorted({image_size, *sizes})
 
 
 # %% ../nbs/01c_transforms.ipynb #input-sizes
