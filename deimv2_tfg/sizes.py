@@ -22,33 +22,12 @@ from .hgnet import HGNET_STAGES, hgnet_config
 # %% ../nbs/02f_sizes.ipynb #variants
 THIN = {"encoder_depth": 0.67, "encoder_expansion": 0.34}
 WIDE = {"sta_width": 32, "encoder_ffn": 1024, "decoder_ffn": 1024}
-SMALL = {
-    "vit_width": 128,
-    "vit_depth": 6,
-    "features": (1, 3, 5),
-    "width": 96,
-    "heads": 4,
-    "encoder_ffn": 256,
-    "encoder_depth": 0.34,
-    "encoder_expansion": 0.34,
-    "decoder_ffn": 256,
-    "decoder_layers": 3,
-    "num_queries": 80,
-    "num_denoising": 20,
-}
-TINY = SMALL | {
-    "vit_width": 48,
-    "vit_depth": 3,
-    "vit_heads": 2,
-    "features": (0, 1, 2),
-    "sta_width": 8,
-    "width": 48,
-    "encoder_ffn": 96,
-    "decoder_ffn": 96,
-    "decoder_layers": 2,
-    "num_queries": 30,
-    "num_denoising": 8,
-}
+SMALL = {"vit_width": 128, "vit_depth": 6, "features": (1, 3, 5), "width": 96, "heads": 4}
+SMALL |= {"encoder_ffn": 256, "encoder_depth": 0.34, "encoder_expansion": 0.34}
+SMALL |= {"decoder_ffn": 256, "decoder_layers": 3, "num_queries": 80, "num_denoising": 20}
+TINY = SMALL | {"vit_width": 48, "vit_depth": 3, "vit_heads": 2, "features": (0, 1, 2)}
+TINY |= {"sta_width": 8, "width": 48, "encoder_ffn": 96}
+TINY |= {"decoder_ffn": 96, "decoder_layers": 2, "num_queries": 30, "num_denoising": 8}
 VARIANTS = {"m": {}, "thesis_m": WIDE | THIN, "small": SMALL, "tiny": TINY}
 VARIANTS["s"] = {"vit_width": 192, "vit_heads": 3, "width": 192} | THIN
 VARIANTS["lite"] = SMALL | {"backbone": "lite0", "frozen": 2}
@@ -153,10 +132,6 @@ def _backbone_config(c):
     return vit_config(*size)
 
 
-def _attention(c):
-    return "eager" if c.backbone in HGNET_STAGES else "sdpa"  # there is none in HGNetv2
-
-
 def library_config(c: DetectorConfig) -> TfgDeimv2Config:
     """Our configuration in transformers' words."""
     levels = len(c.points)
@@ -194,9 +169,10 @@ def library_config(c: DetectorConfig) -> TfgDeimv2Config:
         initializer_bias_prior_prob=c.class_prior,
         num_labels=c.num_classes,
     )
+    attention = "eager" if c.backbone in HGNET_STAGES else "sdpa"  # there is none in HGNetv2
     return TfgDeimv2Config(
         backbone_config=_backbone_config(c),
-        attn_implementation={"": "sdpa", "backbone_config": _attention(c)},
+        attn_implementation={"": "sdpa", "backbone_config": attention},
         detector=dataclasses.asdict(c),
         **encoder | decoder | queries,
     )

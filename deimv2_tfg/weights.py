@@ -57,13 +57,6 @@ class LoadReport:
 
 
 # %% ../nbs/02a_weights.ipynb #choose-state
-def _is_state(part) -> bool:
-    if not isinstance(part, dict) or not part:
-        return False
-    return all(isinstance(value, torch.Tensor) for value in part.values())
-
-
-# %% ../nbs/02a_weights.ipynb #choose-state-2
 def choose_state(stored) -> tuple[dict, str]:
     """The state dict in what a file held, and the name of the part that it is.
 
@@ -76,7 +69,8 @@ def choose_state(stored) -> tuple[dict, str]:
     parts |= {name: stored.get(name) for name in ("model", "state_dict")}
     parts["state dict"] = stored
     for name, part in parts.items():
-        if _is_state(part):
+        values = part.values() if isinstance(part, dict) else ()
+        if values and all(isinstance(value, torch.Tensor) for value in values):
             return {key.removeprefix("module."): value for key, value in part.items()}, name
     entries = sorted(map(str, stored))[:20]
     raise WeightsError(f"holds no dictionary of tensors; its entries are {entries}")
@@ -85,7 +79,7 @@ def choose_state(stored) -> tuple[dict, str]:
 # %% ../nbs/02a_weights.ipynb #open-weights
 def _open_weights(path):
     if not path.exists():
-        raise WeightsError(f"{path}: there is no such file")
+        raise WeightsError("there is no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -94,12 +88,11 @@ def _open_weights(path):
         first = str(error).split("\n\n")[0]
         reason = " ".join(first.split())[:400]
         raise WeightsError(
-            f"{path}: refused, nothing in it was run. It is damaged, no weights file, "
+            "refused, nothing in it was run. It is damaged, no weights file, "
             f"or asks for more than tensors ({type(error).__name__}: {reason})"
         ) from None
 
 
-# %% ../nbs/02a_weights.ipynb #read-weights
 def read_weights(source) -> tuple[dict, LoadReport]:
     """State dict in the original names, from a `.pth`, `.pt`, `.safetensors` file or a dictionary.
 
@@ -109,9 +102,8 @@ def read_weights(source) -> tuple[dict, LoadReport]:
         state, taken = choose_state(source)
         return state, LoadReport(taken=taken)
     path = Path(source)
-    stored = _open_weights(path)
     try:
-        state, taken = choose_state(stored)
+        state, taken = choose_state(_open_weights(path))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -233,8 +225,6 @@ cv3.0.* csp_rep2.*
 cv3.1.* csp_rep2.conv2.*
 """
 _BLOCKS = ("fpn_blocks.#.", "pan_blocks.#.", "fpn_block.", "pan_block.")
-
-# %% ../nbs/02a_weights.ipynb #w-decoder-table
 _DECODER_TABLE = """
 decoder.layers.#.self_attn.in_proj_*  decoder.layers.#.self_attn.{q,k,v}_proj.*
 decoder.layers.#.self_attn.out_proj.* decoder.layers.#.self_attn.o_proj.*
@@ -300,9 +290,7 @@ def _unlike(own, renamed) -> list[str]:
 
 def _misfits(own, renamed, origin, unknown) -> dict[str, list[str]]:
     problems = {"missing": [name for name in own if name not in renamed]}
-    problems["unexpected"] = list(unknown)
-    problems["wrong shape"] = []
-    problems["not finite"] = []
+    problems |= {"unexpected": list(unknown), "wrong shape": [], "not finite": []}
     for name, value in renamed.items():
         original = origin.get(name, name)
         if name not in own:
@@ -316,7 +304,6 @@ def _misfits(own, renamed, origin, unknown) -> dict[str, list[str]]:
     return {what: names for what, names in problems.items() if names}
 
 
-# %% ../nbs/02a_weights.ipynb #place-weights
 def place_weights(module: nn.Module, renamed, origin=None, unknown=(), name="the network") -> int:
     """Copy tensors (see `rename_weights`) into `module`; gives their number.
 
@@ -366,7 +353,6 @@ def _drop_repeats(state: dict) -> tuple[dict, list[str]]:
     return kept, [name for name in SIZE_DEPENDENT if name in state]
 
 
-# %% ../nbs/02a_weights.ipynb #drop-repeats-2
 def _drop_masks(state: dict) -> dict:
     "Without DINOv3's masks, which must leave out the bias of the keys and nothing else."
     masks = {name: value for name, value in state.items() if name.endswith(".qkv.bias_mask")}
@@ -399,22 +385,18 @@ def other_classes(model: nn.Module, renamed: dict) -> list[str]:
 
 
 # %% ../nbs/02a_weights.ipynb #fill
-def _with_own_heads(model, renamed, reinit_head) -> tuple[dict, list]:
-    "`renamed` with the model's own heads where they are for another number of classes, and which."
-    heads = other_classes(model, renamed) if reinit_head else []
-    own = model.state_dict()
-    return renamed | {name: own[name].clone() for name in heads}, heads
-
-
 def _fill(model, found, report, reinit_head) -> LoadReport:
     "Place a detector's weights; heads for another number of classes are drawn anew if asked for."
     renamed, *rest = found
-    kept, heads = _with_own_heads(model, renamed, reinit_head)
+    others = other_classes(model, renamed)
+    heads = others if reinit_head else []
+    own = model.state_dict()
+    kept = renamed | {name: own[name].clone() for name in heads}
     try:
         count = place_weights(model, kept, *rest, name="this configuration")
     except WeightsError as error:
         hint = ""
-        if other_classes(model, kept):
+        if others and not reinit_head:
             hint = "\nThe class heads are for other classes: reinit_head=True draws them anew."
         source = f"{report.file or 'state dict'} ({report.taken})"
         raise WeightsError(f"{source}: {error}{hint}") from None
@@ -439,7 +421,6 @@ def stored_blocks(path) -> tuple | None:
     return tuple(blocks) if blocks else None
 
 
-# %% ../nbs/02a_weights.ipynb #stored-blocks-2
 def check_blocks(model: nn.Module, source) -> None:
     """Raises `WeightsError` where `source` is a file whose weights are for other blocks."""
     blocks = None if isinstance(source, dict) else stored_blocks(source)
