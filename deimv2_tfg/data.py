@@ -162,6 +162,7 @@ def _signature(path) -> tuple:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+# %% ../nbs/01_data.ipynb #read-pixels-2
 def _read_pixels(path: Path, known: dict | None = None) -> Image.Image | None:
     """The photograph in such a file; None where it is missing, or (with a warning) damaged.
 
@@ -288,6 +289,7 @@ def spare_workers() -> int:
     return max(0, min(4, cores - 1)) if torch.cuda.is_available() else 0
 
 
+# %% ../nbs/01_data.ipynb #photograph-cache-2
 def photograph_cache(
     kind: str = "memory", gib: float = 1.0, folder=None, reading=Reading(), workers: int = 0
 ) -> Photographs:

@@ -88,6 +88,7 @@ def mask_values(path: Path) -> np.ndarray:
     return (red << 16) + (green << 8) + blue
 
 
+# %% ../nbs/01f_importing.ipynb #is-smooth
 def is_smooth(masks: Iterable[Path]) -> bool:
     """Whether masks are smoothed black and white: many values, up to white."""
     many, brightest = False, 0
@@ -141,6 +142,7 @@ def mask_key(path: Path, root: Path) -> tuple[str, ...]:
     return (*folders, MASK_ENDING.sub("", stem))
 
 
+# %% ../nbs/01f_importing.ipynb #split-masks
 def split_masks(paths: Sequence[Path], root: Path) -> tuple[list[Path], list[Path]]:
     """Photographs and masks among picture files."""
     others = {p.with_suffix("") for p in paths if p.suffix.lower() != ".png"}
@@ -391,6 +393,7 @@ def looks_of(found: Foreign) -> list[Photograph]:
     return looks
 
 
+# %% ../nbs/01f_importing.ipynb #groups-of-items-2
 def groups_of_items(looks: Sequence[Photograph], by: Iterable[str] = ("look", "name")):
     """Group number (n,) of each photograph: those that must stay together have one."""
     joined = []
@@ -405,6 +408,7 @@ def groups_of_items(looks: Sequence[Photograph], by: Iterable[str] = ("look", "n
     return clusters(len(looks), joined)
 
 
+# %% ../nbs/01f_importing.ipynb #class-counts
 def _class_counts(items: Sequence[Item], groups: np.ndarray, classes: dict) -> np.ndarray:
     """(g, c + 1): photographs that show each class, and photographs, of each group."""
     place = {name: k for k, name in enumerate(classes)}
@@ -472,6 +476,7 @@ def _distinct_names(found: Foreign) -> None:
             item.name = found.named(item.path).replace("/", "__")
 
 
+# %% ../nbs/01f_importing.ipynb #write-whole
 def _write_whole(found: Foreign, out: Path) -> None:
     """Write the splits of a set beside its place, and move them there.
 

@@ -55,6 +55,7 @@ def _index(images: Iterable, categories: Iterable, boxes: list, keys: Iterable =
     return coco
 
 
+# %% ../nbs/01g_metrics.ipynb #read
 def _read(annotations: str | Path | dict) -> dict:
     return annotations if isinstance(annotations, dict) else read_json(Path(annotations))
 
@@ -80,6 +81,7 @@ def _check_results(truth: COCO, results: list) -> None:
         raise ValueError("results hold a score or a box that is not finite")
 
 
+# %% ../nbs/01g_metrics.ipynb #index-results
 def index_results(truth: COCO, results: list) -> COCO:
     """pycocotools' index over a copy of COCO results; the list may be empty.
 

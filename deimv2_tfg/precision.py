@@ -52,6 +52,7 @@ def _weights(model) -> list[tuple]:
     return found
 
 
+# %% ../nbs/02c_precision.ipynb #autocast-weights-2
 @contextlib.contextmanager
 def autocast_weights(model: nn.Module, device_type: str):
     """While it lasts, weights in autocast's type, made in one operation; else nothing changes."""

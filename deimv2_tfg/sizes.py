@@ -111,6 +111,7 @@ class DetectorConfig:
         return same[0] if same else None
 
 
+# %% ../nbs/02f_sizes.ipynb #8e79518a
 for _name in VARIANTS:
     setattr(DetectorConfig, _name, partialmethod(vars(DetectorConfig)["named"], _name))
 
@@ -132,6 +133,7 @@ def _backbone_config(c):
     return vit_config(*size)
 
 
+# %% ../nbs/02f_sizes.ipynb #library-config-2
 def library_config(c: DetectorConfig) -> TfgDeimv2Config:
     """Our configuration in transformers' words."""
     levels = len(c.points)

@@ -34,6 +34,7 @@ def _read(root, split: str) -> dict:
     return read_coco(annotation_file(root, split))
 
 
+# %% ../nbs/01e_splits.ipynb #split-table-2
 def split_table(root, splits=SPLITS) -> pd.DataFrame:
     """One row per listed photograph, with its objects of each class, by class name.
 
@@ -377,6 +378,7 @@ def _folder_of(file: Path, images: str = "") -> Path:
     raise DatasetError(f"{file}: {found}; give their folder with --images")
 
 
+# %% ../nbs/01e_splits.ipynb #is-in
 def _is_in(folder: Path, name) -> bool:
     try:
         return safe_path(folder, name).is_file()
@@ -407,6 +409,7 @@ def _source(data_dir, images: str, staging: Path) -> tuple[Path, tuple[str, ...]
     return staging, ("all",)
 
 
+# %% ../nbs/01e_splits.ipynb #require-sound
 def _require_sound(file: Path, staging: Path):
     """Raises `DatasetError` that names the file itself, and not its place in the staged set."""
     try:

@@ -35,6 +35,7 @@ def _centre(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
+# %% ../nbs/01c_transforms.ipynb #as-shares
 def _as_shares(pixels: torch.Tensor, plain: bool) -> torch.Tensor:
     """Bytes or network inputs (..., 3, H, W) as float32 from 0 to 1."""
     if pixels.dtype == torch.uint8:
@@ -48,6 +49,7 @@ def _centred(shares: torch.Tensor, plain: bool) -> torch.Tensor:
     return shares if plain else (shares - mean).div_(std)
 
 
+# %% ../nbs/01c_transforms.ipynb #normalised
 def normalised(pixels: torch.Tensor, plain: bool = False) -> torch.Tensor:
     """Bytes (..., 3, H, W) as the float32 that `to_pixel_values` gives; what is float stays so."""
     if pixels.dtype != torch.uint8:
@@ -55,6 +57,7 @@ def normalised(pixels: torch.Tensor, plain: bool = False) -> torch.Tensor:
     return _centred(_as_shares(pixels, plain), plain)
 
 
+# %% ../nbs/01c_transforms.ipynb #to-pixel-values-2
 def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.Compose:
     """RGB photograph to `pixel_values` (3, H, W) float32, centred; from 0 to 1 if `plain`.
 
@@ -68,6 +71,7 @@ def to_pixel_values(image_size: int | Sequence[int], plain: bool = False) -> v2.
     return v2.Compose(parts)
 
 
+# %% ../nbs/01c_transforms.ipynb #as-photograph
 def as_photograph(pixel_values: torch.Tensor) -> torch.Tensor:
     """A network input (3, H, W) as something to look at: (H, W, 3), 0 to 1."""
     return _as_shares(pixel_values, plain=False).clamp(0, 1).permute(1, 2, 0)
@@ -79,6 +83,7 @@ def on_canvas(boxes: torch.Tensor, size: Sequence[int]) -> tv_tensors.BoundingBo
     return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(size))
 
 
+# %% ../nbs/01c_transforms.ipynb #in-pixels
 def in_pixels(photograph: Image.Image, target: dict) -> tuple[Image.Image, dict]:
     """The photograph and its target with `boxes` as torchvision's type, xyxy pixels.
 
@@ -93,6 +98,7 @@ def in_pixels(photograph: Image.Image, target: dict) -> tuple[Image.Image, dict]
     return photograph, target | {"boxes": boxes}
 
 
+# %% ../nbs/01c_transforms.ipynb #in-fractions
 def in_fractions(target: dict) -> dict:
     """The target with `boxes` as a plain tensor (n, 4), cxcywh in [0, 1]."""
     h, w = target["boxes"].canvas_size
@@ -151,6 +157,7 @@ def _contrasted(shares: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return _blended(shares, grey.mean((1, 2, 3), keepdim=True), factor)
 
 
+# %% ../nbs/01c_transforms.ipynb #with-hue-turned
 def _with_hue_turned(shares: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Photographs (B, 3, H, W), 0 to 1, with the hue of HSV turned by `turn` (B, 1, 1) circles."""
     high = shares.amax(1)
@@ -350,6 +357,7 @@ def _covered(box: torch.Tensor, boxes: torch.Tensor) -> float:
     return (shared / box_area(box)).max().item()
 
 
+# %% ../nbs/01c_transforms.ipynb #soft-edge
 def _soft_edge(size: tuple[int, int]) -> Image.Image:
     """Mask of a patch of `size` (W, H): opaque inside, fading over the outer tenth."""
     if min(size) <= 4:
@@ -362,6 +370,7 @@ def _soft_edge(size: tuple[int, int]) -> Image.Image:
     return mask.filter(ImageFilter.BoxBlur(edge))
 
 
+# %% ../nbs/01c_transforms.ipynb #free-place
 def _free_place(w: int, h: int, room: tuple[int, int], boxes: torch.Tensor) -> torch.Tensor | None:
     """A box (1, 4), xyxy, of w x h in a photograph of `room` (W, H) that is free of `boxes`."""
     for _ in range(10):
