@@ -431,14 +431,14 @@ class PredictionReport:
 # %% ../nbs/07b_use.ipynb #prediction-report-2
 RESULT_FILES = ("predictions.json", "images.json", "predictions.csv")
 RESULT_FILES += ("photographs.csv", "errors.csv", "settings.json")
+PHOTOGRAPH_COLUMNS = ["image_id", "file_name", "width", "height", "detections"]
+PHOTOGRAPH_COLUMNS += ["verdict", "defect_score", "reason"]
 
 
 def _write_coco(report: PredictionReport, predictor: Predictor) -> None:
     """`predictions.json` (COCO results) and `images.json` (a COCO set that tools import)."""
-    images = []
-    for row in report.photographs:
-        image = {key: row[key] for key in ("file_name", "width", "height")}
-        images.append({"id": row["image_id"]} | image)
+    rows = pd.DataFrame(report.photographs, columns=PHOTOGRAPH_COLUMNS[:4])
+    images = rows.rename(columns={"image_id": "id"}).to_dict("records")
     names = zip(predictor.category_ids, predictor.names, strict=True)
     categories = [{"id": k, "name": name} for k, name in names]
     results = json.dumps(report.results, separators=(",", ":"))
@@ -466,10 +466,6 @@ def _write_csv(report: PredictionReport, predictor: Predictor) -> None:
 
 
 # %% ../nbs/07b_use.ipynb #prediction-report-3
-PHOTOGRAPH_COLUMNS = ["image_id", "file_name", "width", "height", "detections"]
-PHOTOGRAPH_COLUMNS += ["verdict", "defect_score", "reason"]
-
-
 def write_tables(report: PredictionReport) -> None:
     """`photographs.csv`, one row per photograph, and `errors.csv`."""
     table = pd.DataFrame(report.rows(), columns=PHOTOGRAPH_COLUMNS)
@@ -505,13 +501,12 @@ def clear_results(out: Path, formats: Iterable[str] = ()) -> None:
 # %% ../nbs/07b_use.ipynb #predict-options
 def _check_options(results_format: str, every: int, batch_size: int, write: str) -> None:
     """Raise `ValueError`, one line that names every wrong option."""
-    wrong = []
-    if results_format not in ("coco", "csv"):
-        wrong.append(f"results_format={results_format!r}: choose coco or csv")
-    if every < 1:
-        wrong.append(f"every={every}: 1 takes each frame, 2 every second one")
-    if batch_size < 1:
-        wrong.append(f"batch_size={batch_size}: at least 1")
+    faults = {
+        f"results_format={results_format!r}: choose coco or csv": results_format in ("coco", "csv"),
+        f"every={every}: 1 takes each frame, 2 every second one": every >= 1,
+        f"batch_size={batch_size}: at least 1": batch_size >= 1,
+    }
+    wrong = [message for message, is_right in faults.items() if not is_right]
     try:
         formats_named(write)
     except ValueError as error:
@@ -546,10 +541,7 @@ def _as_item(base: Path, name: str, found: Detections, frames_dir: Path) -> Foun
 def _found(
     predictor: Predictor, photographs: Iterable, size: int, threshold, report: PredictionReport
 ) -> Iterator[tuple[str, Detections]]:
-    """(name, detections) of what can be read of (name, photograph or exception), `size` at once.
-
-    What cannot goes to the report's errors.
-    """
+    """(name, detections) of what can be read, `size` at once; the rest goes to the errors."""
     waiting = iter(photographs)
     while batch := list(islice(waiting, size)):
         readable = {name: what for name, what in batch if not isinstance(what, Exception)}

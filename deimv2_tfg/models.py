@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'LARGEST', 'SHEETS', 'TOLERANCE', 'halved', 'about_data', 'recipe_of', 'model_card', 'ship',
+    'LARGEST', 'SHEETS', 'AP_TOLERANCE', 'halved', 'about_data', 'recipe_of', 'model_card', 'ship',
 ]  # fmt: skip
 
 # %% ../nbs/07h_models.ipynb #models-imports
@@ -24,7 +24,7 @@ import deimv2_tfg.baselines  # it says how its networks are opened
 from .core import PACKAGE, atomic_write, read_json, write_json
 from .data import annotation_file
 from .deployment import input_size, run_thresholds
-from .evaluation import detector_directory, evaluate
+from .evaluation import evaluate
 from .figures import for_print
 from .photographs import read_text
 from .recipes import TrainConfig
@@ -102,20 +102,20 @@ def model_card(
 
 
 # %% ../nbs/07h_models.ipynb #ship
-TOLERANCE = 1e-3  # of AP
+AP_TOLERANCE = 1e-3  # the most that half precision may change
 
 
 def _write_network(run: Run, folder: Path) -> None:
     """Configuration, thresholds and weights in half precision. Raises `ValueError`."""
-    weights = detector_directory(run) / "model.safetensors"
+    weights = run.best / "model.safetensors"
     if not weights.is_file():
-        raise ValueError(f"{run.path}: a network on top of another is not shipped")
-    path = folder / weights.name
+        raise ValueError(f"{run.path}: no run with a network of its own (best/{weights.name})")
     small = halved(safetensors.torch.load_file(weights))
-    safetensors.torch.save_file(small, path, {"format": "pt"})
-    if path.stat().st_size > LARGEST:
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
-        raise ValueError(f"{run.path}: {size} in half precision, more than {LARGEST / 1e6:.0f}")
+    content = safetensors.torch.save(small, {"format": "pt"})
+    if len(content) > LARGEST:
+        size = f"{len(content) / 1e6:.1f} MB in half precision"
+        raise ValueError(f"{run.path}: {size}, more than {LARGEST / 1e6:.0f}")
+    atomic_write(folder / weights.name, content)
     shutil.copyfile(weights.with_name("config.json"), folder / "config.json")
     points = run_thresholds(run)
     kept = {"thresholds": points.values, "chosen": points.chosen}
@@ -133,17 +133,11 @@ def ship(
 ) -> Path:
     """Lay a run's best network into the package as `models/<name>/`, with a card; its directory.
 
-    Args:
-        run: a run that was evaluated on the split
-        name: what it will be called by: small letters, digits, - and _
-        data: origin and licence of the photographs, as text or a .md file; empty: the set's own
-        limits: further limits for the card, one a line
-        split: the photographs that the figures are of
-        data_dir: the data set, where it has moved
-        folder: another place than the package
-
-    Raises `ValueError` or `FileExistsError`, and then nothing is written: without words about the
-    data, for a network that is too large, or one whose AP half precision changes by over .001.
+    The run has been evaluated on `split`, which the figures are of. `name`: small letters, digits,
+    - and _; `data`: origin and licence of the photographs, see `about_data`; `limits`: further
+    ones, one a line; `data_dir`: the data set, if it has moved; `folder`: not the package. Raises
+    `ValueError` or `FileExistsError`, and then nothing is written: without words about the data,
+    for a network that is too large, or one whose AP half precision changes by over .001.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(f"name={name!r}: small letters, digits, - and _")
@@ -160,7 +154,7 @@ def ship(
         new.mkdir()
         _write_network(run, new)
         shipped = evaluate(new, data_dir, split)["AP"]
-        if not abs(shipped - trained) <= TOLERANCE:
+        if not abs(shipped - trained) <= AP_TOLERANCE:
             change = f"AP {shipped:.4f} in half precision, {trained:.4f} on record"
             raise ValueError(f"{run.path}: {change}: not shipped")
         card = model_card(run, name, told, limits, split, data_dir, shipped)
