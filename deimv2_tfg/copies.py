@@ -10,7 +10,6 @@ __all__ = [
 ]  # fmt: skip
 
 # %% ../nbs/00f_copies.ipynb #imports
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -64,7 +63,8 @@ def detail(thumbnails, weights) -> np.ndarray:
     fine = _blur(grey, FINE) / (_blur(weights, FINE) + FAINT)
     coarse = _blur(grey, COARSE) / (_blur(weights, COARSE) + FAINT)
     band = fine - coarse
-    d = np.sign(band) * np.sqrt(np.abs(band)) * weights
+    root = np.sqrt(np.abs(band))
+    d = np.sign(band) * root * weights
     for axis in (-2, -1, -2, -1):
         total = weights.sum(axis, keepdims=True) + FAINT
         d -= weights * (d.sum(axis, keepdims=True) / total)
@@ -126,14 +126,16 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     """
     weights = open_pixels(a) * open_pixels(b)
     x, y = detail(np.stack([a, b]), weights)
-    return _agreement(_blocks(x * y), _blocks(x * x), _blocks(y * y), weights)
+    products = [_blocks(one) for one in (x * y, x * x, y * y)]
+    return _agreement(*products, weights)
 
 
 def _agreement(product, power_x, power_y, weights) -> tuple[np.ndarray, np.ndarray]:
     """`similarity` of details x and y, by block (n, 64): of x * y, x * x and y * y."""
     power = power_x.sum(1) * power_y.sum(1)
     overall = product.sum(1) / np.sqrt(power + SIDE)  # SIDE: nothing is not like nothing
-    local = product / np.sqrt((power_x + 3) * (power_y + 3))
+    powers = (power_x + 3) * (power_y + 3)
+    local = product / np.sqrt(powers)
     half_open = _blocks(weights) > SIDE / 2
     counted = np.sort(np.where(half_open, local, np.inf))
     tenth = half_open.sum(1) // 10
@@ -153,11 +155,12 @@ NEIGHBOURS = 32  # candidates of a photograph that the second pass looks at
 # %% ../nbs/00f_copies.ipynb #best-orientation
 def _best_orientation(rows, prints) -> tuple[np.ndarray, np.ndarray]:
     """Likeness (r, n) of fingerprints (r, 1024) with all (n, 32, 32), and its orientation."""
-    best = np.full((len(rows), len(prints)), -1, np.float32)
-    how = np.zeros(best.shape, np.uint8)
+    shape = len(rows), len(prints)
+    best = np.full(shape, -1, np.float32)
+    how = np.zeros(shape, np.uint8)
     for k in range(8):
-        columns = np.ascontiguousarray(turned(prints, k)).reshape(len(prints), -1)
-        likeness = rows @ columns.T
+        columns = np.ascontiguousarray(turned(prints, k))
+        likeness = rows @ columns.reshape(len(prints), -1).T
         np.copyto(how, k, where=likeness > best)
         np.maximum(best, likeness, out=best)
     return best, how
@@ -229,37 +232,48 @@ def same_pairs(photographs: list[Photograph], least: float = SAME) -> pd.DataFra
 
 # %% ../nbs/00f_copies.ipynb #whole-details
 def _whole_details(thumbnails):
-    """A function (i, orientation) of a thumbnail that is all open: detail, and power by block."""
+    """A function (indexes, orientations) of thumbnails that are all open, which remembers.
+
+    It gives their details (k, 64, 64) and powers by block (k, 64).
+    """
     everywhere = np.ones((SIDE, SIDE), np.float32)
 
     @lru_cache(4096)  # of 16 KiB
     def whole(i, orientation):
-        whole = detail(turned(thumbnails[i], orientation), everywhere)
-        return whole, _blocks((whole * whole)[None])[0]
+        picture = turned(thumbnails[i], orientation)
+        of_one = detail(picture, everywhere)
+        return of_one, _blocks((of_one * of_one)[None])[0]
 
-    return whole
+    def stacked(indexes, orientations):
+        details, powers = zip(*map(whole, indexes, orientations), strict=True)
+        return np.stack(details), np.stack(powers)
+
+    return stacked
 
 
 # %% ../nbs/00f_copies.ipynb #alike
 def _eights(pairs) -> list:
     """Eight at a time: their arrays are small enough for malloc to keep, four times as fast."""
-    return [pairs[start : start + 8] for start in range(0, len(pairs), 8)]
+    starts = range(0, len(pairs), 8)
+    return [pairs[start : start + 8] for start in starts]
 
 
 def _alike(thumbnails, least: float):
     """(i, j, orientation, similarity) of different thumbnails (n, 64, 64) that show the same."""
     share = np.array([open_pixels(t).mean() for t in thumbnails])
     pairs = _candidates(fingerprints(thumbnails), share)
-    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 2]))]  # by orientation: `whole` forgets less
+    i, _, orientation = pairs.T
+    pairs = pairs[np.lexsort((i, orientation))]  # by orientation: less is forgotten
     is_open = (share[pairs[:, :2]] == 1).all(1)
     whole = _whole_details(thumbnails)
     eights = _eights(pairs[is_open]) + _eights(pairs[~is_open])
     for some in progress(eights, "comparing candidates", delay=1, unit="8 pairs"):
         i, j, k = some.T
         if share[[*i, *j]].min() == 1:
-            x, power_x = map(np.stack, zip(*(whole(a, 0) for a in i), strict=True))
-            y, power_y = map(np.stack, zip(*map(whole, j, k), strict=True))
-            overall, worst = _agreement(_blocks(x * y), power_x, power_y, np.ones_like(x))
+            x, power_x = whole(i, np.zeros_like(k))
+            y, power_y = whole(j, k)
+            product = _blocks(x * y)
+            overall, worst = _agreement(product, power_x, power_y, np.ones_like(x))
         else:
             others = np.stack(list(map(turned, thumbnails[j], k)))
             overall, worst = similarity(thumbnails[i], others)
@@ -273,7 +287,8 @@ def clusters(n: int, pairs) -> np.ndarray:
     """Connected component of `n` things under pairs (i, j): its smallest member, (n,) int."""
     pairs = np.asarray(pairs, int).reshape(-1, 2)
     ones = np.ones(len(pairs))
-    links = sparse.coo_array((ones, tuple(pairs.T)), shape=(n, n))
+    places = tuple(pairs.T)
+    links = sparse.coo_array((ones, places), shape=(n, n))
     _, labels = sparse.csgraph.connected_components(links, directed=False)
     _, first = np.unique(labels, return_index=True)
     return first[labels]
@@ -352,13 +367,14 @@ def pair_sheet(photographs, pairs, most: int = 12, titles=None):
     titles = titles or [p.path.name for p in photographs]
     chosen = _spread(pairs, most)
     rows = max(1, -(-len(chosen) // 3))
-    fig, axes = plt.subplots(rows, 6, figsize=(9, 1.75 * rows), squeeze=False, layout="constrained")
+    size = (9, 1.75 * rows)
+    fig, axes = plt.subplots(rows, 6, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for (left, right), row in zip(axes.reshape(-1, 2), chosen.itertuples(), strict=False):
-        _draw_grey(left, photographs[row.a], 0, titles[row.a])
         how = ORIENTATIONS.index(row.turned)
-        _draw_grey(right, photographs[row.b], how, titles[row.b])
+        for ax, i, orientation in ((left, row.a, 0), (right, row.b, how)):
+            _draw_grey(ax, photographs[i], orientation, titles[i])
         likeness = f"{row.similarity:.2f}, {row.turned}"
         right.text(1, -0.02, likeness, fontsize=6, ha="right", va="top", transform=right.transAxes)
     return fig

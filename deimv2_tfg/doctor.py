@@ -195,12 +195,12 @@ def _spanning(pairs: pd.DataFrame, n: int) -> pd.DataFrame:
 # %% ../nbs/00i_doctor.ipynb #check-copies-2
 def _check_copies(report: Report, sheets: list[Sheet]):
     """Photographs that show the same, within splits and across."""
-    splits = [split for split, _ in report.photographs]
+    splits = np.array([split for split, _ in report.photographs], object)
     names = [f"{split}/images/{name}" for split, name in report.photographs]
     pairs = same_pairs(list(report.photographs.values()))
-    pairs["file_a"] = [names[i] for i in pairs["a"]]
-    pairs["file_b"] = [names[i] for i in pairs["b"]]
-    pairs["across"] = [splits[i] != splits[j] for i, j in zip(pairs["a"], pairs["b"], strict=True)]
+    both = pairs[["a", "b"]].to_numpy(int)
+    pairs["file_a"], pairs["file_b"] = np.array(names, object)[both].T
+    pairs["across"] = np.not_equal(*splits[both].T)
     report.pairs = pairs
     if not len(pairs):
         return
@@ -538,7 +538,9 @@ def _bare_images(out: Path, split: str, gone: pd.DataFrame, most: int = 10) -> l
     lost -= {id_key(a["image_id"]) for a in coco["annotations"] if isinstance(a, dict)}
     images = [image for image in coco["images"] if isinstance(image, dict)]
     names = [str(image["file_name"]) for image in images if id_key(image.get("id")) in lost]
-    return names[:most] + ([f"and {len(names) - most} more"] if len(names) > most else [])
+    if len(names) > most:
+        names[most:] = [f"and {len(names) - most} more"]
+    return names
 
 
 # %% ../nbs/00i_doctor.ipynb #doctor

@@ -101,7 +101,8 @@ def short_titles(classes: list[str], language: str = "en") -> list[str]:
     """Titles that fit beside a box: the first word, or the whole title where that is not unique."""
     titles = [class_title(c, language) for c in classes]
     first = [t.split()[0] for t in titles]
-    return [f if first.count(f) == 1 else t for f, t in zip(first, titles, strict=True)]
+    pairs = zip(first, titles, strict=True)
+    return [word if first.count(word) == 1 else title for word, title in pairs]
 
 
 # %% ../nbs/00d_figures.ipynb #format-number
@@ -495,8 +496,9 @@ def source_of(record: dict, language: str = "en") -> str:
     told = [f"commit {commit[:7]}"]
     if runs:
         run = f"{gettext('run', language)} {runs[0]}"
-        others = f" {gettext('and', language)} {len(runs) - 1} {gettext('more', language)}"
-        told.insert(0, run + others if len(runs) > 1 else run)
+        if len(runs) > 1:
+            run += f" {gettext('and', language)} {len(runs) - 1} {gettext('more', language)}"
+        told.insert(0, run)
     return "; ".join(told)
 
 
@@ -509,7 +511,8 @@ def _run_row(run: str | Path) -> dict:
     """What is told of a run in `runs.csv`; what is not known is None."""
     run = Run(run)
     config = run.config
-    told = [f"{key}={config[key]}" for key in SUMMARY if config.get(key) not in (None, "")]
+    given = [key for key in SUMMARY if config.get(key) not in (None, "")]
+    told = [f"{key}={config[key]}" for key in given]
     row = {"run": run.name, "configuration": " ".join(told), "seed": config.get("seed")}
     row["data"] = run.environment.get("data_hash")
     row["commit"] = str(run.environment.get("commit") or "")[:9]
