@@ -1,4 +1,4 @@
-"""What a page defines for itself alone, for tests."""
+"""A page's code in this process: what it defines for itself alone, or all of its cells."""
 
 import ast
 import json
@@ -21,17 +21,34 @@ def _defines(node):
     return isinstance(node, DEFINES)
 
 
-def page_module(page):
-    """The definitions of a page as a module; nothing that the page shows is executed."""
+def _code_cells(page):
+    """(file name, syntax tree, tags) of the code cells of a page, whose source `inspect` finds."""
     notebook = json.loads((NBS / f"{page}.ipynb").read_text())
-    module = ModuleType(f"page_{page}")
-    sys.modules[module.__name__] = module  # dataclasses look it up
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
             name = f"{page} {cell['id']}"
-            linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # inspect's
-            tree = ast.parse(source)
-            tree.body = [node for node in tree.body if _defines(node)]
-            exec(compile(tree, name, "exec"), module.__dict__)
+            linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+            yield name, ast.parse(source), cell["metadata"].get("tags", [])
+
+
+def page_module(page):
+    """The definitions of a page as a module; nothing that the page shows is executed."""
+    module = ModuleType(f"page_{page}")
+    sys.modules[module.__name__] = module  # dataclasses look it up
+    for name, tree, _ in _code_cells(page):
+        tree.body = [node for node in tree.body if _defines(node)]
+        exec(compile(tree, name, "exec"), module.__dict__)
+    return module
+
+
+def run_page(page, **parameters):
+    """Execute every cell, as papermill does with these parameters; the page's names."""
+    module = ModuleType(f"run_{page}")
+    sys.modules[module.__name__] = module
+    for name, tree, tags in _code_cells(page):
+        exec(compile(tree, name, "exec"), module.__dict__)
+        if "parameters" in tags:
+            assert parameters.keys() <= module.__dict__.keys()
+            module.__dict__.update(parameters)
     return module

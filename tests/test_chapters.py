@@ -1,6 +1,7 @@
 """Every chapter runs headless in the smoke profile, from a folder that is not the repository's.
 
-All of them by the workflow, as `make thesis` runs them; one alone, which has to make what it needs.
+All of them by the workflow, as `make thesis` runs them; one alone, which has to make what it needs,
+and one with bad data, in this process.
 """
 
 import json
@@ -11,8 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+from page_code import run_page
 
+from deimv2_tfg.data import DatasetError
 from deimv2_tfg.figures import read_provenance
 from deimv2_tfg.memoria import picture
 
@@ -27,13 +31,6 @@ def called(home, where, *words):
     env.pop("IN_TEST", None)
     command = [sys.executable, "-m", *words]
     return subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=1800)
-
-
-def papermill(home, where, chapter, *parameters):
-    options = ["--no-progress-bar", "--log-level", "ERROR", "-k", "python3"]
-    page = str(ROOT / f"nbs/{chapter}.ipynb")
-    given = ["-p", "profile", "smoke", *parameters]
-    return called(home, where, "papermill", *options, page, "executed.ipynb", *given)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +97,21 @@ def test_the_example_of_the_readme_runs_as_it_stands(study, home, tmp_path, monk
     assert all(line.split()[0] in names["detector"].names for line in lines)
 
 
-def test_a_chapter_alone_makes_what_it_needs(home, tmp_path):
-    done = papermill(home, tmp_path, "05_multimodal", "-p", "study", "alone")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert list((home / "runs/alone").glob("detector-*/result.json"))
+def test_a_chapter_alone_makes_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run_page("05_multimodal", profile="smoke", study="alone")
+    plt.close("all")
+    assert list((tmp_path / "home/runs/alone").glob("detector-*/result.json"))
+    assert list((tmp_path / "home/thesis_figures/alone/05_multimodal").glob("*.csv"))
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
 
 
-def test_a_bad_data_dir_stops_with_every_problem(home, tmp_path):
-    given = ["-p", "data_dir", str(tmp_path)]
-    done = papermill(home, tmp_path, "01_data", *given)
-    assert done.returncode != 0
+def test_a_bad_data_dir_stops_with_every_problem(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEIMV2_TFG_HOME", str(tmp_path / "home"))
+    (tmp_path / "photographs").mkdir()
+    with pytest.raises(DatasetError) as stopped:
+        run_page("01_data", profile="smoke", data_dir=str(tmp_path / "photographs"))
+    plt.close("all")
     for part in ("train/train.json", "val/val.json", "test/test.json", "Expected layout"):
-        assert part in done.stderr
+        assert part in str(stopped.value)

@@ -36,13 +36,38 @@ def said(home, *words, **options):
     return text
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """The workflow with notebooks and package that a test may change."""
-    (tmp_path / "clone").mkdir()
+PAGE = "runs/smoke/pages/00a_photographs.ipynb"  # a short one, which imports core
+
+
+def copied(folder):
+    """A copy of the workflow whose core imports one module more, and a home with photographs."""
+    clone = folder / "clone"
     for name in ("nbs", "deimv2_tfg", "studies"):
-        shutil.copytree(ROOT / name, tmp_path / "clone" / name)
-    return Path(shutil.copy(ROOT / "Snakefile", tmp_path / "clone"))
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, line in (("core", "from .deeper import THING\n"), ("deeper", "THING = 1\n")):
+        with (clone / f"deimv2_tfg/{name}.py").open("a") as module:
+            module.write(line)
+    data = folder / "home/runs/smoke/data.txt"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    return Path(shutil.copy(ROOT / "Snakefile", clone)), folder / "home"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The copy, its home, and whether a page that was killed is there and is made afterwards."""
+    copy, home = copied(tmp_path_factory.mktemp("killed"))
+    words = ["--cores", "1", "--rerun-incomplete", "--nolock", PAGE]
+    process = snakemake(home, *words, snakefile=copy, start_new_session=True)
+    waited = 0
+    while not (home / "runs/smoke/failed").exists() and waited < 120:
+        time.sleep(0.2)
+        waited += 0.2
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    half = (home / PAGE).exists()
+    said(home, *words, snakefile=copy)
+    return copy, home, half
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
@@ -82,6 +107,7 @@ def test_a_run_that_was_trained_elsewhere_takes_the_place_of_phase_1(tmp_path, m
     monkeypatch.setenv("DEIMV2_TFG_PHASE1", "run")
     words = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
     words += ["--configfile", str(ROOT / "studies/smoke.yaml"), "--cores", "1", "--dry-run"]
+    words.append("runs/smoke/pages/04_training_stability.ipynb")
     env = os.environ | {"DEIMV2_TFG_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "snakemake", *words]
     text = subprocess.run(command, env=env, capture_output=True, text=True).stdout
@@ -89,14 +115,16 @@ def test_a_run_that_was_trained_elsewhere_takes_the_place_of_phase_1(tmp_path, m
     assert "training phase1" not in text
 
 
-def test_only_what_changed_is_made_again(tmp_path, copy):
-    home = tmp_path / "home"
-    words = ["--cores", "1", "--dry-run"]
-    page = "runs/smoke/pages/01b_formats.ipynb"
-    data = "runs/smoke/data.txt"
-    said(home, "--cores", "1", data, page, snakefile=copy)
+def test_killed_at_any_moment_the_same_command_finishes(killed):
+    _, home, half = killed
+    assert not half
+    assert (home / PAGE).exists()
 
-    notebook = copy.parent / "nbs/01b_formats.ipynb"
+
+def test_only_what_changed_is_made_again(killed):
+    copy, home, _ = killed
+    words = ["--cores", "1", "--dry-run", PAGE]
+    notebook = copy.parent / "nbs/00a_photographs.ipynb"
     content = json.loads(notebook.read_text())
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
@@ -105,26 +133,10 @@ def test_only_what_changed_is_made_again(tmp_path, copy):
     notebook.write_text(json.dumps(content))
     unrelated = copy.parent / "deimv2_tfg/multimodal.py"
     unrelated.write_text(unrelated.read_text() + "\nNEW = 1\n")
-    assert "Nothing to be done" in said(home, *words, page, snakefile=copy)
+    assert "Nothing to be done" in said(home, *words, snakefile=copy)
 
-    imported = copy.parent / "deimv2_tfg/doctor.py"
-    imported.write_text(imported.read_text() + "\nNEW = 1\n")
-    assert "chapter 01b_formats" in said(home, *words, page, snakefile=copy)
-
-
-def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
-    words = ["--cores", "1", "--rerun-incomplete", "--nolock", "runs/smoke/pages/00_core.ipynb"]
-    process = snakemake(tmp_path, *words, start_new_session=True)
-    waited = 0
-    while not (tmp_path / "runs/smoke/failed").exists() and waited < 120:
-        time.sleep(0.2)
-        waited += 0.2
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "runs/smoke/pages/00_core.ipynb").exists()
-    said(tmp_path, *words)
-    assert (tmp_path / "runs/smoke/pages/00_core.ipynb").exists()
-    assert "Nothing to be done" in said(tmp_path, *words)
+    (copy.parent / "deimv2_tfg/deeper.py").write_text("THING = 2\n")
+    assert "chapter 00a_photographs" in said(home, *words, snakefile=copy)
 
 
 PROGRAM = """
