@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     'vit_config', 'keep_frequencies', 'correct_vit', 'vit_features', 'plain_gradient', 'Backbone',
-    'build_backbone',
 ]  # fmt: skip
 
 # %% ../nbs/02_backbone.ipynb #9a4157c4
@@ -109,17 +108,3 @@ class Backbone(Deimv2DINOv3ConvEncoder):
             joined = torch.cat([resized.to(detail.dtype), detail], 1)
             maps.append(plain_gradient(mix(joined)))
         return maps
-
-
-# %% ../nbs/02_backbone.ipynb #build-backbone
-def build_backbone(
-    width=256, depth=12, heads=4, features=(3, 7, 11), sta_width=16, out_width=256
-) -> Backbone:
-    """A backbone alone, with random weights; the defaults are DEIMv2-M's."""
-    config = Deimv2Config(
-        backbone_config=vit_config(width, depth, heads, features),
-        spatial_tuning_adapter_inplanes=sta_width,
-        encoder_hidden_dim=out_width,
-        freeze_backbone_batch_norms=False,
-    )
-    return Backbone(config)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'DECODER', 'CACHES', 'coco_targets', 'cxcywh_to_xyxy', 'Reading', 'Photographs',
-    'PhotographsInMemory', 'CacheError', 'PhotographsOnDisk', 'spare_workers', 'photograph_cache',
-    'DetectionDataset', 'load_dataset', 'box_table', 'plot_classes',
+    'DECODER', 'CACHES', 'coco_targets', 'Reading', 'Photographs', 'PhotographsInMemory',
+    'CacheError', 'PhotographsOnDisk', 'spare_workers', 'photograph_cache', 'DetectionDataset',
+    'load_dataset', 'box_table', 'plot_classes',
 ]  # fmt: skip
 
 # %% ../nbs/01_data.ipynb #95d39687
@@ -34,8 +34,6 @@ from deimv2_tfg.doctor import (
     DatasetError,
     annotation_file,
     check_dataset,
-    few_objects,
-    objects_by_class,
     require_dataset,
 )
 
@@ -63,14 +61,6 @@ def coco_targets(annotations: list[dict], image: dict, labels: dict[int, int]) -
         "image_id": image["id"],
         "size": (height, width),
     }
-
-
-# %% ../nbs/01_data.ipynb #cxcywh-to-xyxy
-def cxcywh_to_xyxy(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(n, 4) cxcywh in [0, 1] to xyxy in pixels of an image of `size` (height, width)."""
-    height, width = size
-    edges = torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
-    return box_convert(boxes, "cxcywh", "xyxy") * edges
 
 
 # %% ../nbs/01_data.ipynb #shrinking

@@ -73,13 +73,6 @@ def copy_photograph(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _annotation(box: tuple, classes: Mapping[str, int], image_id: int, own: int) -> dict:
-    """One COCO annotation of a box (class name, x, y, w, h) or (..., iscrowd)."""
-    name, x, y, w, h, *crowd = box
-    one = {"id": own, "image_id": image_id, "category_id": classes[name], "bbox": [x, y, w, h]}
-    return one | {"area": w * h, "iscrowd": int(bool(crowd and crowd[0]))}
-
-
 def write_coco_set(path: Path, items: Iterable[Item], classes: Mapping[str, int]) -> Path:
     """Write a COCO json, and its photographs to `images/` beside it; its path.
 
@@ -96,8 +89,10 @@ def write_coco_set(path: Path, items: Iterable[Item], classes: Mapping[str, int]
         copy_photograph(item.path, folder / name)
         width, height = item.size
         images.append({"id": own, "file_name": name, "width": width, "height": height})
-        for box in item.boxes:
-            annotations.append(_annotation(box, classes, own, len(annotations) + 1))
+        for label, x, y, w, h, *crowd in item.boxes:
+            about = {"area": w * h, "iscrowd": int(any(crowd))}
+            ids = {"id": len(annotations) + 1, "image_id": own, "category_id": classes[label]}
+            annotations.append(ids | {"bbox": [x, y, w, h]} | about)
     categories = [{"id": k, "name": name} for name, k in classes.items()]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     return write_json(path, coco)

@@ -39,7 +39,6 @@ from deimv2_tfg.formats import (
     read_voc_set,
     read_yolo_set,
     require_balance,
-    split_of,
     write_coco_set,
     xml_root,
     yolo_classes,

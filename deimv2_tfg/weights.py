@@ -6,7 +6,7 @@
 __all__ = [
     'VITTPLUS', 'VITT', 'PUBLISHED', 'VIT_RULES', 'DETECTOR_RULES', 'SIZE_DEPENDENT',
     'CLASS_HEADS', 'PUBLISHED_DETECTORS', 'PUBLISHED_VITS', 'WeightsError', 'LoadReport',
-    'choose_state', 'read_weights', 'parse_rules', 'rename_weights', 'place_weights', 'load_vit',
+    'choose_state', 'read_weights', 'parse_rules', 'rename_weights', 'place_weights',
     'other_classes', 'stored_blocks', 'check_blocks', 'load_original_weights', 'find_weights',
     'init_weights',
 ]  # fmt: skip
@@ -322,20 +322,6 @@ def place_weights(module: nn.Module, renamed, origin=None, unknown=(), name="the
     return len(renamed)
 
 
-# %% ../nbs/02a_weights.ipynb #load-vit
-def _place_vit(vit, state, report) -> LoadReport:
-    count = place_weights(vit, *rename_weights(state, VIT_RULES), name="the ViT")
-    return replace(report, loaded=count)
-
-
-def load_vit(vit: nn.Module, source) -> LoadReport:
-    """Load a bare ViT file (`patch_embed.proj`, `blocks.N`, ...) into the ViT of chapter 2.
-
-    Everything fits or `WeightsError` is raised.
-    """
-    return _place_vit(vit, *read_weights(source))
-
-
 # %% ../nbs/02a_weights.ipynb #drop-repeats
 SIZE_DEPENDENT = ("decoder.anchors", "decoder.valid_mask")
 
@@ -460,7 +446,9 @@ def load_original_weights(model: nn.Module, source, reinit_head: bool = False) -
     if "stem.stem1.conv.weight" in state:
         return _place_hgnet(model.model.conv_encoder.backbone, state, report)
     if "patch_embed.proj.weight" in state:
-        return _place_vit(model.model.conv_encoder.backbone, state, report)
+        found = rename_weights(state, VIT_RULES)
+        count = place_weights(model.model.conv_encoder.backbone, *found, name="the ViT")
+        return replace(report, loaded=count)
     state, ignored = _drop_repeats(state)
     renamed = rename_weights(state, DETECTOR_RULES)
     return _fill(model, renamed, replace(report, ignored=tuple(ignored)), reinit_head)

@@ -10,6 +10,7 @@ from page_code import page_module
 from PIL import Image
 
 from deimv2_tfg import data, doctor
+from deimv2_tfg.annotations import few_objects
 from deimv2_tfg.data import (
     SPLITS,
     DatasetError,
@@ -187,6 +188,6 @@ def test_statistics_in_words_and_few_objects(photographs):
         and "50 % of the boxes" in words
     )
     assert (
-        data.few_objects(photographs, "test") == {"dent": 0, "scratch": 0}
-        and data.few_objects(photographs, "val", few=1) == {}
+        few_objects(photographs, "test") == {"dent": 0, "scratch": 0}
+        and few_objects(photographs, "val", few=1) == {}
     )
