@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -57,10 +58,16 @@ def outcome(path):
 
 
 @pytest.fixture(scope="module")
-def whole(smoke_data, tmp_path_factory):
-    "What the run of `config` ends in where nothing happens to it."
+def whole_run(smoke_data, tmp_path_factory):
+    "The run of `config` where nothing happens to it."
     runs_dir = str(tmp_path_factory.mktemp("whole"))
-    return outcome(train(TrainConfig(str(smoke_data), runs_dir, **SMALL)))
+    return train(TrainConfig(str(smoke_data), runs_dir, **SMALL))
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    "What it ends in."
+    return outcome(whole_run)
 
 
 # ------------------------------------------------------------------ one step
@@ -130,9 +137,10 @@ def copied(state):
     return [copied(v) for v in state]
 
 
-@pytest.fixture
-def bench(config):
-    return Bench(config)
+@pytest.fixture(scope="module")
+def bench(smoke_data):
+    """One for all: a step that is refused leaves it as it was."""
+    return Bench(TrainConfig(str(smoke_data), **SMALL))
 
 
 def test_a_term_that_is_not_finite(bench):
@@ -198,23 +206,25 @@ def test_a_module_whose_output_is_not_finite(bench):
 
 
 def test_a_weight_that_is_not_finite_is_named(bench):
-    with torch.no_grad():
-        bench.model.model.decoder.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+    weight = bench.model.model.decoder.layers[1].self_attn.q_proj.weight.detach()
+    kept = weight[0, 0].item()
+    weight[0, 0] = math.nan
     before = random_state()
     step = bench.step()
     cause = diagnose(bench.model, bench.losses, bench.parts(), 0, before)
     assert step.failure and cause["origin"] == "weights"
     assert cause["module"] == "model.decoder.layers.1.self_attn.q_proj"
+    weight[0, 0] = kept
 
 
 @pytest.mark.parametrize("which", [[0, 1], [0], [1]])
 def test_photographs_that_are_not_finite(bench, which):
-    "One pixel of each, five times."
+    "One pixel of each, by each of the numbers."
     rng = random.Random(3)
-    for _ in range(5):
+    for value in BAD:
         images = bench.images.clone()
         for i in which:
-            images[i, rng.randrange(3), rng.randrange(64), rng.randrange(64)] = rng.choice(BAD)
+            images[i, rng.randrange(3), rng.randrange(64), rng.randrange(64)] = value
         _, cause = bench.refuses(images)
         assert cause["origin"] == "input"
         assert cause["images"] == [7 + i for i in which]
@@ -265,6 +275,7 @@ def test_several_in_a_row_roll_back_to_the_last_state_at_half_the_rate(config, m
 
 
 def test_a_run_that_cannot_be_saved_stops_with_a_report(config, monkeypatch):
+    config = dataclasses.replace(config, max_skips=1)  # by default three; see above
     poison(monkeypatch, lambda k: k >= 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -272,7 +283,7 @@ def test_a_run_that_cannot_be_saved_stops_with_a_report(config, monkeypatch):
             train(config)
     run = Run(find_run(config))
     report = run.stopped
-    assert (report["incidents"], report["returns"]) == (9, 2)
+    assert (report["incidents"], report["returns"]) == (3, 2)
     assert report["first"]["failure"] == "loss" and not run.finished
     state = load_state(run)
     assert state["counters"]["epoch"] == 1
@@ -286,6 +297,7 @@ def test_a_run_that_cannot_be_saved_stops_with_a_report(config, monkeypatch):
 
 
 def test_two_writers(config):
+    config = dataclasses.replace(config, epochs=1)
     run = find_run(config)
     with runs.only_writer(run):
         with pytest.raises(TrainingStopped, match=f"process {os.getpid()} is writing"):
@@ -328,8 +340,9 @@ def test_damaged_checkpoints_alone_are_refused(tmp_path, seed):
         load_state(tmp_path)
 
 
-def test_a_run_resumes_from_the_checkpoint_before_and_ends_the_same(config, whole):
-    run = train(config)
+def test_a_run_resumes_from_the_checkpoint_before_and_ends_the_same(config, whole_run, whole):
+    run = find_run(config)
+    shutil.copytree(whole_run, run)
     (run / "result.json").unlink()
     newest = sorted((run / "last").glob("*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -394,7 +407,7 @@ def test_a_full_disk_stops_with_the_run_intact(config, whole, small_disk, tmp_pa
     there = small_disk or tmp_path / "simulated"
     full = dataclasses.replace(config, runs_dir=str(there / "runs"))
     run = find_run(full)
-    for _ in range(4):
+    for _ in range(3):
         if small_disk:
             fill(there, rng.randrange(10_000, 15_000_000))
         else:
@@ -458,20 +471,29 @@ def loses_no_more_than_an_epoch(run):
 @pytest.fixture(scope="module")
 def context():
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["deimv2_tfg.training"])
+    forks.set_forkserver_preload(["deimv2_tfg.training", "torch.utils.tensorboard"])
     return forks
 
 
-@pytest.mark.parametrize("how, deaths", [(signal.SIGKILL, 5), (signal.SIGTERM, 3)])
-def test_processes_that_die_end_in_the_same_weights(config, whole, tmp_path, context, how, deaths):
+@pytest.fixture(scope="module")
+def length(smoke_data, whole, tmp_path_factory, context):
+    "Seconds that an untouched process holds its run, which is the whole one."
+    runs_dir = str(tmp_path_factory.mktemp("untouched"))
+    untouched = TrainConfig(str(smoke_data), runs_dir, **SMALL)
+    code, length = end_after(context, untouched)
+    assert code == 0 and same(whole, outcome(find_run(untouched)))
+    return length
+
+
+@pytest.mark.parametrize("how, deaths", [(signal.SIGKILL, 4), (signal.SIGTERM, 2)])
+def test_processes_that_die_end_in_the_same_weights(
+    config, whole, tmp_path, context, length, how, deaths
+):
     """Each dies somewhere, is started again, dies again; the run that comes of it is the whole one.
 
     A run that was over before its turn to die is no fault; another is begun.
     """
     rng = random.Random(6)
-    untouched = dataclasses.replace(config, runs_dir=str(tmp_path / "untouched"))
-    code, length = end_after(context, untouched)
-    assert code == 0 and same(whole, outcome(find_run(untouched)))
     expected = {-how} if how == signal.SIGKILL else {128 + how, -how}  # -how: before it listened
     died = 0
     for begun in range(25):
