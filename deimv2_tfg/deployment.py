@@ -42,13 +42,6 @@ from deimv2_tfg.evaluation import (
     to_coco_results,
     trained_image_size,
 )
-from deimv2_tfg.photographs import (
-    PICTURES,
-    PhotographError,
-    header_of,
-    read_photograph,
-    safe_path,
-)
 
 from .core import atomic_write, default_device, read_json, write_json
 from .data import annotation_file
@@ -57,6 +50,7 @@ from .detector import Detector
 from .figures import draw_boxes
 from .formats_out import Found, formats_named, write_found
 from .multimodal import FusedDetector
+from .photographs import PICTURES, PhotographError, header_of, read_photograph, safe_path
 from .runs import Run, file_digest, run_named
 from .transforms import to_pixel_values
 
@@ -164,6 +158,11 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @property
+    def class_names(self) -> np.ndarray:
+        """(n,) str, the class of each box."""
+        return np.array(self.names)[self.labels]
 
     def show(self, side: int | None = None) -> Image.Image:
         """The photograph with the boxes; `side`: longer side of the picture in pixels."""
@@ -377,7 +376,7 @@ def part_verdict(found: Detections, good: str | None, trusted: bool) -> dict:
     if good is None:
         reason = "no class NORMAL: say which class means a sound part (--good NAME, or none)"
         return {"verdict": "unknown", "defect_score": None, "reason": reason}
-    is_defect = [found.names[label] != good for label in found.labels]
+    is_defect = found.class_names != good
     score = float(found.scores[is_defect].max(initial=0.0))
     if any(is_defect):
         return {"verdict": "defective", "defect_score": score, "reason": ""}
@@ -533,7 +532,8 @@ def _as_item(base: Path, name: str, found: Detections, frames_dir: Path) -> Foun
         path.parent.mkdir(parents=True, exist_ok=True)
         found.photograph.save(path)
     boxes = box_convert(torch.from_numpy(found.boxes), "xyxy", "xywh").tolist()
-    named = [(found.names[k], *box) for k, box in zip(found.labels, boxes, strict=True)]
+    classes = found.class_names.tolist()
+    named = [(kind, *box) for kind, box in zip(classes, boxes, strict=True)]
     return Found(path, found.photograph.size, named, name=name, scores=found.scores.tolist())
 
 

@@ -18,16 +18,8 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 import numpy as np
 
-from deimv2_tfg.formats import (
-    Foreign,
-    Item,
-    copy_photograph,
-    write_coco_set,
-    write_voc,
-    write_yolo,
-)
-
 from .core import write_json
+from .formats import Foreign, Item, copy_photograph, write_coco_set, write_voc, write_yolo
 from .photographs import read_photograph
 
 

@@ -315,7 +315,7 @@ def test_each_class_has_its_own_threshold():
     network = Fixed(["NORMAL", "HOLE"], boxes, [0, 1, 1], [0.6, 0.6, 0.2])
     thresholds = Thresholds({"NORMAL": 0.7, "HOLE": 0.5}, {"NORMAL": True, "HOLE": True})
     found = Predictor(network, 32, thresholds).predict(Image.new("RGB", (40, 30)))
-    assert found.labels.tolist() == [1]
+    assert found.labels.tolist() == [1] and found.class_names.tolist() == ["HOLE"]
     assert found.boxes.tolist() == [[1, 2, 11, 22]]
     assert found.scores[0] == pytest.approx(0.6)
 
