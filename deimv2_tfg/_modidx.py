@@ -359,6 +359,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
             'deimv2_tfg.deployment': { 'deimv2_tfg.deployment.Detections': ('use.html#detections', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.Detections.__len__': ( 'use.html#detections.__len__',
                                                                                      'deimv2_tfg/deployment.py'),
+                                       'deimv2_tfg.deployment.Detections.class_names': ( 'use.html#detections.class_names',
+                                                                                         'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.Detections.show': ('use.html#detections.show', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.Exported': ('use.html#exported', 'deimv2_tfg/deployment.py'),
                                        'deimv2_tfg.deployment.Exported.__init__': ( 'use.html#exported.__init__',
