@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    'DECODER', 'CACHES', 'coco_targets', 'Reading', 'Photographs', 'PhotographsInMemory',
-    'CacheError', 'PhotographsOnDisk', 'spare_workers', 'photograph_cache', 'DetectionDataset',
-    'load_dataset', 'box_table', 'plot_classes',
+    'DECODER', 'CACHES', 'coco_targets', 'Reading', 'Photographs', 'CacheError',
+    'PhotographsOnDisk', 'spare_workers', 'photograph_cache', 'DetectionDataset', 'load_dataset',
+    'box_table', 'plot_classes',
 ]  # fmt: skip
 
 # %% ../nbs/01_data.ipynb #95d39687
@@ -96,36 +96,29 @@ class Reading:
 
 # %% ../nbs/01_data.ipynb #photographs
 class Photographs:
-    """Opens photographs as `reading` says, and keeps none."""
+    """Opens photographs as `reading` says, and keeps them as long as the budget (bytes) lasts."""
 
-    def __init__(self, reading: Reading = Reading()):
+    def __init__(self, reading: Reading = Reading(), budget: int = 0):
         self.reading = reading
+        self.budget = budget
+        self.taken = 0
+        self.kept = {}
+
+    def used(self) -> int:
+        """Bytes of all that is kept."""
+        return self.taken
 
     def check(self, sizes: dict[Path, tuple[int, int]]):
         """Raises `CacheError` where photographs, by path (width, height), do not fit."""
-
-    def __call__(self, path: Path) -> Image.Image:
-        return self.reading(path)
-
-
-# %% ../nbs/01_data.ipynb #photographs-in-memory
-class PhotographsInMemory(Photographs):
-    """Opens photographs and keeps them as long as the budget (bytes) lasts."""
-
-    def __init__(self, budget: int, reading: Reading = Reading()):
-        super().__init__(reading)
-        self.budget = budget
-        self.used = 0
-        self.kept = {}
 
     def __call__(self, path: Path) -> Image.Image:
         if path in self.kept:
             return self.kept[path]
         photograph = self.reading(path)
         size = 3 * photograph.width * photograph.height
-        if self.used + size <= self.budget:
+        if self.taken + size <= self.budget:
             self.kept[path] = photograph
-            self.used += size
+            self.taken += size
         return photograph
 
 
@@ -207,12 +200,11 @@ class PhotographsOnDisk(Photographs):
     """
 
     def __init__(self, folder, budget: int, reading=Reading(), spare: int = 2**28, strict=True):
-        super().__init__(reading)
+        super().__init__(reading, budget)
         self.strict = strict
         self.files = {}  # path: (its signature, where its photograph is kept)
         self.whole = {}  # see `_read_pixels`
         self.folder = Path(folder)
-        self.budget = budget
         self.spare = spare
         self.full = False
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +287,7 @@ def photograph_cache(
     if kind == "disk" or (kind == "auto" and workers):
         folder = folder or project_root() / "runs" / "cache"
         return PhotographsOnDisk(folder, budget, reading, strict=kind == "disk")
-    return Photographs(reading) if kind == "off" else PhotographsInMemory(budget, reading)
+    return Photographs(reading, 0 if kind == "off" else budget)
 
 
 # %% ../nbs/01_data.ipynb #detectiondataset

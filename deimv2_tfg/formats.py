@@ -8,8 +8,8 @@ __all__ = [
     'copy_photograph', 'write_coco_set', 'Foreign', 'whole_size', 'photograph_size', 'balance',
     'read_as_corners', 'require_balance', 'folder_words', 'key', 'split_of', 'files_of', 'by_key',
     'PhotographIndex', 'pictures_by_key', 'coco_box', 'is_coco', 'read_coco_set', 'VocFile',
-    'xml_root', 'read_voc_file', 'read_lists', 'read_voc_set', 'set_to_write', 'write_voc',
-    'read_yolo', 'yolo_classes', 'read_yolo_set', 'write_yolo', 'read_cvat', 'read_labelme',
+    'xml_root', 'read_voc_file', 'read_lists', 'read_voc_set', 'write_voc', 'read_yolo',
+    'yolo_classes', 'read_yolo_set', 'write_yolo', 'read_cvat', 'read_labelme',
 ]  # fmt: skip
 
 # %% ../nbs/01b_formats.ipynb #1d90e6de
@@ -650,18 +650,6 @@ def _add_voc(found: Foreign, path: Path, file: VocFile | None, first: int, split
 
 
 # %% ../nbs/01b_formats.ipynb #write-voc
-def set_to_write(root: str | Path | Foreign) -> Foreign:
-    """A data set in the thesis's layout, to be written in another format. Raises `ValueError`.
-
-    What is a `Foreign` already (predictions, say) is taken as it is.
-    """
-    if isinstance(root, Foreign):
-        return root
-    found = read_coco_set(root)
-    require_balance(found, allow=["unlisted"])
-    return found
-
-
 def _voc_tree(item: Item) -> ElementTree.Element:
     """The XML of one photograph."""
     tree = ElementTree.Element("annotation")
@@ -679,8 +667,8 @@ def _voc_tree(item: Item) -> ElementTree.Element:
     return tree
 
 
-def write_voc(root: str | Path | Foreign, out: str | Path) -> Path:
-    """A data set in the thesis's layout as Pascal VOC, in its three usual folders.
+def write_voc(found: Foreign, out: str | Path) -> Path:
+    """Photographs with their boxes as Pascal VOC, in its three usual folders.
 
     Boxes survive the round trip exactly. Raises `ValueError` for two photographs of one name.
     """
@@ -690,7 +678,7 @@ def write_voc(root: str | Path | Foreign, out: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     pictures, labels, lists = folders
     stems = defaultdict(list)
-    for item in set_to_write(root).items:
+    for item in found.items:
         stem = Path(item.file_name()).stem
         if (labels / f"{stem}.xml").exists():
             raise ValueError(f"{stem}: the name is used twice, VOC has one folder for all")
@@ -854,10 +842,9 @@ def _yolo_lines(item: Item, classes: list[str]) -> str:
     return "".join(lines)
 
 
-def write_yolo(root: str | Path | Foreign, out: str | Path) -> Path:
-    """A data set in the thesis's layout as YOLO: images, labels and `data.yaml`."""
+def write_yolo(found: Foreign, out: str | Path) -> Path:
+    """Photographs with their boxes as YOLO: images, labels and `data.yaml`."""
     out = Path(out)
-    found = set_to_write(root)
     classes = sorted(found.classes, key=found.classes.get)
     for item in found.items:
         picture = out / "images" / item.split / item.file_name()

@@ -19,7 +19,7 @@ from deimv2_tfg.batches import augmented, epoch_batches
 from deimv2_tfg.data import (
     CACHES,
     CacheError,
-    PhotographsInMemory,
+    Photographs,
     PhotographsOnDisk,
     Reading,
     load_dataset,
@@ -152,11 +152,11 @@ def test_a_disk_that_fills_up_meanwhile_costs_time_and_no_photograph(
 def test_memory_keeps_what_its_budget_holds(smoke_data):
     dataset = load_dataset(smoke_data, "train")
     size = 3 * dataset.photograph(0).width * dataset.photograph(0).height
-    dataset.cache = PhotographsInMemory(2 * size)
+    dataset.cache = Photographs(budget=2 * size)
     for i in range(4):
         dataset.photograph(i)
     assert (
-        dataset.cache.used == 2 * size
+        dataset.cache.used() == 2 * size
         and dataset.photograph(0) is dataset.photograph(0)
         and dataset.photograph(3) is not dataset.photograph(3)
     )
@@ -256,7 +256,7 @@ def test_val_is_read_as_evaluation_sees_it(large):
     square = load_dataset(large, "val", eval_transform(64), cache=kept)
     for i in range(len(plain)):
         assert torch.equal(plain[i][0], square[i][0])
-    assert kept.used == len(plain) * 3 * 64 * 64
+    assert kept.used() == len(plain) * 3 * 64 * 64
 
 
 def test_bytes_are_the_same_numbers(smoke_data):

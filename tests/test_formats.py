@@ -14,6 +14,7 @@ from deimv2_tfg.data import SPLITS, annotation_file, check_dataset
 from deimv2_tfg.formats import (
     Item,
     coco_box,
+    read_coco_set,
     read_voc_set,
     read_yolo,
     read_yolo_set,
@@ -93,7 +94,7 @@ def all_patches(root, n, name="crack"):
 
 @pytest.mark.parametrize("write", [write_voc, write_yolo], ids=["voc", "yolo"])
 def test_round_trip(smoke_data, tmp_path, write):
-    write(smoke_data, tmp_path / "foreign")
+    write(read_coco_set(smoke_data), tmp_path / "foreign")
     home = import_dataset(tmp_path / "foreign", tmp_path / "home")
     assert content(home) == content(smoke_data)
     before = {p.name: p.read_bytes() for p in smoke_data.rglob("*.jpg")}
@@ -122,7 +123,7 @@ def test_neu_det_with_its_list(tmp_path):
         for a in coco["annotations"]:
             assert min(a["bbox"][:2]) >= 0 and a["bbox"][0] + a["bbox"][2] <= 200
     assert check_dataset(out, photographs=False).errors == []
-    again = import_dataset(write_voc(out, tmp_path / "voc"), tmp_path / "again")
+    again = import_dataset(write_voc(read_coco_set(out), tmp_path / "voc"), tmp_path / "again")
     assert content(again) == content(out)
 
 
@@ -499,7 +500,7 @@ def test_voc_without_lists_is_dealt(tmp_path, place, label):
 
 @pytest.mark.finding("data.md:V6")
 def test_voc_faults_are_listed_at_once(tmp_path, smoke_data):
-    voc = write_voc(smoke_data, tmp_path / "voc")
+    voc = write_voc(read_coco_set(smoke_data), tmp_path / "voc")
     names = sorted((voc / "Annotations").iterdir())
     names[0].write_text("<annotation>")
     names[1].unlink()
@@ -892,7 +893,7 @@ def test_an_unknown_word_is_refused_with_what_there_is(tmp_path):
 
 
 def test_import_from_the_command_line(tmp_path, smoke_data, capsys):
-    write_yolo(smoke_data, tmp_path / "yolo")
+    write_yolo(read_coco_set(smoke_data), tmp_path / "yolo")
     assert cli.main(["import", str(tmp_path / "yolo"), str(tmp_path / "out")]) == 0
     assert content(tmp_path / "out") == content(smoke_data)
     assert "24 photographs" in capsys.readouterr().out
@@ -902,8 +903,8 @@ def test_import_from_the_command_line(tmp_path, smoke_data, capsys):
 
 
 def test_readers_keep_what_they_read(smoke_data, tmp_path):
-    voc = read_voc_set(write_voc(smoke_data, tmp_path / "voc"))
-    yolo = read_yolo_set(write_yolo(smoke_data, tmp_path / "yolo"))
+    voc = read_voc_set(write_voc(read_coco_set(smoke_data), tmp_path / "voc"))
+    yolo = read_yolo_set(write_yolo(read_coco_set(smoke_data), tmp_path / "yolo"))
     for found in (voc, yolo):
         assert not found.problems and not found.left
         assert len(found.items) == 24
