@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    'NETWORKS', 'MEANS', 'QUALITY', 'COST', 'WORDLESS', 'TEXT_WIDTH', 'CAPTIONS', 'SAID',
-    'TITLES', 'TEXTS', 'plot_detector', 'head_layers', 'plot_head', 'stored', 'comparison',
-    'roles', 'plot_against_cost', 'picture', 'figure_entry', 'table_entry', 'number_entry',
-    'settings_of', 'study_detector', 'diagrams', 'own_record', 'own_tables', 'own_figures',
-    'study_entries', 'make_memoria',
+    'ARROW', 'BOX', 'NOT_TRAINED', 'NETWORKS', 'MEANS', 'QUALITY', 'COST', 'WORDLESS',
+    'TEXT_WIDTH', 'CAPTIONS', 'SAID', 'TITLES', 'TEXTS', 'plot_detector', 'head_layers',
+    'plot_head', 'stored', 'comparison', 'roles', 'plot_against_cost', 'picture', 'figure_entry',
+    'table_entry', 'number_entry', 'settings_of', 'study_detector', 'diagrams', 'own_record',
+    'own_tables', 'own_figures', 'study_entries', 'make_memoria',
 ]  # fmt: skip
 
 # %% ../nbs/09a_memoria.ipynb #exports
@@ -42,30 +42,23 @@ from .fusion import ClassText, Head, build_head
 from .sizes import VARIANTS, DetectorConfig
 from .thesis import redrawn
 
-
-# %% ../nbs/09a_memoria.ipynb #draw-blocks
-def _draw_block(ax: plt.Axes, x: float, y: float, text: str, fill: str) -> None:
-    box = {"boxstyle": "round,pad=0.4", "facecolor": fill, "edgecolor": "black", "linewidth": 0.8}
-    ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
-
-
-def _draw_arrow(ax: plt.Axes, start: tuple, end: tuple) -> None:
-    style = {"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 26, "shrinkB": 30}
-    ax.annotate("", end, start, arrowprops=style, zorder=0)
-
-
 # %% ../nbs/09a_memoria.ipynb #diagram
+ARROW = {"arrowstyle": "->", "linewidth": 0.8, "shrinkA": 26, "shrinkB": 30}
+BOX = {"boxstyle": "round,pad=0.4", "edgecolor": "black", "linewidth": 0.8}
+NOT_TRAINED = ("photograph", "result", "text")
+
+
 def _diagram(places: dict[str, tuple], texts: dict[str, str], arrows: list[tuple]) -> plt.Figure:
     """Boxes at their places (x, y), with texts and with arrows from name to name."""
     wide = max(x for x, _ in places.values())
     high = max(y for _, y in places.values())
     fig, ax = plt.subplots(figsize=(7.4, 0.5 + 0.9 * high), layout="none")
     fig.subplots_adjust(0, 0, 1, 1)
-    for name, (x, y) in places.items():
-        trained = name not in ("photograph", "result", "text")
-        _draw_block(ax, x, y, texts[name], "#dce9f5" if trained else "white")
+    for name, place in places.items():
+        box = BOX | {"facecolor": "white" if name in NOT_TRAINED else "#dce9f5"}
+        ax.text(*place, texts[name], ha="center", va="center", fontsize=8, bbox=box)
     for start, end in arrows:
-        _draw_arrow(ax, places[start], places[end])
+        ax.annotate("", places[end], places[start], arrowprops=ARROW, zorder=0)
     ax.set(xlim=(-0.6, wide + 0.6), ylim=(-0.3, high + 0.5))
     ax.axis("off")
     return fig
@@ -316,13 +309,6 @@ def figure_entry(record: dict, folder: Path, build: Path, language: str) -> dict
     return entry
 
 
-def _figure_entries(folder: Path, build: Path, language: str) -> dict[str, dict]:
-    """The `figure_entry` of each of a study's figures, by name."""
-    records = [r for r in read_provenance(folder) if r["kind"] == "figure"]
-    entries = {r["name"]: figure_entry(r, folder, build, language) for r in records}
-    return {name: entry for name, entry in entries.items() if entry}
-
-
 # %% ../nbs/09a_memoria.ipynb #table-entry
 def table_entry(table: pd.DataFrame, record: dict, language: str) -> dict:
     """A table as the text sets it: head, rows, which columns wrap, caption and source."""
@@ -455,8 +441,7 @@ def study_entries(folder: str | Path, build: Path, language: str) -> dict:
     folder = Path(folder)
     found = {"language": language, "name": folder.name}
     found["words"] = {word: gettext(word, language) for word in SAID}
-    found["figures"] = _figure_entries(folder, build, language)
-    found["figures"] |= own_figures(folder, build, language)
+    found["figures"] = own_figures(folder, build, language)
     found["tables"] = own_tables(folder, language)
     networks = comparison(folder)
     found["numbers"] = {"memoria": number_entry(networks, language)}
@@ -466,12 +451,15 @@ def study_entries(folder: str | Path, build: Path, language: str) -> dict:
     for row in found["roles"].values():
         row["model"] = _short_name(row["model"], language)
     for record in read_provenance(folder):
-        path = folder / f"{record['name']}.csv"
+        name, kind = record["name"], record["kind"]
+        if kind == "figure" and (entry := figure_entry(record, folder, build, language)):
+            found["figures"][name] = entry
+        path = folder / f"{name}.csv"
         if path.is_file():
             table = pd.read_csv(path)
-            found["numbers"][record["name"]] = number_entry(table, language)
-            if record["kind"] == "table":
-                found["tables"][record["name"]] = table_entry(table, record, language)
+            found["numbers"][name] = number_entry(table, language)
+            if kind == "table":
+                found["tables"][name] = table_entry(table, record, language)
     return found
 
 

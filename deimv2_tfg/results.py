@@ -439,8 +439,7 @@ def judge_group(
     runs: list[Path], split: str, data_dir: str | Path | None
 ) -> tuple[list[Judged], str]:
     """The runs of one model that have predictions, judged, and a note on those that have none."""
-    known = [r for r in runs if Run(r).config]
-    there = [r for r in known if Run(r).has_predictions(split)]
+    there = [r for r in runs if Run(r).config and Run(r).has_predictions(split)]
     missing = len(runs) - len(there)
     note = f"{missing} of {len(runs)} not evaluated on {split}" if missing else ""
     if not any(r.is_dir() for r in runs):
