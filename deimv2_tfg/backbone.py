@@ -17,21 +17,20 @@ from transformers.models.deimv2.modeling_deimv2 import Deimv2DINOv3ConvEncoder
 
 
 # %% ../nbs/02_backbone.ipynb #vit-config
-def vit_config(width=256, depth=12, heads=4, features=(3, 7, 11)) -> DINOv3ViTConfig:
+def vit_config(width=256, depth=12, heads=4, features=(3, 7, 11), **others) -> DINOv3ViTConfig:
     """Configuration of DEIMv2's ViT: MLP x4, patch 16, one class token, rotary positions.
 
-    `features`: the blocks (counted from 0) whose outputs are used.
+    `features`: the blocks (counted from 0) whose outputs are used; `others`: more of the library's.
     """
     return DINOv3ViTConfig(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
-        layer_norm_eps=1e-6,
         key_bias=True,
         pos_embed_rescale=None,
-        apply_layernorm=False,
         out_indices=[i + 1 for i in features],
+        **{"layer_norm_eps": 1e-6, "apply_layernorm": False} | others,
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DINOv3ViTBackbone, DINOv3ViTConfig
 
-from .backbone import Backbone, keep_frequencies
+from .backbone import Backbone, keep_frequencies, vit_config
 
 
 # %% ../nbs/02e_dinov3.ipynb #dinov3-config
@@ -24,20 +24,9 @@ def dinov3_config(
 
     `features`: the blocks (counted from 0) whose outputs are used.
     """
-    return DINOv3ViTConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        hidden_act="silu" if gated else "gelu",
-        use_gated_mlp=gated,
-        layer_norm_eps=1e-5,
-        key_bias=True,
-        num_register_tokens=4,
-        pos_embed_rescale=None,
-        apply_layernorm=True,
-        out_indices=[i + 1 for i in features],
-    )
+    others = {"hidden_act": "silu" if gated else "gelu", "use_gated_mlp": gated}
+    others |= {"layer_norm_eps": 1e-5, "num_register_tokens": 4, "apply_layernorm": True}
+    return vit_config(width, depth, heads, features, **others)
 
 
 # %% ../nbs/02e_dinov3.ipynb #masked-keys

@@ -70,9 +70,8 @@ def mask_values(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet
-        raise ValueError(
-            f"not readable as a mask ({error})".replace(str(path), path.name)
-        ) from None
+        said = str(error).replace(str(path), path.name)
+        raise ValueError(f"not readable as a mask ({said})") from None
     if image.mode in ("LA", "RGBA", "PA"):
         alpha = np.asarray(image.getchannel("A"))
         if alpha.min() < alpha.max():
@@ -90,12 +89,12 @@ def mask_values(path: Path) -> np.ndarray:
 # %% ../nbs/01f_importing.ipynb #is-smooth
 def is_smooth(masks: Iterable[Path]) -> bool:
     """Whether masks are smoothed black and white: many values, up to white."""
-    many, brightest = False, 0
+    most, brightest = 0, 0
     for path in masks:
-        values = mask_values(path)
-        many = many or len(np.unique(values)) > FEW_VALUES
-        brightest = max(brightest, int(values.max()))
-    return many and 191 < brightest <= 255
+        values = np.unique(mask_values(path))
+        most = max(most, len(values))
+        brightest = max(brightest, int(values[-1]))
+    return most > FEW_VALUES and 191 < brightest <= 255
 
 
 # %% ../nbs/01f_importing.ipynb #marked
@@ -145,29 +144,25 @@ def mask_key(path: Path, root: Path) -> tuple[str, ...]:
 def split_masks(paths: Sequence[Path], root: Path) -> tuple[list[Path], list[Path]]:
     """Photographs and masks among picture files."""
     others = {p.with_suffix("") for p in paths if p.suffix.lower() != ".png"}
-    masks = []
+    photographs, masks = [], []
     for path in paths:
         folders = path.relative_to(root).parts[:-1]
         in_folder = any(MASK_WORDS.intersection(folder_words(folder)) for folder in folders)
         beside = path.suffix.lower() == ".png" and path.with_suffix("") in others
-        if in_folder or MASK_ENDING.search(path.stem) or beside:
-            masks.append(path)
-    chosen = set(masks)
-    return [path for path in paths if path not in chosen], masks
+        is_mask = in_folder or MASK_ENDING.search(path.stem) or beside
+        (masks if is_mask else photographs).append(path)
+    return photographs, masks
 
 
 # %% ../nbs/01f_importing.ipynb #mask-names
 def _label_map(root: Path) -> dict[int, str]:
     """{0xRRGGBB: class} of CVAT's `labelmap.txt`; empty where there is none."""
+    maps = [path for path in files_of(root, [".txt"]) if path.name.lower() == "labelmap.txt"]
     names = {}
-    for path in files_of(root, [".txt"]):
-        if path.name.lower() == "labelmap.txt":
-            for line in read_text(path).splitlines():
-                name, _, rest = line.partition(":")
-                colour = re.match(r"(\d+),(\d+),(\d+)", rest)
-                if colour:
-                    red, green, blue = map(int, colour.groups())
-                    names[(red << 16) + (green << 8) + blue] = name.strip()
+    for line in "\n".join(map(read_text, maps)).splitlines():
+        if said := re.match(r"([^:]*):(\d+),(\d+),(\d+)", line):
+            red, green, blue = map(int, said.groups()[1:])
+            names[(red << 16) + (green << 8) + blue] = said[1].strip()
     names.pop(0, None)
     return names
 
@@ -177,10 +172,7 @@ def value_names(root: Path, masks: Sequence[Path], classes: Sequence[str]) -> di
     """{value: class} of masks that hold several classes. Raises `ValueError` with the values."""
     if is_smooth(masks):
         return {VOID: classes[0] if classes else "defect"}
-    values = set()
-    for path in masks:
-        values.update(np.unique(mask_values(path)).tolist())
-    values.discard(0)
+    values = set().union(*(np.unique(mask_values(path)).tolist() for path in masks)) - {0}
     known = _label_map(root) or dict(zip(sorted(values), classes, strict=False))
     if not known and len(values) == 1:
         return {values.pop(): "defect"}
@@ -193,10 +185,8 @@ def value_names(root: Path, masks: Sequence[Path], classes: Sequence[str]) -> di
 # %% ../nbs/01f_importing.ipynb #class-layers
 def class_layers(values: np.ndarray, folder: str, names: dict, smooth: bool) -> dict:
     """{class: its pixels (H, W)} of a mask; `folder`: its class, or "" and `names` of values."""
-    if folder:
-        return {folder: marked(values, smooth)}
-    if smooth:
-        return {names[VOID]: marked(values, smooth)}
+    if folder or smooth:
+        return {folder or names[VOID]: marked(values, smooth)}
     return {name: values == value for value, name in names.items()}
 
 
