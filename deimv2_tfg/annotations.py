@@ -46,6 +46,7 @@ def _four_numbers(box) -> bool:
     return kinds == {float} or not any(type(v) is int and abs(v) > 2**63 for v in box)
 
 
+# %% ../nbs/00h_annotations.ipynb #box-problem-2
 def box_problem(box, width: float, height: float) -> tuple[str, str] | None:
     """(kind, message) for a COCO box in pixels on an image of this size, or None."""
     if not _four_numbers(box):
@@ -99,6 +100,7 @@ def _unpacked(text: str) -> list | None:
     return None if shift else runs
 
 
+# %% ../nbs/00h_annotations.ipynb #run-lengths-2
 def _run_lengths(segmentation: dict, width: int, height: int) -> bool:
     """Is it a run-length code of an image of this size?"""
     if segmentation.get("size") != [height, width]:

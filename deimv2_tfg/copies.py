@@ -48,6 +48,7 @@ def _blur(x, deviation: float) -> np.ndarray:
     return matrix @ x @ matrix.T
 
 
+# %% ../nbs/00f_copies.ipynb #open-pixels
 def open_pixels(thumbnails) -> np.ndarray:
     """1 where a pixel is neither black nor white, else 0; (n, 64, 64) float32."""
     return ((thumbnails > 6) & (thumbnails < 249)).astype(np.float32)
@@ -130,6 +131,7 @@ def similarity(a, b) -> tuple[np.ndarray, np.ndarray]:
     return _agreement(*products, weights)
 
 
+# %% ../nbs/00f_copies.ipynb #agreement
 def _agreement(product, power_x, power_y, weights) -> tuple[np.ndarray, np.ndarray]:
     """`similarity` of details x and y, by block (n, 64): of x * y, x * x and y * y."""
     power = power_x.sum(1) * power_y.sum(1)
@@ -258,6 +260,7 @@ def _eights(pairs) -> list:
     return [pairs[start : start + 8] for start in starts]
 
 
+# %% ../nbs/00f_copies.ipynb #alike-2
 def _alike(thumbnails, least: float):
     """(i, j, orientation, similarity) of different thumbnails (n, 64, 64) that show the same."""
     share = np.array([open_pixels(t).mean() for t in thumbnails])

@@ -139,8 +139,7 @@ def open_study(profile=None, data_dir=None, study=None, seed=0, chapter="") -> S
     name = profile or default_profile(data_dir)
     if name not in PROFILES:
         raise ValueError(f"profile={name!r}: choose one of {', '.join(PROFILES)}")
-    if data_dir is not None:
-        data_dir = Path(data_dir).expanduser().resolve()
+    data_dir = None if data_dir is None else Path(data_dir).expanduser().resolve()
     folder = study or (f"{data_dir.name}_{name}" if data_dir else name)
     return Study(folder, PROFILES[name], data_dir, int(seed), chapter)
 

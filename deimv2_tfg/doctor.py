@@ -248,6 +248,7 @@ def _uncollected():
             gc.enable()
 
 
+# %% ../nbs/00i_doctor.ipynb #check-sheet
 @_uncollected()
 def _check_sheet(report: Report, split: str) -> Sheet | None:
     """All of one split's json; None where it cannot be read."""
@@ -531,10 +532,9 @@ def changes_as_text(changes: pd.DataFrame, out: Path) -> str:
 def _bare_images(out: Path, split: str, gone: pd.DataFrame, most: int = 10) -> list[str]:
     """Names of images of the copy that lost all their annotations, the first `most`."""
     coco = read_coco(annotation_file(out, split))
-    lost = set()
-    for entry in gone.loc[gone["field"].str.startswith("annotations"), "before"]:
-        a = loads(entry)
-        lost.add(id_key(a.get("image_id")) if isinstance(a, dict) else None)
+    where = gone["field"].str.startswith("annotations")
+    taken = map(loads, gone.loc[where, "before"])
+    lost = {id_key(a.get("image_id")) for a in taken if isinstance(a, dict)}
     lost -= {id_key(a["image_id"]) for a in coco["annotations"] if isinstance(a, dict)}
     images = [image for image in coco["images"] if isinstance(image, dict)]
     names = [str(image["file_name"]) for image in images if id_key(image.get("id")) in lost]

@@ -219,6 +219,7 @@ def _scaled(image: Image.Image, side: int | None) -> tuple[Image.Image, float]:
     return image.resize(size), scale
 
 
+# %% ../nbs/00d_figures.ipynb #draw-label
 def _draw_label(pen: ImageDraw.ImageDraw, place, text: str, color: tuple, font) -> None:
     dark = np.dot(color, (0.299, 0.587, 0.114)) < 140
     pen.rectangle(place.tolist(), fill=color)

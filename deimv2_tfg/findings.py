@@ -45,6 +45,7 @@ def annotation_file(root, split: str) -> Path:
     return Path(root) / split / f"{split}.json"
 
 
+# %% ../nbs/00g_findings.ipynb #read-coco
 def read_coco(path):
     """What a COCO file holds; `annotations: null`, as some tools write none, is an empty list.
 

@@ -33,6 +33,7 @@ def _page_cells(chapter: str) -> set[str] | None:
     return {source_hash(without_magics(source)) for source in sources}
 
 
+# %% ../nbs/00j_freshness.ipynb #code-change
 def _code_change(definition: str, before: str, chapter: str) -> tuple[str, str] | None:
     """(state, reason) where a definition (or the saving cell) is not what it was."""
     if definition == "cell":

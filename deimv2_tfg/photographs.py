@@ -120,8 +120,7 @@ def number(value) -> float | None:
 def safe_path(folder, name) -> Path:
     """`folder / name`, where that lies in the folder.
 
-    Raises `ValueError` for a name that is absolute, has `..` or a backslash, and for a link that
-    leads out.
+    Raises `ValueError` for a name that is absolute, has `..` or a backslash, or links outwards.
     """
     parts = Path(name).parts if isinstance(name, str) and name.strip() else ()
     leads_out = not parts or Path(name).is_absolute() or ".." in parts or "\\" in name
