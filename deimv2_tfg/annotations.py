@@ -12,7 +12,9 @@ __all__ = [
 # %% ../nbs/00h_annotations.ipynb #imports
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -268,10 +270,8 @@ FEW = 10  # objects of a class in a split under which its AP is flagged
 
 def objects_by_class(coco: dict) -> dict[str, int]:
     """Objects of each class of a COCO dict, by name, crowds left out; 0 is counted as well."""
-    counts = Counter()
-    for a in coco["annotations"]:
-        if isinstance(a, dict) and not a.get("iscrowd"):
-            counts[id_key(a.get("category_id"))] += 1
+    drawn = [a for a in coco["annotations"] if isinstance(a, dict) and not a.get("iscrowd")]
+    counts = Counter(id_key(a.get("category_id")) for a in drawn)
     return {
         str(c["name"]): counts[id_key(c["id"])]
         for c in coco["categories"]
@@ -403,28 +403,15 @@ def _check_crowd(at: Place, a: dict) -> bool:
     return crowd == 1
 
 
-# %% ../nbs/00h_annotations.ipynb #check-annotation-id
-class _Ids:
-    """Ids of a split's annotations: those that are there, those seen so far, and new ones."""
-
-    def __init__(self, annotations: list):
-        wholes = [whole_number(a.get("id")) for a in annotations if isinstance(a, dict)]
-        self.last = max((w for w in wholes if w is not None), default=0)
-        self.seen = set()
-
-    def new(self) -> int:
-        self.last = max(self.last, 0) + 1
-        return self.last
-
-
 # %% ../nbs/00h_annotations.ipynb #check-annotation-id-2
-def _check_annotation_id(at: Place, a: dict, ids: _Ids):
+def _check_annotation_id(at: Place, a: dict, seen: set, free: Iterator[int]):
+    """`seen`: the ids so far; `free`: those that no annotation of the split has."""
     raw = a.get("id")
     whole = whole_number(raw)
     kind = ""
     if raw is None:
         kind, message = "annotation-id-missing", "the annotation has no id"
-    elif id_key(raw) in ids.seen:
+    elif id_key(raw) in seen:
         kind, message = "annotation-id-twice", f"{raw} is used twice"
     elif whole == 0:
         kind, message = "annotation-id-zero", "0 is taken for no match by pycocotools"
@@ -432,8 +419,8 @@ def _check_annotation_id(at: Place, a: dict, ids: _Ids):
         kind, message = "id-type", f"{raw!r} is no whole number"
     if kind:
         at.say(kind, "id", message)
-        at.set(kind, "id", ids.new() if kind != "id-type" or whole is None else whole)
-    ids.seen.add(id_key(raw))
+        at.set(kind, "id", whole if kind == "id-type" and whole is not None else next(free))
+    seen.add(id_key(raw))
 
 
 # %% ../nbs/00h_annotations.ipynb #from-corners
@@ -447,10 +434,11 @@ def _from_corners(box) -> list | None:
 
 
 # %% ../nbs/00h_annotations.ipynb #check-annotation
-def _check_annotation(at: Place, a, ids: _Ids, corners: str):
+def _check_annotation(at: Place, a, ids: tuple, corners: str):
     """(index, annotation, box, entry, crowd) of a sound annotation, else None.
 
-    `corners`: "sure" where the split's boxes are two corners, "doubt" where they may be, or "".
+    `ids`: see `_check_annotation_id`; `corners`: "sure" where the split's boxes are two corners,
+    "doubt" where they may be, or "".
     """
     if not isinstance(a, dict) or sum(k in a for k in ("image_id", "category_id", "bbox")) < 2:
         at.say("annotation-incomplete", "", "image_id, category_id or bbox missing")
@@ -478,7 +466,7 @@ def _check_annotation(at: Place, a, ids: _Ids, corners: str):
         return None
     if box != a.get("bbox"):
         at.set(problem[0], "bbox", box)
-    _check_annotation_id(at, a, ids)
+    _check_annotation_id(at, a, *ids)
     _check_area(at, a, box, entry.size)
     crowd = _check_crowd(at, a)
     return (at.index, a, box, entry, crowd) if category else None
@@ -492,7 +480,8 @@ def _sound_annotations(sheet: Sheet) -> list[tuple]:
     if corners == "sure":
         message = f"{over} of {among} boxes stick out, and all fit if read as two corners"
         Place(sheet, "annotations", first).say("box-corners", "bbox", message)
-    ids = _Ids(annotations)
+    wholes = [whole_number(a.get("id")) or 0 for a in annotations if isinstance(a, dict)]
+    ids = set(), count(1 + max([0, *wholes]))
     checked = []
     for at, a in sheet.places("annotations", "annotations"):
         checked.append(_check_annotation(at, a, ids, corners))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = [
     'PROFILES', 'PACKAGE', 'Profile', 'default_device', 'default_profile', 'project_root',
-    'Study', 'check_parameters', 'open_study', 'one_at_a_time', 'to_jsonable', 'atomic_write',
-    'write_json', 'read_json', 'append_line', 'read_lines', 'keep_lines', 'hash_bytes',
-    'seed_everything', 'progress',
+    'Study', 'assigned_names', 'check_parameters', 'open_study', 'one_at_a_time', 'to_jsonable',
+    'atomic_write', 'write_json', 'read_json', 'append_line', 'read_lines', 'keep_lines',
+    'hash_bytes', 'seed_everything', 'progress',
 ]  # fmt: skip
 
 # %% ../nbs/00_core.ipynb #5949b251
@@ -108,10 +108,10 @@ class Study:
 
 
 # %% ../nbs/00_core.ipynb #unknown-parameters
-def _assigned(cell: str) -> set[str]:
-    """Names that a cell binds."""
-    names = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
-    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
+def assigned_names(tree: ast.AST) -> list[str]:
+    """Names that a piece of Python binds."""
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
 
 
 # %% ../nbs/00_core.ipynb #unknown-parameters-2
@@ -119,8 +119,8 @@ def check_parameters(cells: list[str]):
     """Raise `ValueError` for parameters in papermill's cell that no cell before it has."""
     given = [i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")]
     for i in given:
-        known = set().union(*map(_assigned, cells[:i]))
-        unknown = _assigned(cells[i]) - known
+        known = set(assigned_names(ast.parse("\n".join(cells[:i]))))
+        unknown = set(assigned_names(ast.parse(cells[i]))) - known
         if unknown:
             names = ", ".join(sorted(unknown))
             raise ValueError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'MODES', 'SUFFIXES', 'DAMAGED', 'CHANGES', 'ROUNDS', 'check_dataset', 'DatasetError',
+    'MODES', 'ALIKE', 'DAMAGED', 'CHANGES', 'ROUNDS', 'check_dataset', 'DatasetError',
     'require_dataset', 'mended', 'fix_dataset', 'link_images', 'write_report', 'as_text',
     'as_dict', 'changes_as_text', 'doctor',
 ]  # fmt: skip
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy import sparse
 
 from deimv2_tfg.annotations import (
@@ -71,15 +72,7 @@ MODES = {
     "YCCK": "mode-cmyk",
     "LAB": "mode-cmyk",
 }
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jfif"),
-    "MPO": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "BMP": (".bmp", ".dib"),
-    "TIFF": (".tif", ".tiff"),
-    "GIF": (".gif",),
-    "WEBP": (".webp",),
-}
+ALIKE = {"MPO": "JPEG", "DIB": "BMP"}  # formats that bear the names of others
 
 
 # %% ../nbs/00i_doctor.ipynb #geometry-problems
@@ -115,7 +108,8 @@ def _content_problems(seen: Photograph):
     if seen.frames > 1 and seen.format != "MPO":
         yield "frames", "", f"{seen.frames} frames in one file"
     suffix = seen.path.suffix
-    if seen.format in SUFFIXES and suffix.lower() not in SUFFIXES[seen.format]:
+    named = Image.registered_extensions().get(suffix.lower(), "")
+    if ALIKE.get(named, named) != ALIKE.get(seen.format, seen.format):
         yield "format-differs", "", f"a {seen.format} file named {suffix or 'without a suffix'}"
     if seen.flat:
         yield "photo-flat", "", "all pixels are alike"

@@ -35,6 +35,7 @@ import filelock
 from deimv2_tfg.core import (
     PACKAGE,
     append_line,
+    assigned_names,
     atomic_write,
     default_device,
     hash_bytes,
@@ -103,12 +104,6 @@ def source_hash(*sources: str) -> str:
     return hash_bytes(*map(_syntax, sources))
 
 
-# %% ../nbs/00b_runs.ipynb #definitions
-def _assigned(node) -> list[str]:
-    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-    return [n.id for n in names if isinstance(n.ctx, ast.Store)]
-
-
 # %% ../nbs/00b_runs.ipynb #definitions-2
 @cache
 def _definitions(text: str) -> tuple[dict, dict]:
@@ -119,7 +114,7 @@ def _definitions(text: str) -> tuple[dict, dict]:
     defined, imported = {}, {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
-            names = [node.name] if hasattr(node, "name") else _assigned(node)
+            names = [node.name] if hasattr(node, "name") else assigned_names(node)
             used = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
             defined |= dict.fromkeys(names, (ast.unparse(node), used))
         elif isinstance(node, ast.ImportFrom):
