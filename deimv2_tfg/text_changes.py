@@ -8,7 +8,6 @@ __all__ = [
 ]  # fmt: skip
 
 # %% ../nbs/05a_text_changes.ipynb #tc-exports
-import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from deimv2_tfg.figures import (
 
 from .fusion import Queries
 from .multimodal import fusion_data, head_logits, load_head
-from .recipes import FusionConfig
+from .recipes import FusionConfig, config_of
 from .runs import Run
 
 
@@ -59,16 +58,14 @@ def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataF
     run = Run(run)
     beside = run.path.parent
     phase1 = beside / Path(run.config["run"]).name
-    config = run.config | {"run": str(phase1), "runs_dir": str(beside)}
-    known = [field.name for field in dataclasses.fields(FusionConfig)]
-    data = fusion_data(FusionConfig(**{name: config[name] for name in known if name in config}))
-    head = load_head(run.best / "head.safetensors")[0]
-    queries = data.splits["test"]
+    config = config_of(run, FusionConfig, run=str(phase1), runs_dir=str(beside))
+    head, _, _ = load_head(run.best / "head.safetensors")
+    queries = fusion_data(config).splits["test"]
     places = queries.image_id.tolist()
     tables = []
     for row in photographs.to_dict("records"):
         place = places.index(row["image_id"])
-        label = config["classes"].index(row["class"])
+        label = run.classes.index(row["class"])
         found = _attention(head, queries[place : place + 1], label)
         tables.append(found.assign(**row))
     return pd.concat(tables, ignore_index=True)
@@ -81,12 +78,14 @@ def _draw_attention(ax: plt.Axes, part: pd.DataFrame, photograph: Image.Image, e
     part = part.sort_values("value")
     size = 5 + 60 * part["score"]
     dots = ax.scatter(part["x"], part["y"], c=part["value"], s=size, **ends)
-    if "width" in part:
-        best = part.loc[part["score"].idxmax()]
-        width, height = best["width"], best["height"]
-        corner = best["x"] - width / 2, best["y"] - height / 2
-        ax.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="red"))
-    ax.set(xlim=(0, photograph.width), ylim=(photograph.height, 0))
+    best = part.loc[part["score"].idxmax()]
+    left = best["x"] - best["width"] / 2
+    top = best["y"] - best["height"] / 2
+    sides = best["width"], best["height"]
+    box = plt.Rectangle((left, top), *sides, fill=False, edgecolor="red")
+    ax.add_patch(box)
+    ax.set_xlim(0, photograph.width)
+    ax.set_ylim(photograph.height, 0)
     return dots
 
 
@@ -110,8 +109,9 @@ def plot_attention(table: pd.DataFrame, folder: Path, language: str = "en") -> p
         file = folder / part["file_name"].iloc[0]
         dots = _draw_attention(ax, part, Image.open(file), ends)
         score = format_number(part["score"].max(), 2, language)
-        words = ", ".join([class_title(keys[0], language), *map(say, keys[1:])])
-        ax.set_title(f"{words}\n{say('best score')} {score}", fontsize=7)
+        words = [class_title(keys[0], language), *map(say, keys[1:])]
+        title = ", ".join(words) + f"\n{say('best score')} {score}"
+        ax.set_title(title, fontsize=7)
     for ax in axes.flat:
         ax.set_axis_off()
     fig.colorbar(dots, ax=axes, label=say("query and text"), shrink=0.6)

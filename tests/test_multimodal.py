@@ -1,6 +1,7 @@
 """Fusion: text is used, the frozen detector stays as it is, and no cache answers for another."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -15,7 +16,13 @@ from deimv2_tfg.core import read_json
 from deimv2_tfg.criterion import Criterion, assign, matching_cost, pack_targets
 from deimv2_tfg.data import load_dataset
 from deimv2_tfg.deployment import export_onnx, predict_files
-from deimv2_tfg.detector import count_parameters, load_detector
+from deimv2_tfg.detector import (
+    DetectorConfig,
+    build_detector,
+    count_parameters,
+    load_detector,
+    save_detector,
+)
 from deimv2_tfg.evaluation import coco_metrics, evaluate, open_detector, predict
 from deimv2_tfg.fusion import (
     ClassText,
@@ -34,13 +41,12 @@ from deimv2_tfg.multimodal import (
     head_logits,
     load_fused,
     load_head,
-    sample_detector,
     train_fusion,
 )
 from deimv2_tfg.recipes import FusionConfig, TrainConfig
 from deimv2_tfg.results import compare
 from deimv2_tfg.runs import Run, data_hash
-from deimv2_tfg.statistics import Effect
+from deimv2_tfg.statistics import Effect, stratified_weights
 from deimv2_tfg.text import class_texts, load_descriptions
 from deimv2_tfg.training import train
 
@@ -245,9 +251,10 @@ def test_a_fusion_run_predicts_and_is_exported_from_any_folder(
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra `export`)")
     monkeypatch.chdir(smoke_data.parent)
-    run = train_fusion(
-        dataclasses.replace(config, data_dir=smoke_data.name, runs_dir=str(tmp_path))
-    )
+    lean = build_detector(DetectorConfig.named("tiny", decoder_layers=1))
+    save_detector(lean, tmp_path / "lean" / "best", CLASSES, image_size=64)
+    places = {"run": str(tmp_path / "lean"), "data_dir": smoke_data.name}
+    run = train_fusion(dataclasses.replace(config, **places, runs_dir=str(tmp_path)))
     monkeypatch.chdir(tmp_path)
     assert (run / "best" / "thresholds.json").is_file() and Run(run).data_dir == smoke_data
     photographs = str(smoke_data / "test" / "images")
@@ -369,13 +376,17 @@ def test_a_fused_detector_refuses_another_detector(config, tmp_path):
 # ---- the comparison
 
 
-def test_an_effect_has_one_interval_in_every_table(config, phase1, smoke_data, material):
+def test_an_effect_has_one_interval_in_every_table(
+    config, phase1, smoke_data, material, monkeypatch
+):
     evaluate(phase1, smoke_data, "test")
+    few = functools.partial(stratified_weights, draws=200)
+    monkeypatch.setattr(page, "stratified_weights", few)
     configs = page.grid_configs(config, ("residual",), ("true", "permuted"), (1, 2, 3), ())
     runs = {key: train_fusion(c) for key, c in configs.items()}
-    mine = page.fusion_table(runs, sample_detector(material)).set_index("text")
+    mine = page.fusion_table(runs, page.sample_detector(material)).set_index("text")
     groups = {text: [r for (_, t, _), r in runs.items() if t == text] for text in mine.index}
-    theirs = compare({"phase 1": [phase1], **groups}).set_index("model")
+    theirs = compare({"phase 1": [phase1], **groups}, draws=200).set_index("model")
     for text in mine.index:
         for a, b in (
             ("AP", "AP"),
@@ -386,7 +397,8 @@ def test_an_effect_has_one_interval_in_every_table(config, phase1, smoke_data, m
         ):
             assert mine.loc[text, a] == pytest.approx(theirs.loc[text, b], abs=1e-9), (text, a)
     effect = page.effect_table(runs).iloc[0]
-    against = compare({"permuted": groups["permuted"], "true": groups["true"]}).iloc[1]
+    pair = {"permuted": groups["permuted"], "true": groups["true"]}
+    against = compare(pair, draws=200).iloc[1]
     for a, b in (("effect", "difference"), ("low", "difference low"), ("p", "p seeds")):
         assert effect[a] == pytest.approx(against[b], abs=1e-9)
 
