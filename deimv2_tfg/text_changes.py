@@ -8,6 +8,7 @@ __all__ = [
 ]  # fmt: skip
 
 # %% ../nbs/05a_text_changes.ipynb #tc-exports
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def text_attention(run: str | Path | Run, photographs: pd.DataFrame) -> pd.DataF
     run = Run(run)
     beside = run.path.parent
     phase1 = beside / Path(run.config["run"]).name
-    config = config_of(run, FusionConfig, run=str(phase1), runs_dir=str(beside))
+    here = {"run": str(phase1), "runs_dir": str(beside)}
+    config = dataclasses.replace(config_of(run, FusionConfig), **here)
     head, _, _ = load_head(run.best / "head.safetensors")
     queries = fusion_data(config).splits["test"]
     places = queries.image_id.tolist()

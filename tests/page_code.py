@@ -1,6 +1,7 @@
 """A page's code in this process: what it defines for itself alone, or all of its cells."""
 
 import ast
+import contextlib
 import json
 import linecache
 import sys
@@ -32,23 +33,39 @@ def _code_cells(page):
             yield name, ast.parse(source), cell["metadata"].get("tags", [])
 
 
+@contextlib.contextmanager
+def _fresh_module(name):
+    """A module for a page's own copies; as a kind of network the package's are registered again."""
+    from deimv2_tfg.evaluation import LOADERS
+
+    module = ModuleType(name)
+    sys.modules[name] = module  # dataclasses look it up
+    before = dict(LOADERS)
+    try:
+        yield module
+    finally:
+        own = [kind for kind, loader in LOADERS.items() if loader.__module__ == name]
+        for kind in own:
+            LOADERS[kind] = before.get(kind)
+            if LOADERS[kind] is None:
+                del LOADERS[kind]
+
+
 def page_module(page):
     """The definitions of a page as a module; nothing that the page shows is executed."""
-    module = ModuleType(f"page_{page}")
-    sys.modules[module.__name__] = module  # dataclasses look it up
-    for name, tree, _ in _code_cells(page):
-        tree.body = [node for node in tree.body if _defines(node)]
-        exec(compile(tree, name, "exec"), module.__dict__)
+    with _fresh_module(f"page_{page}") as module:
+        for name, tree, _ in _code_cells(page):
+            tree.body = [node for node in tree.body if _defines(node)]
+            exec(compile(tree, name, "exec"), module.__dict__)
     return module
 
 
 def run_page(page, **parameters):
     """Execute every cell, as papermill does with these parameters; the page's names."""
-    module = ModuleType(f"run_{page}")
-    sys.modules[module.__name__] = module
-    for name, tree, tags in _code_cells(page):
-        exec(compile(tree, name, "exec"), module.__dict__)
-        if "parameters" in tags:
-            assert parameters.keys() <= module.__dict__.keys()
-            module.__dict__.update(parameters)
+    with _fresh_module(f"run_{page}") as module:
+        for name, tree, tags in _code_cells(page):
+            exec(compile(tree, name, "exec"), module.__dict__)
+            if "parameters" in tags:
+                assert parameters.keys() <= module.__dict__.keys()
+                module.__dict__.update(parameters)
     return module
