@@ -149,10 +149,15 @@ def test_rows_of_the_class_heads_go_by_name(tmp_path, there):
 
 
 @pytest.mark.finding("training.md:28")
-def test_a_run_stands_for_its_best_weights(tmp_path):
+def test_a_run_stands_for_its_best_weights(tmp_path, monkeypatch):
     model = build_detector(DetectorConfig.tiny(num_classes=2))
     best = save_detector(model, tmp_path / "run" / "best", classes=["a", "b"])
     for init in (tmp_path / "run", best, best / "model.safetensors"):
         assert init_weights(model, str(init)).loaded == len(model.state_dict())
+
+    def no_network(repository, name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("deimv2_tfg.weights.cached_file", no_network)
     with pytest.raises(WeightsError, match="no such run or file here"):
         init_weights(model, "runs/typo")
