@@ -25,6 +25,7 @@ setup(
         "deimv2_tfg": [
             "*.csv",
             "*.json",
+            "published.yml",
             "*.safetensors",
             "recipes/*.yml",
             "*.mplstyle",

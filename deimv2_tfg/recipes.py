@@ -6,10 +6,10 @@
 __all__ = [
     'FRACTION', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'MODELS', 'PLAIN_INPUT', 'BASELINES',
     'PRECISIONS', 'LR_RULES', 'DEVICES', 'TRAIN_RANGES', 'HEAD_NAMES', 'TEXT_KINDS', 'ENCODERS',
-    'FUSION_RANGES', 'REFERENCE', 'SECOND_RUN', 'RECIPES', 'SHIPPED', 'Within', 'check_fields',
-    'TrainConfig', 'scaled_lr', 'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig',
-    'IterationRecipe', 'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_file',
-    'recipe_fields', 'load_recipe', 'config_of', 'write_recipe',
+    'FUSION_RANGES', 'SHIPPED', 'Within', 'check_fields', 'TrainConfig', 'scaled_lr',
+    'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig', 'IterationRecipe',
+    'published_recipes', 'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_fields',
+    'load_recipe', 'config_of', 'write_recipe',
 ]  # fmt: skip
 
 # %% ../nbs/03f_recipes.ipynb #recipes-imports
@@ -218,7 +218,6 @@ class Schedule(typing.NamedTuple):
     lr_end: float
 
 
-# %% ../nbs/03f_recipes.ipynb #lr-factor-2
 def lr_factor(schedule: Schedule | TrainConfig, done: float) -> float:
     """Factor on the learning rate when the fraction `done` of training is over.
 
@@ -315,49 +314,10 @@ class IterationRecipe:
         return [name for name in names if getattr(self, name) is None]
 
 
-# %% ../nbs/03f_recipes.ipynb #recipes
-_STEPS = {"warmup_steps": 2000, "ema_steps": 10_000}  # of both recipes that are known
-_COCO = {"mosaic": 0.5, "mixup": 0.5, "copy_blend": 0.5, "zoom_out": 0.5, "iou_crop": 0.8}
-_COCO |= {"multi_scale": 0.25, "vertical_flips": False}
-_THESIS = {"photometric": 0.3, "iou_crop": 0.5, "mixup": 0.15, "zoom_out": 0.5}
-_THESIS |= {"vertical_flips": False}
-
-REFERENCE = IterationRecipe(32, 102, 5e-4, 2.5e-5, 49, 12, augmentation=_COCO, **_STEPS)
-SECOND_RUN = IterationRecipe(
-    2, 100, 4e-4, 4e-5, 70, 10, model="thesis_m", augmentation=_THESIS, **_STEPS
-)
-RECIPES = {
-    "reference, COCO": REFERENCE,
-    "thesis, first run": IterationRecipe(model="thesis_m"),
-    "thesis, second run": SECOND_RUN,
-    "thesis, 1024 px": IterationRecipe(epochs=300, image_size=1024, model="thesis_m"),
-}
-
-# %% ../nbs/03f_recipes.ipynb #family-recipes
-_PLAIN = {"zoom_out": 0.5, "iou_crop": 0.8, "mosaic": 0.5, "lr_end": 0.5, "vertical_flips": False}
-_LATE = _PLAIN | {"matcher_change": 450 / 500}
-_ATTO = _LATE | {"mosaic": 0.3}
-_N = _PLAIN | {"lr_end": 1.0, "matcher_change": 136 / 160, "mix_until": 78 / 160}
-_N |= {"mixup": 0.5, "copy_blend": 0.4}
-_L = _COCO | {"lr_end": 0.5, "weight_decay": 1.25e-4, "matcher_change": 50 / 68}
-_X = _L | {"matcher_change": 45 / 58}
-_SLOW = _STEPS | {"warmup_steps": 4000}
-
-
-def _on_coco(model, numbers, image_size=640, steps=_STEPS, **augmentation):
-    return IterationRecipe(
-        *numbers, image_size=image_size, model=model, augmentation=augmentation, **steps
-    )
-
-
-RECIPES |= {  # batch, epochs, rate, the backbone's, epochs at the full rate, last plain ones
-    "atto, COCO": _on_coco("atto", (128, 500, 2e-3, 1e-3, 250, 100), 320, _SLOW, **_ATTO),
-    "femto, COCO": _on_coco("femto", (128, 500, 1.6e-3, 8e-4, 250, 100), 416, _SLOW, **_LATE),
-    "pico, COCO": _on_coco("pico", (128, 500, 1.6e-3, 8e-4, 250, 100), 640, _SLOW, **_LATE),
-    "n, COCO": _on_coco("n", (32, 160, 8e-4, 4e-4, 160, 12), **_N),
-    "l, COCO": _on_coco("l", (32, 68, 5e-4, 1.25e-5, 34, 8), **_L),
-    "x, COCO": _on_coco("x", (32, 58, 5e-4, 1e-5, 29, 8), **_X),
-}
+def published_recipes() -> dict[str, IterationRecipe]:
+    """The recipes of the package's `published.yml`, by name: of the paper, the thesis, the family."""
+    stated = yaml.safe_load((PACKAGE / "published.yml").read_text(encoding="utf-8"))
+    return {name: IterationRecipe(**fields) for name, fields in stated.items()}
 
 
 # %% ../nbs/03f_recipes.ipynb #fractions-of
@@ -425,23 +385,16 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yml"))
 
 
-# %% ../nbs/03f_recipes.ipynb #recipe-file
-def recipe_file(recipe) -> Path:
-    """The file of a recipe: a path, or the name of one that ships.
-
-    Raises `FileNotFoundError` with the names that there are.
-    """
-    for path in (Path(recipe), SHIPPED / f"{recipe}.yml"):
-        if path.is_file():
-            return path
-    names = ", ".join(shipped_recipes())
-    raise FileNotFoundError(f"recipe {recipe}: no such file; the package has {names}")
-
-
-# %% ../nbs/03f_recipes.ipynb #recipe-fields
 def recipe_fields(recipe) -> dict:
-    """The fields that a recipe sets. Raises `ValueError` for a file that is no mapping."""
-    path = recipe_file(recipe)
+    """The fields that a recipe sets: of a file, or of one that ships, by its name.
+
+    Raises `FileNotFoundError` with the names that there are, `ValueError` for no mapping.
+    """
+    places = (Path(recipe), SHIPPED / f"{recipe}.yml")
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        names = ", ".join(shipped_recipes())
+        raise FileNotFoundError(f"recipe {recipe}: no such file; the package has {names}")
     fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: not a mapping of fields to values")

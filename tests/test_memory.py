@@ -16,7 +16,6 @@ from deimv2_tfg.cost import (
     LiveMemory,
     StepMemory,
     card_table,
-    counted_memory,
     counted_step,
     lacks_memory,
     largest_part,
@@ -66,11 +65,7 @@ def real_step(dtype) -> int:
 
 @functools.lru_cache
 def counted(dtype) -> int:
-    "Of one step, in float32; on the line over the photographs, in bf16."
-    if dtype is None:
-        return counted_step(DetectorConfig.tiny(), SIZE, BATCH, dtype)
-    line = counted_memory(DetectorConfig.tiny(), SIZE, dtype)
-    return line.fixed + BATCH * line.each
+    return counted_step(DetectorConfig.tiny(), SIZE, BATCH, dtype)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -8,8 +8,6 @@ import pytest
 
 from deimv2_tfg import baselines, data, fusion, recipes, sizes, text
 from deimv2_tfg.recipes import (
-    RECIPES,
-    SECOND_RUN,
     FusionConfig,
     Schedule,
     TrainConfig,
@@ -18,11 +16,13 @@ from deimv2_tfg.recipes import (
     fractions_of,
     load_recipe,
     lr_factor,
+    published_recipes,
     shipped_recipes,
     write_recipe,
 )
 from deimv2_tfg.runs import Run
 
+PUBLISHED = published_recipes()
 WRONG = [
     *[(name, -0.001) for name in ("lr", "clip", "warmup", "weight_decay", "cache_gb", "ema")],
     *[(name, math.nan) for name in ("lr", "clip", "warmup", "flat")],
@@ -99,21 +99,21 @@ def test_a_rate_that_never_falls():
 
 
 def test_a_recipe_of_iterations_is_warned_of():
-    recipe = RECIPES["reference, COCO"]
+    recipe = PUBLISHED["reference, COCO"]
     warm, ema = check_recipe(fractions_of(recipe, 715, init="coco"), 715)
     assert "90.9 of 102 epochs" in warm and "446%" in ema
     assert check_recipe(fractions_of(recipe, 118_287, init="coco"), 118_287) == []
     assert check_recipe(TrainConfig("photographs"), 715) == []
-    (hot,) = check_recipe(fractions_of(SECOND_RUN, 715, init="coco"), 715)
+    (hot,) = check_recipe(fractions_of(PUBLISHED["thesis, second run"], 715, init="coco"), 715)
     assert "13 times" in hot
     with pytest.raises(ValueError, match="batch_size, epochs"):
-        fractions_of(RECIPES["thesis, first run"], 715)
+        fractions_of(PUBLISHED["thesis, first run"], 715)
 
 
 def test_the_second_run_ships_as_it_was():
     assert shipped_recipes() == ["thesis_phase2", "thesis_second_run"]
     shipped = load_recipe("thesis_second_run", data_dir="photographs")
-    assert shipped == fractions_of(SECOND_RUN, 715, "photographs", init="coco")
+    assert shipped == fractions_of(PUBLISHED["thesis, second run"], 715, "photographs", init="coco")
     phase2 = load_recipe("thesis_phase2", FusionConfig, run="run", data_dir="photographs")
     assert (phase2.head, phase2.encoder, phase2.epochs) == ("concat", "clip", 20)
 
