@@ -147,6 +147,7 @@ class Batches:
         return self.loader
 
 
+# %% ../nbs/03h_batches.ipynb #epoch-batches
 def epoch_batches(
     view: MixingDataset, config: TrainConfig, epoch: int, first=0, rank=0, processes=1
 ) -> DataLoader:

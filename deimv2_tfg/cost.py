@@ -219,6 +219,7 @@ def way_latency(model: str, image_size: int, way: str, repeats: int) -> np.ndarr
         return latency(network, pixels, repeats)
 
 
+# %% ../nbs/03d_cost.ipynb #latency-table-b
 def latency_table(model: str, sizes=(640, 1024), ways=tuple(WAYS), repeats=20) -> pd.DataFrame:
     """Median and 90th percentile (ms) of one photograph, one row per size and way."""
     rows = []
@@ -332,6 +333,7 @@ def step_memory(step: StepParts, repeats: int) -> dict:
     return {"step_s": seconds, "images/s": len(step.pixels) / seconds, "peak_gb": peak}
 
 
+# %% ../nbs/03d_cost.ipynb #memory-table
 def memory_table(model: str, image_size: int, batch_size: int, repeats: int = 3) -> pd.DataFrame:
     """Seconds and peak memory (GB) of a training step, one row per batch: `batch_size`, half, ...
 
@@ -438,6 +440,7 @@ def _held(model) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers(), *others]
 
 
+# %% ../nbs/03d_cost.ipynb #counted-step-b
 def counted_step(
     config: DetectorConfig,
     image_size: int,
@@ -532,11 +535,13 @@ def lacks_memory(error: Exception) -> bool:
     return named or isinstance(error, torch.OutOfMemoryError)
 
 
+# %% ../nbs/03d_cost.ipynb #part-sizes
 def part_sizes(batch: int) -> list[int]:
     """Sizes of the largest part of a batch that is cut into 1, 2, ... parts, smallest first."""
     return sorted({-(-batch // parts) for parts in range(1, batch + 1)})
 
 
+# %% ../nbs/03d_cost.ipynb #largest-part-b
 def largest_part(batch: int, first: int, fits: Callable) -> int:
     """The largest part of a batch for which `fits(n)`, looked for from `first` on; 0: none.
 
@@ -593,6 +598,7 @@ def _card_row(model: str, image_size: int, batch_size: int, repeats: int) -> dic
     return row | {"waits": waits} | (seconds / whole).to_dict()
 
 
+# %% ../nbs/03d_cost.ipynb #card-table
 def card_table(model="m", rows=((640, 8), (1024, 4)), repeats: int = 5) -> pd.DataFrame:
     """What a card makes of training steps, a row for each of `rows` (pixels, photographs).
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'LIMIT', 'PER_HEAD', 'WEIGHTS', 'box_overlap', 'focal_cost', 'Truth', 'pack_targets',
+    'LIMIT', 'PER_HEAD', 'WEIGHTS', 'box_overlap', 'Truth', 'pack_targets', 'focal_cost',
     'matching_cost', 'assign', 'union_of_matches', 'mal_loss', 'box_losses', 'edge_offsets',
     'two_bins', 'fgl_loss', 'ddf_loss', 'NonFiniteLossError', 'peaks', 'check_peaks',
     'check_targets', 'check_terms', 'fetch', 'send', 'average_over_processes', 'float_outputs',
@@ -61,16 +61,6 @@ def box_overlap(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return iou, iou - _ratio(outer - union, outer)
 
 
-# %% ../nbs/03a_criterion.ipynb #focal-cost
-def focal_cost(score: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
-    """Cost of claiming a class at probability `score`: focal loss as a positive less a negative."""
-    other = 1 - score
-    positive = -alpha * other**gamma * (score + 1e-8).log()
-    share = -(1 - alpha) * score**gamma
-    negative = share * (other + 1e-8).log()
-    return positive - negative
-
-
 # %% ../nbs/03a_criterion.ipynb #truth
 @dataclass(frozen=True)
 class Truth:
@@ -101,7 +91,16 @@ def pack_targets(targets: list[dict], device="cpu") -> Truth:
     return Truth(labels, boxes, counts, image_ids)
 
 
-# %% ../nbs/03a_criterion.ipynb #matching-cost
+# %% ../nbs/03a_criterion.ipynb #focal-cost
+def focal_cost(score: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
+    """Cost of claiming a class at probability `score`: focal loss as a positive less a negative."""
+    other = 1 - score
+    positive = -alpha * other**gamma * (score + 1e-8).log()
+    share = -(1 - alpha) * score**gamma
+    negative = share * (other + 1e-8).log()
+    return positive - negative
+
+
 @torch.no_grad()
 def matching_cost(
     logits: torch.Tensor,
@@ -222,7 +221,6 @@ def edge_offsets(refs: torch.Tensor, boxes: torch.Tensor, reg_scale) -> torch.Te
     return away / unit - reg_scale / 2
 
 
-# %% ../nbs/03a_criterion.ipynb #edge-offsets-2
 def two_bins(offsets: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The bin left of each offset and the share (in [0, 1]) of the bin right of it.
 
@@ -302,7 +300,6 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(f"not finite: {what}. Images of this batch: {self.image_ids}")
 
 
-# %% ../nbs/03a_criterion.ipynb #nonfinitelosserror-b
 def peaks(outputs: dict) -> dict:
     """Largest magnitude of every output; NaN stays NaN.
 
@@ -315,7 +312,6 @@ def peaks(outputs: dict) -> dict:
     return found
 
 
-# %% ../nbs/03a_criterion.ipynb #check-peaks
 def check_peaks(found: dict, image_ids: list) -> None:
     """Raises `NonFiniteLossError` for peaks that are not finite, naming output, layer and images.
 
@@ -348,7 +344,6 @@ def check_targets(labels: np.ndarray, boxes: np.ndarray, truth: Truth, num_class
             raise ValueError(f"targets with {what}: images {sorted(images)}")
 
 
-# %% ../nbs/03a_criterion.ipynb #check-targets-2
 def check_terms(losses: dict, image_ids: list) -> None:
     """Raises `NonFiniteLossError` with the terms that are not finite (waits for the device)."""
     values = torch.stack([value.detach() for value in losses.values()])
@@ -412,7 +407,6 @@ def float_outputs(outputs) -> dict:
     return {name: outputs[name].float() for name in names}
 
 
-# %% ../nbs/03a_criterion.ipynb #heads
 @dataclass(frozen=True)
 class Heads:
     """H heads side by side, the L layers first."""
@@ -461,13 +455,13 @@ class _Draw:
         smaller = torch.tensor([0, 0, -1.0, -1.0])
         return (drawn + smaller).sigmoid().to(self.device).requires_grad_()
 
-    def heads(self, layers, *shape, classes):
-        found = {"layer_logits": self.normal(layers, *shape, classes, mean=-4)}
-        found["layer_boxes"] = self.boxes(layers, *shape)
-        found["layer_corners"] = self.normal(layers, *shape, 132)
-        found["layer_refs"] = self.boxes(layers, *shape).detach()
-        found["pre_logits"] = self.normal(*shape, classes, mean=-4)
-        found["pre_boxes"] = self.boxes(*shape)
+    def heads(self, kind, layers, *shape, classes):
+        found = {f"{kind}layer_logits": self.normal(layers, *shape, classes, mean=-4)}
+        found[f"{kind}layer_boxes"] = self.boxes(layers, *shape)
+        found[f"{kind}layer_corners"] = self.normal(layers, *shape, 132)
+        found[f"{kind}layer_refs"] = self.boxes(layers, *shape).detach()
+        found[f"{kind}pre_logits"] = self.normal(*shape, classes, mean=-4)
+        found[f"{kind}pre_boxes"] = self.boxes(*shape)
         return found
 
 
@@ -481,11 +475,9 @@ def random_outputs(
     draw = _Draw(seed, device)
     outputs = {"enc_logits": draw.normal(batch, queries, num_classes, mean=-4)}
     outputs["enc_boxes"] = draw.boxes(batch, queries)
-    outputs |= draw.heads(layers, batch, queries, classes=num_classes)
-    noisy = 2 * boxes * groups
-    if noisy:
-        heads = draw.heads(layers, batch, noisy, classes=num_classes)
-        outputs |= {f"dn_{name}": value for name, value in heads.items()}
+    outputs |= draw.heads("", layers, batch, queries, classes=num_classes)
+    if noisy := 2 * boxes * groups:
+        outputs |= draw.heads("dn_", layers, batch, noisy, classes=num_classes)
         starts = torch.arange(groups)[:, None] * 2 * boxes
         positive = (starts + torch.arange(boxes)).flatten()
         outputs |= {"dn_num_group": groups, "dn_num_split": [noisy, queries]}
@@ -507,8 +499,7 @@ def denoising_pairs(positive: list, counts: np.ndarray, num_group: int) -> np.nd
     `counts` (B,): targets of each image. `ValueError` if the two do not agree.
     """
     lengths = np.array([len(places) for places in positive])
-    expected = np.asarray(counts) * num_group
-    wrong = np.flatnonzero(lengths != expected).tolist()
+    wrong = np.flatnonzero(lengths != np.asarray(counts) * num_group).tolist()
     if wrong:
         raise ValueError(
             f"dn_positive_idx does not hold {num_group} queries for every target, "

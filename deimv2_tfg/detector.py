@@ -354,6 +354,7 @@ def bin_offsets(bins: int, up: torch.Tensor, reg_scale: torch.Tensor) -> torch.T
     return torch.cat([-right.flip(0), torch.zeros_like(bound), right])
 
 
+# %% ../nbs/03_detector.ipynb #corners-to-boxes
 def corners_to_boxes(corners, refs, offsets, reg_scale) -> torch.Tensor:
     """Boxes (..., 4) cxcywh from distributions over the four edges of reference boxes.
 

@@ -82,6 +82,7 @@ def takes_plain_input(model: torch.nn.Module) -> bool:
     return any(getattr(part, "plain_input", False) for part in model.modules())
 
 
+# %% ../nbs/03b_evaluation.ipynb #evaluated-b
 class _Evaluated(torch.utils.data.Dataset):
     """The photographs of a data set after the evaluation transform: (pixel_values, target)."""
 

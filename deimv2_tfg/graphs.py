@@ -69,6 +69,7 @@ def fixed_pass(model: Detector, pixel_values, anchors: tuple, noise=None, every_
     return refine(model, memory, shapes, noise, every_layer, anchors)
 
 
+# %% ../nbs/03m_graphs.ipynb #padded-forward
 def padded_forward(model: Detector, run, pixel_values, targets=None) -> DetectorOutput:
     """`Detector.forward` with padded denoising queries; `run` is `fixed_pass` or like it."""
     shapes = map_shapes(model, pixel_values)
@@ -119,6 +120,7 @@ def _captured_forward(model, part, shape, pixel_values, targets=None) -> Detecto
         return detect(model, memory, map_shapes(model, pixel_values), targets)
 
 
+# %% ../nbs/03m_graphs.ipynb #capture-encoder-b
 def capture_encoder(model: Detector, pixel_values: torch.Tensor, dtype=None) -> Detector:
     """Let training run backbone and encoder as one CUDA graph; the model itself is returned.
 

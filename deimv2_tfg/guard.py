@@ -241,6 +241,7 @@ def loss_scale(accelerator) -> float:
     return scaler.get_scale() / scaler.get_backoff_factor() if scaler else 1.0
 
 
+# %% ../nbs/03g_guard.ipynb #is-incident
 ROUTINE_SCALE = 1024  # in fp16 the scale is sought from above: an overflow down to here is routine
 
 

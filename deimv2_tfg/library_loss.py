@@ -8,12 +8,13 @@ __all__ = [
 ]  # fmt: skip
 
 # %% ../nbs/03j_library_loss.ipynb #library_loss-imports
-import time
+from functools import partial
 
 import pandas as pd
 import torch
 
 from .core import default_device
+from .cost import seconds_of
 from .criterion import Criterion, random_outputs
 
 
@@ -22,6 +23,7 @@ def _behind_denoising(outputs, what, axis) -> torch.Tensor:
     return torch.cat([outputs[f"dn_{what}"], outputs[what]], axis)
 
 
+# %% ../nbs/03j_library_loss.ipynb #transformers-arguments-b
 def transformers_arguments(outputs, targets: list[dict]) -> dict:
     """Training outputs with denoising, and targets, as arguments of `transformers_terms`."""
     from transformers import Deimv2Config  # here, because only this comparison needs it
@@ -32,12 +34,11 @@ def transformers_arguments(outputs, targets: list[dict]) -> dict:
         layers = _behind_denoising(outputs, f"layer_{what}", 2)
         heads.append(torch.cat([pre[None], layers]).transpose(0, 1))
     classes, boxes = heads
-    names = ("dn_num_split", "dn_num_group", "dn_positive_idx")
-    book = {name: outputs[name] for name in names}
-    book["dn_positive_idx"] = [
-        torch.as_tensor(places, device=classes.device) for places in book["dn_positive_idx"]
-    ]
-    arguments = {"outputs_class": classes, "outputs_coord": boxes, "device": classes.device}
+    device = classes.device
+    book = {name: outputs[name] for name in ("dn_num_split", "dn_num_group")}
+    places = outputs["dn_positive_idx"]
+    book["dn_positive_idx"] = [torch.as_tensor(queries, device=device) for queries in places]
+    arguments = {"outputs_class": classes, "outputs_coord": boxes, "device": device}
     arguments["logits"] = classes[:, -1]
     arguments["pred_boxes"] = boxes[:, -1]
     arguments["enc_topk_logits"] = outputs["enc_logits"]
@@ -48,9 +49,11 @@ def transformers_arguments(outputs, targets: list[dict]) -> dict:
     arguments["predicted_corners"] = corners.transpose(0, 1)
     arguments["initial_reference_points"] = refs.transpose(0, 1)
     arguments["labels"] = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
-    return arguments | {"config": Deimv2Config(num_labels=classes.shape[-1])}
+    arguments["config"] = Deimv2Config(num_labels=classes.shape[-1])
+    return arguments
 
 
+# %% ../nbs/03j_library_loss.ipynb #transformers-terms
 def transformers_terms(arguments: dict) -> dict:
     """The named terms of transformers' own loss."""
     from transformers.loss.loss_deimv2 import Deimv2ForObjectDetectionLoss
@@ -59,19 +62,13 @@ def transformers_terms(arguments: dict) -> dict:
 
 
 # %% ../nbs/03j_library_loss.ipynb #bench-criterion
-def _seconds(step, leaves, device) -> float:
-    "Wall time of forward and backward, the device's queue included."
+def _forward_and_backward(compute, leaves):
     for leaf in leaves:
         leaf.grad = None
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    sum(step().values()).backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    sum(compute().values()).backward()
 
 
+# %% ../nbs/03j_library_loss.ipynb #bench-criterion-b
 def bench_criterion(
     batch=16, boxes=4, queries=300, groups=25, num_classes=6, repeats=7, device=None, seed=0
 ) -> pd.DataFrame:
@@ -79,25 +76,28 @@ def bench_criterion(
 
     In turn, `repeats` times: number of terms, median and least seconds, speed-up (of medians).
     """
-    device = str(device or default_device())
+    device = torch.device(device or default_device())
     shape = {"batch": batch, "boxes": boxes, "queries": queries, "groups": groups}
     outputs, targets = random_outputs(num_classes, **shape, seed=seed, device=device)
     theirs = {}
     for name, value in transformers_arguments(outputs, targets).items():
         leaf = torch.is_tensor(value)
         theirs[name] = value.detach().contiguous().requires_grad_() if leaf else value
-    steps = {
+    losses = {
         "this chapter": lambda: Criterion(num_classes)(outputs, targets),
         "transformers": lambda: transformers_terms(theirs),
     }
     values = [*outputs.values(), *theirs.values()]
     leaves = [value for value in values if torch.is_tensor(value) and value.requires_grad]
-    times = pd.DataFrame(columns=list(steps))
-    for i in range(repeats + 1):
-        for name, step in steps.items():
-            times.loc[i, name] = _seconds(step, leaves, device)
-    times = times.astype(float)[1:]  # the first round warms up
+    times = []
+    for _ in range(repeats + 1):
+        row = {}
+        for name, compute in losses.items():
+            call = partial(_forward_and_backward, compute, leaves)
+            row[name] = seconds_of(call, device)
+        times.append(row)
+    times = pd.DataFrame(times[1:])  # the first round warms up
     table = pd.DataFrame({"median_s": times.median(), "least_s": times.min()})
-    table.insert(0, "terms", [len(step()) for step in steps.values()])
+    table.insert(0, "terms", [len(compute()) for compute in losses.values()])
     table["speedup"] = table.median_s["transformers"] / table.median_s
-    return table.assign(device=device, threads=torch.get_num_threads())
+    return table.assign(device=str(device), threads=torch.get_num_threads())

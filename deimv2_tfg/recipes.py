@@ -50,6 +50,7 @@ class Within:
         return f"{'above' if self.above else 'at least'} {self.low:g}"
 
 
+# %% ../nbs/03f_recipes.ipynb #within-2
 FRACTION = Within(0, 1)
 POSITIVE = Within(0, above=True)
 NOT_NEGATIVE = Within(0)
@@ -202,6 +203,7 @@ def scaled_lr(config: TrainConfig) -> float:
     return config.lr * LR_RULES[config.lr_rule](config.batch_size)
 
 
+# %% ../nbs/03f_recipes.ipynb #frozen-stages
 def frozen_stages(config: TrainConfig) -> int:
     """Stages of EfficientNet-Lite0 that this training leaves as they are, its stem included."""
     if config.frozen is not None:
@@ -218,6 +220,7 @@ class Schedule(typing.NamedTuple):
     lr_end: float
 
 
+# %% ../nbs/03f_recipes.ipynb #lr-factor-b
 def lr_factor(schedule: Schedule | TrainConfig, done: float) -> float:
     """Factor on the learning rate when the fraction `done` of training is over.
 
@@ -314,8 +317,9 @@ class IterationRecipe:
         return [name for name in names if getattr(self, name) is None]
 
 
+# %% ../nbs/03f_recipes.ipynb #published-recipes
 def published_recipes() -> dict[str, IterationRecipe]:
-    """The recipes of the package's `published.yml`, by name: of the paper, the thesis, the family."""
+    """The recipes of `published.yml` by name: of the paper, the thesis and the family."""
     stated = yaml.safe_load((PACKAGE / "published.yml").read_text(encoding="utf-8"))
     return {name: IterationRecipe(**fields) for name, fields in stated.items()}
 
@@ -385,6 +389,7 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yml"))
 
 
+# %% ../nbs/03f_recipes.ipynb #recipe-fields
 def recipe_fields(recipe) -> dict:
     """The fields that a recipe sets: of a file, or of one that ships, by its name.
 
