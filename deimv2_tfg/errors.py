@@ -62,11 +62,11 @@ def _objects(evaluator: COCOeval) -> pd.DataFrame:
         ids = np.asarray(e["gtIds"], dtype=int)
         found |= set(ids[matched & counts].tolist())
     annotated = evaluator.cocoGt.anns
-    objects = {i: a for i, a in annotated.items() if not a["iscrowd"]}
-    columns = ["image_id", "category_id", "bbox"]
-    table = pd.DataFrame(list(objects.values()), index=list(objects), columns=columns)
-    table["found"] = [i in found for i in objects]
-    return table
+    columns = ["image_id", "category_id", "bbox", "iscrowd"]
+    table = pd.DataFrame(list(annotated.values()), index=list(annotated), columns=columns)
+    table["found"] = table.index.isin(found)
+    crowd = table.pop("iscrowd").astype(bool)
+    return table[~crowd]
 
 
 # %% ../nbs/07a_errors.ipynb #errors-in
@@ -86,8 +86,7 @@ def _errors_in(e: dict, boxes: list, near: pd.DataFrame) -> list[dict]:
         match = int(e["dtMatches"][0][k])
         kind, about = "right", match
         if not match:
-            near_own, near_other = iou[k] * own, iou[k] * ~own
-            kind, place = _kind(near_own, near_other, taken)
+            kind, place = _kind(iou[k] * own, iou[k] * ~own, taken)
             about = near.index[place] if place >= 0 else -1
         error = {key: e[key] for key in ("image_id", "category_id")}
         error |= {"score": e["dtScores"][k], "bbox": box, "kind": kind}
@@ -115,8 +114,7 @@ def detection_errors(annotations: dict, results: list) -> tuple[pd.DataFrame, pd
         boxes = [found[i]["bbox"] for i in e["dtIds"]]
         errors += _errors_in(e, boxes, near.get(e["image_id"], none))
     errors = pd.DataFrame(errors, columns=DETECTION)
-    rows = {i: row for row, i in enumerate(objects.index)}
-    errors["object"] = [rows.get(i, -1) for i in errors["object"]]
+    errors["object"] = objects.index.get_indexer(errors["object"])
     objects = objects.reset_index(drop=True)
     excused = errors["object"][errors["kind"].isin(CORRECTABLE)]
     lost = ~objects["found"].astype(bool)

@@ -248,9 +248,9 @@ def _draw_curve(ax: plt.Axes, part: pd.DataFrame, style: dict, score: float) -> 
 
 # %% ../nbs/07_results.ipynb #plot-precision-recall-2
 def plot_precision_recall(
-    curve: pd.DataFrame, score: float = 0.5, iou: float = 0.5, language: str = "en"
+    curve: pd.DataFrame, score: float = 0.5, language: str = "en"
 ) -> plt.Figure:
-    """Curves of `precision_recall` at one IoU, their mean, and each one's point at a score."""
+    """Curves of `precision_recall` at IoU .50, their mean, and each one's point at a score."""
     fig, ax = plt.subplots(figsize=(6.2, 3.4))
     for k, (name, part) in enumerate(curve.groupby("class", sort=False)):
         area = part["precision"].mean()
@@ -265,7 +265,7 @@ def plot_precision_recall(
     ax.set(xlim=(0, 1.01), ylim=(0, 1.02))
     ax.set_xlabel(gettext("recall", language))
     ax.set_ylabel(gettext("precision", language))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), title=f"AP{100 * iou:.0f}")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), title="AP50")
     return finish(fig, language)
 
 
@@ -293,12 +293,12 @@ def _sheet_axes(n: int, columns: int) -> np.ndarray:
 
 
 # %% ../nbs/07_results.ipynb #chosen-points
-def chosen_points(run: str | Path | Run, split: str = "test", data_dir=None) -> pd.DataFrame:
+def chosen_points(run: str | Path | Run, split: str = "test") -> pd.DataFrame:
     """Thresholds by class (`working_points`) chosen on val; 0.5 where val was not predicted."""
     run = Run(run)
     if run.has_predictions("val"):
-        return working_points(run.annotations("val", data_dir), run.predictions("val"))
-    names = [c["name"] for c in run.annotations(split, data_dir)["categories"]]
+        return working_points(run.annotations("val"), run.predictions("val"))
+    names = [c["name"] for c in run.annotations(split)["categories"]]
     return pd.DataFrame({"class": names, "threshold": 0.5})
 
 
@@ -309,7 +309,6 @@ def prediction_sheet(
     threshold: float = 0.5,
     points: pd.DataFrame | None = None,
     split: str = "test",
-    data_dir: str | Path | None = None,
     language: str = "en",
     others: dict[str, Run] | None = None,
 ) -> plt.Figure:
@@ -320,7 +319,7 @@ def prediction_sheet(
     were chosen on val.
     """
     run = Run(run)
-    coco = run.annotations(split, data_dir)
+    coco = run.annotations(split)
     categories = sorted(coco["categories"], key=lambda c: c["id"])
     classes = [c["name"] for c in categories]
     if points is None:
@@ -328,11 +327,11 @@ def prediction_sheet(
     columns = {"annotated": coco["annotations"]}
     columns["predicted"] = kept_results(coco, run.predictions(split), points)
     for title, other in (others or {}).items():
-        own = chosen_points(other, split, data_dir)
+        own = chosen_points(other, split)
         columns[title] = kept_results(coco, Run(other).predictions(split), own)
     labels = {c["id"]: k for k, c in enumerate(categories)}
     names = short_titles(classes, language)
-    folder = Path(data_dir or run.data_dir) / split / "images"
+    folder = run.data_dir / split / "images"
     files = {i["id"]: i["file_name"] for i in coco["images"]}
     rows = _sheet_axes(len(images), len(columns))
     for image_id, row in zip(images, rows, strict=False):
