@@ -70,39 +70,23 @@ def index_truth(annotations: str | Path | dict) -> COCO:
 RESULT = ("image_id", "category_id", "bbox", "score")
 
 
-def _check_results(truth: COCO, results: list) -> None:
-    for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
-        unknown = sorted({r[key] for r in results} - set(known))
-        if unknown:
-            there = f"{sorted(known)[:10]}..."
-            raise ValueError(f"results name {key} {unknown[:5]}, the annotations have {there}")
-    numbers = [[r["score"], *r["bbox"]] for r in results]
-    if not np.isfinite(numbers).all():
-        raise ValueError("results hold a score or a box that is not finite")
-
-
-# %% ../nbs/01g_metrics.ipynb #index-results
 def index_results(truth: COCO, results: list) -> COCO:
     """pycocotools' index over a copy of COCO results; the list may be empty.
 
     Raises ValueError for an image id or category id that `truth` does not have, and for a score or
     box that is not finite.
     """
-    _check_results(truth, results)
+    for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
+        if unknown := sorted({r[key] for r in results} - set(known)):
+            there = f"{sorted(known)[:10]}..."
+            raise ValueError(f"results name {key} {unknown[:5]}, the annotations have {there}")
+    numbers = [[r["score"], *r["bbox"]] for r in results]
+    if not np.isfinite(numbers).all():
+        raise ValueError("results hold a score or a box that is not finite")
     return _index(truth.dataset["images"], truth.dataset["categories"], results, RESULT)
 
 
-# %% ../nbs/01g_metrics.ipynb #category-ids
-def _category_ids(truth: COCO, classes: list | None) -> list[int]:
-    """Ids of the classes named, or of all, in id order. Raises ValueError for an unknown name."""
-    categories = sorted(truth.dataset["categories"], key=lambda c: c["id"])
-    ids = {c["name"]: c["id"] for c in categories}
-    unknown = [name for name in classes or [] if name not in ids]
-    if unknown:
-        raise ValueError(f"no such class: {unknown}; the annotations have {list(ids)}")
-    return [ids[name] for name in classes or ids]
-
-
+# %% ../nbs/01g_metrics.ipynb #run-cocoeval
 def run_cocoeval(
     annotations: str | Path | dict, results: list, classes: list | None = None
 ) -> COCOeval:
@@ -111,8 +95,12 @@ def run_cocoeval(
     Raises ValueError for a class name that the annotations do not have.
     """
     truth = index_truth(annotations)
+    categories = sorted(truth.dataset["categories"], key=itemgetter("id"))
+    ids = {c["name"]: c["id"] for c in categories}
+    if unknown := [name for name in classes or [] if name not in ids]:
+        raise ValueError(f"no such class: {unknown}; the annotations have {list(ids)}")
     evaluator = COCOeval(truth, index_results(truth, results), "bbox")
-    evaluator.params.catIds = _category_ids(truth, classes)
+    evaluator.params.catIds = [ids[name] for name in classes or ids]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.evaluate()
         evaluator.accumulate()
@@ -165,6 +153,7 @@ def _joined(found: list, key: str, thresholds: int) -> np.ndarray:
     return np.concatenate([none, *parts], axis=1)
 
 
+# %% ../nbs/01g_metrics.ipynb #class-matches-2
 def class_matches(evaluator: COCOeval, k: int) -> ClassMatches:
     """Matches of the evaluator's k-th class, all sizes, at most 100 detections an image."""
     params = evaluator.params

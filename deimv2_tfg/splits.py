@@ -129,8 +129,9 @@ def deal(counts, shares, seed: int = 0) -> np.ndarray:
     rarity = (counts / np.maximum(counts.sum(0), 1)).sum(1)  # large groups and rare classes first
     mixed = np.random.default_rng(seed).permutation(len(counts))
     for group in mixed[np.argsort(-rarity[mixed], kind="stable")]:
+        before = (have - wanted) ** 2
         after = (have + counts[group] - wanted) ** 2
-        cost = (after - (have - wanted) ** 2) / np.maximum(wanted, 1)
+        cost = (after - before) / np.maximum(wanted, 1)
         given[group] = cost.sum(1).argmin()
         have[given[group]] += counts[group]
     size = counts.sum(1)
@@ -259,8 +260,9 @@ def write_folds(
     how = {"kind": "fold", "folds": k, "by": list(by), "column": column, "seed": seed}
     folders = []
     for fold in range(k):
-        role = table["share"].map({fold: 2, (fold + 1) % k: 1}).fillna(0)
-        folder = write_assignment(root, Path(out) / f"fold{fold}", table.assign(share=role))
+        roles = {fold: 2, (fold + 1) % k: 1}
+        dealt = table.assign(share=table["share"].map(roles).fillna(0))
+        folder = write_assignment(root, Path(out) / f"fold{fold}", dealt)
         freeze(folder, how | {"fold": fold})
         folders.append(folder)
     return folders
@@ -280,8 +282,9 @@ def manifest_of(root, made: dict | None = None) -> dict:
     paths = []
     for split in SPLITS:
         folder = root / split / "images"
+        images = _read(root, split)["images"]
         paths.append(annotation_file(root, split))
-        paths += [folder / image["file_name"] for image in _read(root, split)["images"]]
+        paths += [folder / image["file_name"] for image in images]
     digests = {path.relative_to(root).as_posix(): file_digest(path) for path in set(paths)}
     files = dict(sorted(digests.items()))
     lines = [f"{name} {digest}".encode() for name, digest in files.items()]
@@ -308,7 +311,7 @@ def freeze(root, made: dict | None = None) -> Path:
 def changes_between(old: dict, new: dict, most: int = 10) -> list[str]:
     """What differs between two manifests, one line per file, the first `most` and a count."""
     before, now = old["files"], new["files"]
-    lines = [f"changed: {k}" for k in before if k in now and before[k] != now[k]]
+    lines = [f"changed: {k}" for k in before if before[k] != now.get(k, before[k])]
     lines += [f"gone: {k}" for k in before if k not in now]
     lines += [f"new: {k}" for k in now if k not in before]
     if len(lines) > most:
@@ -396,7 +399,7 @@ def _source(data_dir, images: str, staging: Path) -> tuple[Path, tuple[str, ...]
     present = tuple(split for split in SPLITS if annotation_file(data_dir, split).is_file())
     files = [data_dir] if data_dir.is_file() else sorted(data_dir.glob("*.json"))
     if present or not files:
-        return data_dir, present or SPLITS
+        return require_dataset(data_dir, present or SPLITS), present or SPLITS
     if len(files) > 1:
         found = ", ".join(file.name for file in files)
         raise DatasetError(f"{data_dir} holds {found}: give the one that is to be split")
@@ -405,19 +408,12 @@ def _source(data_dir, images: str, staging: Path) -> tuple[Path, tuple[str, ...]
         raise DatasetError(f"{files[0]} is no COCO file: it has no list of images")
     write_json(annotation_file(staging, "all"), coco)
     (staging / "all" / "images").symlink_to(_folder_of(files[0], images))
-    _require_sound(files[0], staging)
-    return staging, ("all",)
-
-
-# %% ../nbs/01e_splits.ipynb #require-sound
-def _require_sound(file: Path, staging: Path):
-    """Raises `DatasetError` that names the file itself, and not its place in the staged set."""
     try:
-        require_dataset(staging, ("all",))
+        return require_dataset(staging, ("all",)), ("all",)
     except DatasetError as e:
         said = str(e).removesuffix(LAYOUT)
         for staged in (str(staging), "all/all.json"):
-            said = said.replace(staged, file.name)
+            said = said.replace(staged, files[0].name)
         way_out = "Make a data set of it first (`deimv2-tfg import`), or export it again."
         raise DatasetError(said + way_out) from None
 
@@ -447,11 +443,9 @@ def split(
         raise ValueError(f"shares={shares!r}: three numbers over 0, for train, val and test")
     with tempfile.TemporaryDirectory() as staging:
         root, splits = _source(data_dir, images, Path(staging))
-        require_dataset(root, splits)
         how = {"by": reasons, "column": column, "seed": seed, "splits": splits}
         if folds:
-            folders = write_folds(root, out, folds, **how)
-            print(*folders, sep="\n")
+            print(*write_folds(root, out, folds, **how), sep="\n")
             return
         table = assign_shares(root, wanted, **how)
         made = write_assignment(root, out, table)
