@@ -575,12 +575,12 @@ def _place(page: Study, name: str) -> Path:
 
 
 # %% ../nbs/00d_figures.ipynb #save-figure
-def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=None) -> Path:
+def save_figure(fig, page: Study, name: str, data=None, caption="", runs=()) -> Path:
     """Save a figure as PDF and a small PNG, and its data as CSV. Returns the PNG's path.
 
     fig: a figure, or {language: figure} of one that cannot be drawn from its data alone; those of
     other languages are `<name>_<language>.pdf`. page: the opened study, whose `chapter` is the
-    folder; by: functions that drew it (default: those that the calling cell names).
+    folder.
     """
     path = _place(page, name)
     figures = dict(fig) if isinstance(fig, dict) else {"en": fig}
@@ -593,7 +593,7 @@ def save_figure(fig, page: Study, name: str, data=None, caption="", runs=(), by=
     figures["en"].savefig(path.with_suffix(".png"), **fixed)
     if data is not None:
         _to_csv(data, path)
-    _note(sys._getframe(1), page, name, "figure", caption, runs, by)
+    _note(sys._getframe(1), page, name, "figure", caption, runs, None)
     return path.with_suffix(".png")
 
 

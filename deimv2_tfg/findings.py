@@ -119,17 +119,10 @@ class Report:
 
     def summary(self) -> pd.DataFrame:
         """One row per kind: how often, and where for the first time; errors first."""
-        rows = (
-            self.table()
-            .groupby("kind", sort=False)
-            .agg(
-                severity=("severity", "first"),
-                found=("file", "size"),
-                first=("file", "first"),
-                field=("field", "first"),
-            )
-        )
-        return rows.sort_values("severity", kind="stable")
+        kinds = self.table().groupby("kind", sort=False)
+        rows = kinds[["severity", "file", "field"]].first()
+        rows.insert(1, "found", kinds.size())
+        return rows.rename(columns={"file": "first"}).sort_values("severity", kind="stable")
 
 
 # %% ../nbs/00g_findings.ipynb #sheet

@@ -20,6 +20,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -378,9 +379,8 @@ def look_at(path) -> Photograph:
         header = header_of(path)
         if header.problem:
             return header
-        if header.size[0] * header.size[1] < LARGE:
-            return _look(path, header)
-        with _one_large:
+        width, height = header.size
+        with _one_large if width * height >= LARGE else nullcontext():
             return _look(path, header)
     except OSError as e:
         return Photograph(path, "unreadable", str(e))
