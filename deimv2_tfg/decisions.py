@@ -123,18 +123,6 @@ def kept_results(annotations: dict, results: list, points: pd.DataFrame) -> list
     return [r for r in results if r["score"] >= threshold[r["category_id"]]]
 
 
-# %% ../nbs/03c_decisions.ipynb #with-rates
-def _with_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns FN, precision, recall and F1 from objects, TP and FP."""
-    tp, objects = table["TP"], table["objects"]
-    kept = tp + table["FP"]
-    table["FN"] = objects - tp
-    table["precision"] = tp / kept
-    table["recall"] = tp / objects
-    table["F1"] = 2 * tp / (kept + objects)
-    return table
-
-
 # %% ../nbs/03c_decisions.ipynb #at-working-points-2
 def at_working_points(
     annotations: dict, results: list, points: pd.DataFrame, iou: float = 0.5
@@ -157,7 +145,13 @@ def at_working_points(
     table = pd.DataFrame(rows)
     total = table[["objects", "TP", "FP"]].sum()
     table.loc[len(table)] = {"class": "all", "threshold": np.nan, **total}
-    return _with_rates(table)
+    tp, objects = table["TP"], table["objects"]
+    kept = tp + table["FP"]
+    table["FN"] = objects - tp
+    table["precision"] = tp / kept
+    table["recall"] = tp / objects
+    table["F1"] = 2 * tp / (kept + objects)
+    return table
 
 
 # %% ../nbs/03c_decisions.ipynb #leftovers

@@ -9,7 +9,7 @@ __all__ = [
     'FUSION_RANGES', 'SHIPPED', 'Within', 'check_fields', 'TrainConfig', 'scaled_lr',
     'frozen_stages', 'Schedule', 'lr_factor', 'FusionConfig', 'IterationRecipe',
     'published_recipes', 'fractions_of', 'check_recipe', 'shipped_recipes', 'recipe_fields',
-    'load_recipe', 'config_of', 'write_recipe',
+    'load_recipe', 'config_of',
 ]  # fmt: skip
 
 # %% ../nbs/03f_recipes.ipynb #recipes-imports
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import PACKAGE, atomic_write
+from .core import PACKAGE
 from .runs import Run
 
 
@@ -425,14 +425,3 @@ def config_of(run, kind: type = TrainConfig, **changes):
     known = [f.name for f in dataclasses.fields(kind)]
     stored = {name: value for name, value in Run(run).config.items() if name in known}
     return kind(**stored | changes)
-
-
-# %% ../nbs/03f_recipes.ipynb #write-recipe
-def write_recipe(path, config, note: str = "") -> Path:
-    """Write the fields of a configuration that are not None as YAML, under a comment."""
-    fields = {}
-    for name, value in vars(config).items():
-        if value is not None:
-            fields[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    comment = "".join(f"# {line}\n" for line in note.splitlines())
-    return atomic_write(path, comment + yaml.safe_dump(fields, sort_keys=False))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForObjectDetection
 
+from deimv2_tfg import Predictor
 from deimv2_tfg.cli import main
 from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.data import load_dataset
@@ -423,7 +424,7 @@ def test_converted_weights_predict_are_judged_and_exported(smoke_data, tmp_path,
     assert main(["predict", out, images, *options]) == 0
     convert_weights(tmp_path / "p.pth", tmp_path / "unnamed", "tiny", image_size=64)
     assert main(["predict", str(tmp_path / "unnamed"), images, *options]) == 0
-    notes = export_notes(tmp_path / "unnamed", load_detector(tmp_path / "unnamed"), (64, 64))
+    notes = export_notes(Predictor.open(str(tmp_path / "unnamed")))
     assert notes["classes"] == [f"class_{k}" for k in range(6)]
     capsys.readouterr()
     assert main(["predict", out, images, *options[:3]]) != 0

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from page_code import page_module
 
 from deimv2_tfg import baselines, data, fusion, recipes, sizes, text
 from deimv2_tfg.recipes import (
@@ -18,7 +19,6 @@ from deimv2_tfg.recipes import (
     lr_factor,
     published_recipes,
     shipped_recipes,
-    write_recipe,
 )
 from deimv2_tfg.runs import Run
 
@@ -120,6 +120,7 @@ def test_the_second_run_ships_as_it_was():
 
 def test_a_recipe_is_written_and_read(tmp_path):
     config = TrainConfig(tmp_path, lr=1e-3, mosaic=0.5, backbone_lr=0.1, runs_dir=str(tmp_path))
+    write_recipe = page_module("03f_recipes").write_recipe
     path = write_recipe(tmp_path / "mine.yml", config, "one\ntwo")
     assert path.read_text().startswith("# one\n# two\n")
     assert load_recipe(path) == dataclasses.replace(config, data_dir=str(tmp_path))
