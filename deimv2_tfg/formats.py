@@ -692,6 +692,14 @@ def write_voc(found: Foreign, out: str | Path) -> Path:
 
 
 # %% ../nbs/01b_formats.ipynb #read-yolo
+def _around(points: Iterable) -> tuple[float, float, float, float]:
+    """(x, y, w, h) around points (n, 2)."""
+    points = np.asarray(list(points), float)
+    low = points.min(0)
+    size = points.max(0) - low
+    return tuple(map(float, (*low, *size)))
+
+
 def _yolo_box(values: list[float], keypoints: bool) -> tuple[float, float, float, float]:
     """(cx, cy, w, h) of the numbers of a line: a box, or the box around a polygon."""
     if keypoints:
@@ -699,9 +707,8 @@ def _yolo_box(values: list[float], keypoints: bool) -> tuple[float, float, float
     if len(values) == 4:
         box = tuple(values)
     elif len(values) >= 6 and len(values) % 2 == 0:
-        xs, ys = values[0::2], values[1::2]
-        w, h = max(xs) - min(xs), max(ys) - min(ys)
-        box = (min(xs) + w / 2, min(ys) + h / 2, w, h)
+        x, y, w, h = _around(zip(values[0::2], values[1::2], strict=True))
+        box = (x + w / 2, y + h / 2, w, h)
     else:
         raise ValueError(f"{len(values)} numbers after the class")
     if max(values) > 1.001 or min(values) < -0.001:
@@ -861,13 +868,6 @@ def write_yolo(found: Foreign, out: str | Path) -> Path:
 
 
 # %% ../nbs/01b_formats.ipynb #read-cvat
-def _around(points: Iterable) -> tuple[float, float, float, float]:
-    """(x, y, w, h) around points (n, 2)."""
-    points = np.asarray(list(points), float)
-    low = points.min(0)
-    return tuple(float(v) for v in (*low, *(points.max(0) - low)))
-
-
 CVAT_SIDES = {
     "box": ("xtl", "ytl", "xbr", "ybr"),
     "mask": ("left", "top", "width", "height"),
@@ -890,7 +890,9 @@ def _cvat_box(shape) -> tuple[float, float, float, float]:
         if sum(_finite(run, "rle") for run in (shape.get("rle") or "").split(",")) != c * d:
             raise ValueError(f"the mask's rle does not fill its {c:g} x {d:g} pixels")
         return a, b, c, d
-    box = (a, b, c - a, d - b) if shape.tag == "box" else (a - c, b - d, 2 * c, 2 * d)
+    box = (a, b, c - a, d - b)
+    if shape.tag == "ellipse":
+        box = (a - c, b - d, 2 * c, 2 * d)
     return _turned(box, _finite(shape.get("rotation", "0"), "rotation"))
 
 

@@ -177,7 +177,8 @@ def _require_shares(table: pd.DataFrame, n: int, by):
     if not empty:
         return
     sizes = table["group"].value_counts()
-    first = table[table["group"] == sizes.index[0]].iloc[0]
+    in_largest = table["group"] == sizes.index[0]
+    first = table[in_largest].iloc[0]
     names = SPLITS if n == len(SPLITS) else [f"share {k}" for k in range(n)]
     what = " and ".join(names[k] for k in empty)
     largest = f"{sizes.iloc[0]} of {len(table)} photographs are in the largest"
