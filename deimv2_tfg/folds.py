@@ -59,6 +59,7 @@ def fold_configs(config: TrainConfig) -> list[TrainConfig]:
     return configs
 
 
+# %% ../nbs/07f_folds.ipynb #part-train-folds
 def train_folds(config: TrainConfig) -> list[Run]:
     """Train a configuration on every fold, and evaluate each run on its own test.
 
@@ -80,6 +81,7 @@ def _photographs(run: Run, split: str, data_dir: Path) -> list[str]:
     return [f"{i.get('source_split', '')}/{i.get('source_name', i['file_name'])}" for i in images]
 
 
+# %% ../nbs/07f_folds.ipynb #part-pooled
 def pooled(runs: dict[Path, Run], split: str = "test") -> list[ClassMatches]:
     """Matches of all folds as one table a class, in the order of the folds.
 
@@ -126,6 +128,7 @@ def by_fold(seeds: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# %% ../nbs/07f_folds.ipynb #part-open-network
 def open_network(seeds: dict, draws: int = 2000, seed: int = 0) -> Network:
     """Its pooled matches, from {seed: {fold: run}}; on the same folds the draws are the same."""
     tables = [pooled(folds) for folds in seeds.values()]

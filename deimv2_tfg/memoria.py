@@ -82,6 +82,7 @@ def _backbone_texts(config: DetectorConfig) -> dict[str, list[str]]:
     return {"vit": vit, "adapter": adapter, "fusion": maps}
 
 
+# %% ../nbs/09a_memoria.ipynb #part-detector-texts
 def _detector_texts(config: DetectorConfig) -> dict[str, list[str]]:
     """Lines of the boxes from the encoder on."""
     texts = {"encoder": ["hybrid encoder", f"channels: {config.width}"]}
@@ -157,6 +158,7 @@ def stored(folder: Path, name: str, index: str = "run") -> pd.DataFrame:
     return table.drop_duplicates(index).set_index(index)
 
 
+# %% ../nbs/09a_memoria.ipynb #part-network
 def _network(name: str) -> str:
     """A network's name without what chapters write differently: size, signs, capitals."""
     plain = re.sub(r", \d+ px", "", str(name)).lower()
@@ -252,6 +254,7 @@ def plot_against_cost(networks: pd.DataFrame, language: str = "en") -> plt.Figur
     return finish(fig, language)
 
 
+# %% ../nbs/09a_memoria.ipynb #part-short-name
 def _short_name(model: str, language: str) -> str:
     """A network's name in a language, without its input size."""
     parts = re.sub(r", \d+ px", "", model).split(", ")
@@ -282,6 +285,7 @@ def picture(record: dict, folder: Path, build: Path, language: str) -> tuple[Pat
     return None
 
 
+# %% ../nbs/09a_memoria.ipynb #part-save
 def _save(figure: plt.Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, bbox_inches="tight", metadata={"CreationDate": None})
@@ -296,6 +300,7 @@ def _told(record: dict, language: str) -> dict[str, str]:
     return {"caption": caption, "source": source_of(record, language)}
 
 
+# %% ../nbs/09a_memoria.ipynb #part-figure-entry
 def figure_entry(record: dict, folder: Path, build: Path, language: str) -> dict | None:
     """Path (below build), caption and source of a figure; None where it is lost."""
     found = picture(record, folder, build, language)
@@ -327,6 +332,7 @@ def _cells(table: pd.DataFrame, column: str, language: str) -> list[str]:
     return for_print(table, language, [column]).iloc[:, 0].tolist()
 
 
+# %% ../nbs/09a_memoria.ipynb #part-number-entry
 def number_entry(table: pd.DataFrame, language: str) -> dict:
     """What `numero` finds in a table: keys of its rows, cells by column, and with intervals."""
     ends = table.filter(regex=r"(^|[ _])(low|high)$")
@@ -366,6 +372,7 @@ def study_detector(folder: Path) -> tuple[DetectorConfig, int]:
     return config, int(told.get("image_size", 192))
 
 
+# %% ../nbs/09a_memoria.ipynb #part-diagrams
 def diagrams(folder: Path, language: str) -> dict[str, plt.Figure]:
     """The study's two drawn networks: "memoria/detector" and "memoria/head"."""
     config, size = study_detector(folder)
@@ -387,6 +394,7 @@ CAPTIONS = {
 }
 
 
+# %% ../nbs/09a_memoria.ipynb #part-own-record
 def own_record(folder: Path, name: str) -> dict:
     """Caption of what is made here, and the runs and commit of the table that it comes from."""
     records = {r["name"]: r for r in read_provenance(folder)}
@@ -436,6 +444,7 @@ def _data_name(folder: Path) -> str:
     return name if ending in profiles else folder.name
 
 
+# %% ../nbs/09a_memoria.ipynb #part-study-entries
 def study_entries(folder: str | Path, build: Path, language: str) -> dict:
     """All that the text can ask for: language, name, words, figures, tables, numbers, roles."""
     folder = Path(folder)
@@ -476,6 +485,7 @@ def _main(texts: Path, language: str) -> str:
     return "\n".join(lines)
 
 
+# %% ../nbs/09a_memoria.ipynb #part-make-memoria
 def make_memoria(
     folder: str | Path, language: str = "es", out: str | Path | None = None, texts: Path = TEXTS
 ) -> Path:

@@ -58,6 +58,7 @@ def as_picture(figure: plt.Figure | Path, caption: str) -> dict:
     return {"caption": caption, "picture": f"data:image/png;base64,{encoded}"}
 
 
+# %% ../nbs/07e_report.ipynb #part-as-table
 def as_table(table: pd.DataFrame, caption: str, language: str, columns=None) -> dict:
     """A table as `for_print` has it, as an item of a report: `head` and `rows`."""
     printed = for_print(table.head(SHOWN_ROWS), language, columns)
@@ -75,6 +76,7 @@ def _quality(run: Run, split: str, language: str) -> list[dict]:
     return [as_table(table, caption, language), drawn]
 
 
+# %% ../nbs/07e_report.ipynb #part-curves
 def _curves(run: Run, split: str, language: str) -> list[dict]:
     metrics = run.metrics()
     if metrics.empty:
@@ -247,6 +249,7 @@ def study_folder(name: str | Path) -> Path | None:
     return None
 
 
+# %% ../nbs/07e_report.ipynb #part-report-study
 def report_study(folder: str | Path, out: str | Path | None = None, language: str = "en") -> Path:
     """Write the report of a study, a `study_folder` (default: `runs/<study>/report.html`)."""
     folder = Path(folder)
