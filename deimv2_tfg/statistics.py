@@ -320,8 +320,8 @@ def sign_flip_power(shift: float, pairs: int, repeats: int = 2000, level: float 
     mean = shift / math.sqrt(pairs)
     samples = rng.normal(mean, 1, size=(repeats, pairs))
     if pairs <= 12:
-        ways = np.arange(2**pairs)[:, None] >> np.arange(pairs)
-        signs = 1 - 2 * (ways & 1)
+        ways = np.arange(2**pairs)[:, None]
+        signs = 1 - 2 * (ways >> np.arange(pairs) & 1)
     else:
         signs = rng.choice([-1, 1], size=(2**12, pairs))
     sums = np.abs(samples @ signs.T)
@@ -359,7 +359,8 @@ def seed_pairs(group: list, others: list, fixed: bool = False) -> list[tuple[int
     if fixed:
         return [(k, 0) for k in range(len(group))]
     place = {other.seed: k for k, other in enumerate(others)}
-    return [(k, place[one.seed]) for k, one in enumerate(group) if one.seed in place]
+    shared = [k for k, one in enumerate(group) if one.seed in place]
+    return [(k, place[group[k].seed]) for k in shared]
 
 
 # %% ../nbs/00c_statistics.ipynb #st-effect
@@ -434,8 +435,9 @@ def joined(a: ClassMatches, b: ClassMatches) -> ClassMatches:
 def _swapped_difference(first: list, second: list, one: np.ndarray) -> np.ndarray:
     """Difference in AP (B,) of the two mixtures of two models: `one` (2 x I, B) and the rest."""
     mixed = [joined(a, b) for a, b in zip(first, second, strict=True)]
-    mean_ap = [mean_over_classes([weighted_ap(t, w) for t in mixed]) for w in (one, 1 - one)]
-    return (mean_ap[0] - mean_ap[1]).mean(axis=0)
+    taken = mean_over_classes([weighted_ap(table, one) for table in mixed])
+    left = mean_over_classes([weighted_ap(table, 1 - one) for table in mixed])
+    return (taken - left).mean(axis=0)
 
 
 # %% ../nbs/00c_statistics.ipynb #image-swap-p

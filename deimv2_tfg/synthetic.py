@@ -115,7 +115,6 @@ def _pairs(rng: Rng, left: np.ndarray, n: int) -> list[list[int]]:
     return pairs
 
 
-# %% ../nbs/00e_synthetic.ipynb #plan-split
 def _add_boxes(rng: Rng, plan: list[list[int]], extra: int) -> None:
     """Repeat the last class of `extra` images of the plan, in place, up to `MOST_BOXES` boxes."""
     for _ in range(extra):
@@ -619,7 +618,6 @@ def _specks(rng: Rng, n: int, radius: float) -> np.ndarray:
     return _strokes(n, lines)
 
 
-# %% ../nbs/00e_synthetic.ipynb #draw-dirt-2
 def draw_dirt(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     """A stain with a ragged edge and particles around it, in a colour foreign to the surface."""
     n = max(12, round(size))
