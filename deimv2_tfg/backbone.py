@@ -22,16 +22,10 @@ def vit_config(width=256, depth=12, heads=4, features=(3, 7, 11), **others) -> D
 
     `features`: the blocks (counted from 0) whose outputs are used; `others`: more of the library's.
     """
-    return DINOv3ViTConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        key_bias=True,
-        pos_embed_rescale=None,
-        out_indices=[i + 1 for i in features],
-        **{"layer_norm_eps": 1e-6, "apply_layernorm": False} | others,
-    )
+    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
+    size |= {"num_attention_heads": heads, "out_indices": [i + 1 for i in features]}
+    norms = {"layer_norm_eps": 1e-6, "apply_layernorm": False}
+    return DINOv3ViTConfig(key_bias=True, pos_embed_rescale=None, **size, **norms | others)
 
 
 # %% ../nbs/02_backbone.ipynb #correct-vit

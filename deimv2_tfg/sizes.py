@@ -31,9 +31,9 @@ TINY |= {"decoder_ffn": 96, "decoder_layers": 2, "num_queries": 30, "num_denoisi
 VARIANTS = {"m": {}, "thesis_m": WIDE | THIN, "small": SMALL, "tiny": TINY}
 VARIANTS["s"] = {"vit_width": 192, "vit_heads": 3, "width": 192} | THIN
 VARIANTS["lite"] = SMALL | {"backbone": "lite0", "frozen": 2}
+_CONV = {"encoder_depth": 0.5, "encoder_expansion": 0.34, "decoder_layers": 3}
 
 # %% ../nbs/02f_sizes.ipynb #family-variants
-_CONV = {"encoder_depth": 0.5, "encoder_expansion": 0.34, "decoder_layers": 3}
 _N = {"backbone": "hgnet_b0", "encoder": "dfine", "width": 128, "points": (6, 6)}
 _LITE = _CONV | {"encoder": "lite", "gateway": False, "shared_box_head": True, "points": (4, 2)}
 _ATTO = {"backbone": "hgnet_atto", "width": 64, "num_queries": 100, "decoder_ffn": 160}
@@ -46,10 +46,11 @@ _X = {"backbone": "dinov3_gated", "sta_width": 64, "encoder_ffn": 1024, "encoder
 _X |= {"encoder_expansion": 1.25, "decoder_ffn": 2048, "decoder_layers": 6}
 VARIANTS |= {"atto": _LITE | _ATTO, "femto": _LITE | _FEMTO, "pico": _LITE | _PICO}
 VARIANTS |= {"n": _CONV | _N, "l": _DINOV3 | _L, "x": _DINOV3 | _X}
+
+# %% ../nbs/02f_sizes.ipynb #detectorconfig
 NETWORKS = ("vit", "dinov3", "dinov3_gated", "lite0", *HGNET_STAGES)
 
 
-# %% ../nbs/02f_sizes.ipynb #detectorconfig
 @dataclass(frozen=True)
 class DetectorConfig:
     """Everything that fixes the network's shape; the defaults are DEIMv2-M's."""
