@@ -986,7 +986,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/deimv2_tfg', 'doc_host': '
                                   'deimv2_tfg.optim.Ema.update_parameters': ('optimizer.html#ema.update_parameters', 'deimv2_tfg/optim.py'),
                                   'deimv2_tfg.optim.backbone_factor': ('optimizer.html#backbone_factor', 'deimv2_tfg/optim.py'),
                                   'deimv2_tfg.optim.device_named': ('optimizer.html#device_named', 'deimv2_tfg/optim.py'),
-                                  'deimv2_tfg.optim.make_ema': ('optimizer.html#make_ema', 'deimv2_tfg/optim.py'),
                                   'deimv2_tfg.optim.parameter_groups': ('optimizer.html#parameter_groups', 'deimv2_tfg/optim.py'),
                                   'deimv2_tfg.optim.pick_precision': ('optimizer.html#pick_precision', 'deimv2_tfg/optim.py'),
                                   'deimv2_tfg.optim.recompute': ('optimizer.html#recompute', 'deimv2_tfg/optim.py'),

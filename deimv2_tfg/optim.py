@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'BACKBONE', 'backbone_factor', 'parameter_groups', 'Ema', 'make_ema', 'device_named',
-    'pick_precision', 'start_accelerator', 'recompute',
+    'BACKBONE', 'backbone_factor', 'parameter_groups', 'Ema', 'device_named', 'pick_precision',
+    'start_accelerator', 'recompute',
 ]  # fmt: skip
 
 # %% ../nbs/03i_optimizer.ipynb #optim-imports
@@ -81,12 +81,6 @@ class Ema(AveragedModel):
         found = super().load_state_dict(*args, **kwargs)
         self.updates = int(self.n_averaged)
         return found
-
-
-# %% ../nbs/03i_optimizer.ipynb #make-ema
-def make_ema(model: torch.nn.Module, horizon: float) -> Ema:
-    """The `Ema` of a model."""
-    return Ema(model, horizon)
 
 
 # %% ../nbs/03i_optimizer.ipynb #start-accelerator

@@ -34,7 +34,7 @@ from deimv2_tfg.core import (
 )
 from deimv2_tfg.optim import (
     BACKBONE,
-    make_ema,
+    Ema,
     parameter_groups,
     pick_precision,
     recompute,
@@ -187,7 +187,7 @@ def _build_network(trainer):
     device = accelerator.device
     model = trainer.family.build(config, trainer.train_set.num_classes)
     trainer.start = getattr(model, "start", None)
-    trainer.ema = make_ema(model, config.ema * trainer.total).to(device)
+    trainer.ema = Ema(model, config.ema * trainer.total).to(device)
     if device.type == "cpu" and trainer.precision == "bf16":
         attention_in_float32(model)
     if config.checkpointing:

@@ -20,7 +20,7 @@ from deimv2_tfg.detector import Detector, DetectorConfig, anchor_logits, library
 from deimv2_tfg.evaluation import detections
 from deimv2_tfg.fusion import HEADS, ClassText, build_head
 from deimv2_tfg.multimodal import FusedDetector, thaw
-from deimv2_tfg.optim import make_ema, parameter_groups, recompute
+from deimv2_tfg.optim import Ema, parameter_groups, recompute
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.step import count_boxes, training_step
 from deimv2_tfg.training import DEIMV2, in_parts
@@ -68,7 +68,7 @@ class Training:
         self.accelerator = Accelerator(card)
         self.micro = micro
         model = to_card(real(build_detector, name, **of))
-        self.ema = to_card(make_ema(model, 1000))
+        self.ema = to_card(Ema(model, 1000))
         groups = parameter_groups(model, self.config)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.compute_losses = DEIMV2.losses(self.config, 6)
@@ -155,7 +155,7 @@ def test_detections_of_deimv2_stay_on_the_card(card, name):
 
 def updates_on_the_card(model, compute_loss):
     "One step of any network: forward, backward, AdamW and average stay on the card."
-    ema = to_card(real(make_ema, model, 10))
+    ema = to_card(real(Ema, model, 10))
     to_card(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -277,7 +277,7 @@ def test_the_average_is_torchs_and_resumes():
             torch._foreach_copy_(averages, currents)
 
     expected = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    ema = make_ema(model, 10)
+    ema = Ema(model, 10)
     for _ in range(5):
         model(torch.randn(4, 3)).sum().backward()
         with torch.no_grad():
@@ -285,7 +285,7 @@ def test_the_average_is_torchs_and_resumes():
                 parameter.add_(torch.randn_like(parameter))
         expected.update_parameters(model)
         ema.update_parameters(model)
-        resumed = make_ema(model, 10)
+        resumed = Ema(model, 10)
         resumed.load_state_dict(ema.state_dict())
         ema = resumed
     kept = ema.state_dict()

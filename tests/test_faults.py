@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from deimv2_tfg import runs, training
 from deimv2_tfg.criterion import NonFiniteLossError
 from deimv2_tfg.guard import diagnose, random_state, replay
-from deimv2_tfg.optim import make_ema, parameter_groups
+from deimv2_tfg.optim import Ema, parameter_groups
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import CheckpointError, Run, TrainingStopped, load_state, save_state
 from deimv2_tfg.step import training_step
@@ -82,7 +82,7 @@ class Bench:
         self.accelerator = Accelerator(cpu=True)
         self.model = DEIMV2.build(config, 6).train()
         self.losses = DEIMV2.losses(config, 6)
-        self.ema = make_ema(self.model, 10)
+        self.ema = Ema(self.model, 10)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config))
         self.images = torch.randn(2, 3, 64, 64)
         boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.6, 0.1, 0.3]])

@@ -20,7 +20,7 @@ from deimv2_tfg.detector import (
     load_detector,
     save_detector,
 )
-from deimv2_tfg.optim import backbone_factor, make_ema, parameter_groups
+from deimv2_tfg.optim import Ema, backbone_factor, parameter_groups
 from deimv2_tfg.recipes import TrainConfig, frozen_stages
 from deimv2_tfg.training import DEIMV2
 from deimv2_tfg.weights import WeightsError, init_weights, rename_weights
@@ -96,7 +96,7 @@ def test_what_is_frozen_does_not_move_and_the_rest_does():
     before = copy.deepcopy(features.state_dict())
     still = norms_of(features.still)
     assert len(still) > 5 and not any(norm.training for norm in still)
-    ema = make_ema(model, 10)
+    ema = Ema(model, 10)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(2):
         outputs = model(torch.randn(2, 3, 64, 64), targets=[TARGET] * 2)

@@ -24,7 +24,7 @@ from deimv2_tfg.cost import (
 )
 from deimv2_tfg.criterion import Criterion
 from deimv2_tfg.detector import DetectorConfig, anchor_logits, build_detector
-from deimv2_tfg.optim import make_ema
+from deimv2_tfg.optim import Ema
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.trainer import DEIMV2, Trainer, fit_micro_batch, measured_precisions
 
@@ -41,7 +41,7 @@ def real_step(dtype) -> int:
     "Most bytes alive in the second step of a real training on the CPU, by its tensors."
     torch.manual_seed(0)
     model = build_detector(DetectorConfig.tiny())
-    ema = make_ema(model, 10)
+    ema = Ema(model, 10)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     criterion = Criterion(6)
     pixel_values = torch.randn(BATCH, 3, SIZE, SIZE)

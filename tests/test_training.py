@@ -24,7 +24,7 @@ from deimv2_tfg.detector import DetectorConfig, build_detector
 from deimv2_tfg.evaluation import evaluate
 from deimv2_tfg.guard import is_incident, random_state, set_random_state, stop_requests
 from deimv2_tfg.journal import end_table
-from deimv2_tfg.optim import make_ema, parameter_groups, pick_precision
+from deimv2_tfg.optim import Ema, parameter_groups, pick_precision
 from deimv2_tfg.recipes import TrainConfig
 from deimv2_tfg.runs import Log, Run, TrainingStopped, load_state, save_state
 from deimv2_tfg.step import count_boxes, shares_of, training_step
@@ -206,7 +206,7 @@ def gradient_of(model, losses, parts, size):
         losses,
         parts,
         torch.optim.SGD(model.parameters(), 0.0),
-        make_ema(model, 10),
+        Ema(model, 10),
         accelerate.Accelerator(cpu=True),
         0,
         0,
