@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'LARGEST', 'SHEETS', 'AP_TOLERANCE', 'halved', 'about_data', 'recipe_of', 'model_card', 'ship',
+    'LARGEST', 'FEWEST', 'SHEETS', 'AP_TOLERANCE', 'halved', 'about_data', 'recipe_of',
+    'model_card', 'ship',
 ]  # fmt: skip
 
 # %% ../nbs/07h_models.ipynb #models-imports
@@ -34,14 +35,19 @@ from .training import NOT_HASHED
 
 # %% ../nbs/07h_models.ipynb #halved
 LARGEST = 12_000_000  # bytes of a shipped file of weights
+FEWEST = 64  # products that a weight's output sums, from which rounding averages out
 
 
 def halved(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict in half precision; what would overflow there, and whole numbers, as they are."""
-    small = {}
+    """A state dict with its matrices in half precision.
+
+    Vectors, weights of a fan-in below `FEWEST`, what would overflow, and integers stay as they are.
+    """
+    small = dict(state)
     for name, value in state.items():
-        half = value.half() if value.is_floating_point() else value
-        small[name] = half if half.isfinite().all() else value
+        matrix = value.is_floating_point() and value.ndim > 1
+        if matrix and value[0].numel() >= FEWEST and value.half().isfinite().all():
+            small[name] = value.half()
     return small
 
 
@@ -62,12 +68,11 @@ def about_data(data_dir: str | Path, told: str = "") -> str:
         if file.is_file():
             return read_text(file).strip()
     coco = read_json(annotation_file(data_dir, "train"))
-    facts = {**coco.get("info", {}), "licences": coco.get("licenses")}
-    lines = [f"- {name}: {value}" for name, value in facts.items() if value]
-    if told or not lines:
+    if told or not coco.get("licenses"):
         advice = "give their origin and licence (--data TEXT, or a .md file)"
-        raise ValueError(f"{told or data_dir}: nothing there about the photographs; {advice}")
-    return "\n".join(lines)
+        raise ValueError(f"{told or data_dir}: no licence of the photographs there; {advice}")
+    facts = {**coco.get("info", {}), "licences": coco["licenses"]}
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 
 def recipe_of(config: dict) -> str:
