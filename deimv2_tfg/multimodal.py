@@ -167,6 +167,7 @@ def _head_optimizer(head: Head, config: FusionConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([decayed, free], config.lr)
 
 
+# %% ../nbs/05_multimodal.ipynb #decay-groups-part2
 def _epoch_queries(config: FusionConfig, data: FusionData, epoch: int) -> Queries:
     """What an epoch trains on: a view in turn, or at the end the photographs as they are."""
     first_plain = round((1 - config.plain) * config.epochs)
@@ -513,6 +514,7 @@ def sample_run(run: Path, split="test", data_dir: str | None = None) -> Sampled:
     return sample_ap(found.tables, stratified_weights(found.tables), found.seed)
 
 
+# %% ../nbs/05_multimodal.ipynb #sample-run-part2
 def sample_detector(data: FusionData, split="test") -> Sampled:
     """The same of the detector that heads start from, by its cached queries."""
     queries = data.splits[split]

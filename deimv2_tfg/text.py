@@ -410,6 +410,7 @@ def _read_cached(path: Path, encoder: Encoder, text: str, tokens: bool) -> tuple
     return None if tokens else (pooled, None)
 
 
+# %% ../nbs/04b_text.ipynb #read-cached-part2
 def _write_cached(path, encoder: Encoder, texts, pooled, tokens, dtype=torch.float32) -> Path:
     """Write vectors of several texts into one file; None in `tokens`: not wanted."""
     tensors = {}
