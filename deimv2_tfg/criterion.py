@@ -199,7 +199,9 @@ def box_losses(boxes, pairs, target_boxes) -> tuple[torch.Tensor, torch.Tensor, 
     """
     image, query, target = pairs
     own = image.ndim == 2
-    head = torch.arange(len(boxes), device=boxes.device)[:, None] if own else slice(None)
+    head = slice(None)
+    if own:
+        head = torch.arange(len(boxes), device=boxes.device)[:, None]
     answers = boxes[head, image, query]
     wanted = target_boxes[target]
     iou, giou = box_overlap(answers, wanted)
@@ -336,7 +338,8 @@ def check_targets(labels: np.ndarray, boxes: np.ndarray, truth: Truth, num_class
     `labels` (N,) outside [0, num_classes), `boxes` (N,): peaks that are not finite.
     """
     no_class = f"a label outside 0..{num_classes - 1}"
-    problems = {no_class: (labels < 0) | (labels >= num_classes)}
+    outside = (labels < 0) | (labels >= num_classes)
+    problems = {no_class: outside}
     problems["a box that is not finite"] = ~(boxes <= LIMIT)
     for what, wrong in problems.items():
         if wrong.any():
@@ -432,7 +435,8 @@ def stack_heads(outputs: dict, dn: bool = False) -> Heads:
         stacked.append(torch.cat([layers, *rest]))
     corners = outputs[f"{kind}layer_corners"].unflatten(-1, (4, -1))
     last = len(corners) - 1
-    suffixes = [f"_aux_{i}" for i in range(last)] + ["", "_pre", "_enc_0"]
+    earlier = [f"_aux_{i}" for i in range(last)]
+    suffixes = [*earlier, "", "_pre", "_enc_0"]
     if dn:
         suffixes = [f"_dn_{i}" for i in range(last + 1)] + ["_dn_pre"]
     return Heads(*stacked, corners, outputs[f"{kind}layer_refs"], suffixes)
