@@ -111,7 +111,7 @@ def write_labelstudio(found: Foreign, out: Path) -> None:
     ElementTree(view).write(out / "config.xml", encoding="utf-8")
 
 
-# %% ../nbs/01h_formats_out.ipynb #write-found
+# %% ../nbs/01h_formats_out.ipynb #write-crops
 def write_crops(found: Foreign, out: Path) -> None:
     """What lies in each box as `<class>/<photograph>_<number>.png`."""
     for item in found.items:
@@ -131,6 +131,7 @@ def write_coco(found: Foreign, out: Path) -> None:
     write_coco_set(out / "annotations.json", found.items, found.classes)
 
 
+# %% ../nbs/01h_formats_out.ipynb #writers
 WRITERS: dict[str, Callable[[Foreign, Path], object]] = {
     "yolo": write_yolo,
     "voc": write_voc,
@@ -149,6 +150,7 @@ def formats_named(words: str) -> list[str]:
     return names
 
 
+# %% ../nbs/01h_formats_out.ipynb #write-found
 def write_found(
     items: list[Found], classes: Mapping[str, int], formats: Iterable[str], out: Path
 ) -> None:
