@@ -59,6 +59,10 @@ def class_style(index: int) -> dict:
     return {"color": color, "linestyle": LINES[index % len(LINES)]}
 
 
+def _rgb(index: int) -> tuple[int, int, int]:
+    return tuple(round(255 * part) for part in class_style(index)["color"])
+
+
 # %% ../nbs/00d_figures.ipynb #catalogue
 LANGUAGES = ("en", "es")
 
@@ -227,11 +231,6 @@ def _draw_label(pen: ImageDraw.ImageDraw, place, text: str, color: tuple, font) 
     pen.text(middle.tolist(), text, fill="white" if dark else "black", font=font, anchor="mm")
 
 
-def _rgb(index: int) -> tuple[int, int, int]:
-    return tuple(round(255 * part) for part in class_style(index)["color"])
-
-
-# %% ../nbs/00d_figures.ipynb #box-texts
 def _box_texts(labels, names: list[str], scores=None) -> list[str]:
     """What is written beside each box: the class's name, and the score where there is one."""
     texts = [names[int(k)] for k in labels]
@@ -420,6 +419,20 @@ def to_latex(printed: pd.DataFrame, caption: str = "", label: str = "") -> str:
     return style.to_latex(hrules=True, caption=caption or None, label=label or None, **layout)
 
 
+# %% ../nbs/00d_figures.ipynb #to-csv
+def _to_csv(table: pd.DataFrame, path: Path) -> None:
+    """Whole and unrounded; an index that says something is the first column."""
+    counted = isinstance(table.index, pd.RangeIndex)
+    label = None if counted or table.index.nlevels > 1 else table.index.name or "name"
+    table.to_csv(path.with_suffix(".csv"), index=not counted, index_label=label)
+
+
+def _place(page: Study, name: str) -> Path:
+    path = page.figures / page.chapter / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 # %% ../nbs/00d_figures.ipynb #makers
 NOT_MAKERS = ("core", "runs", "figures")
 PACKAGE_STUDY = "package"  # what no study changes is kept there
@@ -470,6 +483,12 @@ def _data_hash(root: Path) -> str | None:
     return data_hash(root) if root.is_dir() else None
 
 
+def read_provenance(folder: str | Path) -> list[dict]:
+    """The records of a study's directory in thesis_figures, by name; [] where there are none."""
+    return read_lines(Path(folder) / "provenance.jsonl")
+
+
+# %% ../nbs/00d_figures.ipynb #replace-line
 WHEN = ("time", "commit", "dirty")
 
 
@@ -482,11 +501,6 @@ def _replace_line(path: Path, name: str, record: dict) -> None:
             records[name] = record
         lines = [json.dumps(records[n], ensure_ascii=False) for n in sorted(records)]
         atomic_write(path, "\n".join(lines) + "\n")
-
-
-def read_provenance(folder: str | Path) -> list[dict]:
-    """The records of a study's directory in thesis_figures, by name; [] where there are none."""
-    return read_lines(Path(folder) / "provenance.jsonl")
 
 
 # %% ../nbs/00d_figures.ipynb #source-of
@@ -558,20 +572,6 @@ def _note(frame, page: Study, name: str, kind: str, caption: str, runs, by, colu
         record["columns"] = list(columns)
     _replace_line(page.figures / "provenance.jsonl", record["name"], record)
     note_runs(page.figures, runs)
-
-
-# %% ../nbs/00d_figures.ipynb #to-csv
-def _to_csv(table: pd.DataFrame, path: Path) -> None:
-    """Whole and unrounded; an index that says something is the first column."""
-    counted = isinstance(table.index, pd.RangeIndex)
-    label = None if counted or table.index.nlevels > 1 else table.index.name or "name"
-    table.to_csv(path.with_suffix(".csv"), index=not counted, index_label=label)
-
-
-def _place(page: Study, name: str) -> Path:
-    path = page.figures / page.chapter / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 # %% ../nbs/00d_figures.ipynb #save-figure

@@ -8,7 +8,7 @@ __all__ = [
     'SURFACES', 'OUTLINES', 'DEFECTS', 'GENERATOR', 'MANIFEST', 'SplitCounts', 'apportion',
     'images_with_class', 'plan_split', 'smooth_noise', 'streaks', 'Canvas', 'brushed', 'cast',
     'painted', 'Light', 'draw_light', 'shade', 'draw_part', 'bevel', 'draw_bench', 'lay_on_bench',
-    'expose', 'Patch', 'draw_dent', 'draw_crack', 'draw_scratch', 'draw_hole', 'draw_dirt',
+    'expose', 'Patch', 'draw_dent', 'draw_hole', 'draw_crack', 'draw_scratch', 'draw_dirt',
     'tight_box', 'add_defect', 'draw_image', 'planned_image', 'make_dataset', 'study_data',
 ]  # fmt: skip
 
@@ -490,6 +490,26 @@ def draw_dent(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     return Patch(bump > 0.06, height, cover, np.zeros(3))
 
 
+# %% ../nbs/00e_synthetic.ipynb #draw-hole
+def draw_hole(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
+    """A black opening with a raised rim, `size` pixels; the wall away from the lamp is lit."""
+    n = max(8, round(size * 1.1))
+    aspect = rng.uniform(0.8, 1)
+    r, angle = _polar(rng, n, aspect, 0.04)
+    r = r * 1.3  # opening to 1, rim to 1.3
+    rim = np.exp(-(((r - 1.12) / 0.1) ** 2))
+    toward = np.cos(angle - light.azimuth)
+    facing = np.clip(-toward, 0, 1)
+    wall = facing * _step(r - 0.62, 0.3)
+    is_open = r < 1.03
+    hole = _step(1.03 - r, 0.08)
+    cover = np.where(is_open, hole, 0.35 * rim)
+    grey = np.where(is_open, 0.03 + 0.22 * wall, 0.95)
+    colour = grey[..., None] * np.ones(3)
+    height = 0.045 * size * rim
+    return Patch(r < 1.24, height, cover, colour)
+
+
 # %% ../nbs/00e_synthetic.ipynb #strokes
 def _strokes(n: int, lines: Sequence) -> np.ndarray:
     """Polylines as cover `(n, n)`: each a list of points `(x, y)` and of widths, pixels.
@@ -572,26 +592,6 @@ def draw_scratch(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
     worn = ndimage.gaussian_filter(cover, 0.8 * width)
     depth = -0.4 * width * worn
     return Patch(cover > 0.3, depth, cover, np.full(3, 1.0))
-
-
-# %% ../nbs/00e_synthetic.ipynb #draw-hole
-def draw_hole(rng: Rng, size: float, canvas: Canvas, light: Light) -> Patch:
-    """A black opening with a raised rim, `size` pixels; the wall away from the lamp is lit."""
-    n = max(8, round(size * 1.1))
-    aspect = rng.uniform(0.8, 1)
-    r, angle = _polar(rng, n, aspect, 0.04)
-    r = r * 1.3  # opening to 1, rim to 1.3
-    rim = np.exp(-(((r - 1.12) / 0.1) ** 2))
-    toward = np.cos(angle - light.azimuth)
-    facing = np.clip(-toward, 0, 1)
-    wall = facing * _step(r - 0.62, 0.3)
-    is_open = r < 1.03
-    hole = _step(1.03 - r, 0.08)
-    cover = np.where(is_open, hole, 0.35 * rim)
-    grey = np.where(is_open, 0.03 + 0.22 * wall, 0.95)
-    colour = grey[..., None] * np.ones(3)
-    height = 0.045 * size * rim
-    return Patch(r < 1.24, height, cover, colour)
 
 
 # %% ../nbs/00e_synthetic.ipynb #draw-dirt
