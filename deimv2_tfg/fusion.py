@@ -477,6 +477,7 @@ def _token_places(token_class: torch.Tensor, classes: int) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence(where, batch_first=True, padding_value=-1)
 
 
+# %% ../nbs/04c_fusion.ipynb #cross-attention-head
 class CrossAttentionHead(Head):
     """Each query attends, for each class, to the tokens of its text; zero at first.
 

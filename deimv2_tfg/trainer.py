@@ -141,6 +141,56 @@ DEIMV2 = Family(
     models=MODELS,
 )
 
+
+# %% ../nbs/03o_trainer.ipynb #fastest-precision
+def _timed_step(config: TrainConfig, family: Family, precision: str) -> Callable:
+    """A function that takes a step on noise (without the update) and gives its seconds."""
+    model = family.build(config, 2).train()
+    if precision == "bf16":
+        attention_in_float32(model)
+    model = start_accelerator(config, precision).prepare(model)
+    losses = family.losses(config, 2)
+    batch = min(config.batch_size, 8)
+    pixel_values = torch.rand(batch, 3, config.image_size, config.image_size)
+    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.7, 0.3, 0.1]])
+    target = {"labels": torch.tensor([0, 1]), "boxes": boxes, "image_id": 0}
+
+    def step():
+        sum(losses(model, pixel_values, [target] * batch, 0).values()).backward()
+
+    return functools.partial(seconds_of, step, torch.device("cpu"))
+
+
+# %% ../nbs/03o_trainer.ipynb #fastest-precision-part2
+def measured_precisions(config: TrainConfig, family: Family) -> dict[str, float]:
+    """Seconds of a step in float32 (`no`) and in `bf16`: the best of three, after one each."""
+    config = dataclasses.replace(config, init="scratch", frozen=frozen_stages(config))
+    steps = {name: _timed_step(config, family, name) for name in ("no", "bf16")}
+    rounds = [{name: step() for name, step in steps.items()} for _ in range(4)]
+    return {name: min(each[name] for each in rounds[1:]) for name in steps}
+
+
+# %% ../nbs/03o_trainer.ipynb #fastest-precision-part3
+def fastest_precision(config: TrainConfig, family: Family) -> str:
+    """`pick_precision`, and on a processor with 16-bit arithmetic what is faster by a tenth."""
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on_cpu = config.device == "cpu" or default_device() == "cpu"
+    alone = PartialState().num_processes == 1
+    asked = config.precision == "auto" and on_cpu and bf16 and alone
+    if not asked or os.environ.get("IN_TEST"):
+        return pick_precision(config)
+    file = project_root() / "runs" / "precision.json"
+    name = f"{platform.node()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    name += f": {family.name} {config.model}, {config.image_size} px"
+    with one_at_a_time(file):
+        known = read_json(file) if file.is_file() else {}
+        if name not in known:
+            known[name] = measured_precisions(config, family)
+            write_json(file, known)
+    times = known[name]
+    return "bf16" if times["no"] > 1.1 * times["bf16"] else "no"
+
+
 # %% ../nbs/03o_trainer.ipynb #trainer
 COUNTERS = {
     "epoch": 0,  # epochs that are over
@@ -200,55 +250,6 @@ def _build_network(trainer):
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
     trainer.model, trainer.optimizer = accelerator.prepare(model, optimizer)
     trainer.rates = [group["lr"] for group in trainer.optimizer.param_groups]
-
-
-# %% ../nbs/03o_trainer.ipynb #fastest-precision
-def _timed_step(config: TrainConfig, family: Family, precision: str) -> Callable:
-    """A function that takes a step on noise (without the update) and gives its seconds."""
-    model = family.build(config, 2).train()
-    if precision == "bf16":
-        attention_in_float32(model)
-    model = start_accelerator(config, precision).prepare(model)
-    losses = family.losses(config, 2)
-    batch = min(config.batch_size, 8)
-    pixel_values = torch.rand(batch, 3, config.image_size, config.image_size)
-    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.7, 0.3, 0.1]])
-    target = {"labels": torch.tensor([0, 1]), "boxes": boxes, "image_id": 0}
-
-    def step():
-        sum(losses(model, pixel_values, [target] * batch, 0).values()).backward()
-
-    return functools.partial(seconds_of, step, torch.device("cpu"))
-
-
-# %% ../nbs/03o_trainer.ipynb #fastest-precision-part2
-def measured_precisions(config: TrainConfig, family: Family) -> dict[str, float]:
-    """Seconds of a step in float32 (`no`) and in `bf16`: the best of three, after one each."""
-    config = dataclasses.replace(config, init="scratch", frozen=frozen_stages(config))
-    steps = {name: _timed_step(config, family, name) for name in ("no", "bf16")}
-    rounds = [{name: step() for name, step in steps.items()} for _ in range(4)]
-    return {name: min(each[name] for each in rounds[1:]) for name in steps}
-
-
-# %% ../nbs/03o_trainer.ipynb #fastest-precision-part3
-def fastest_precision(config: TrainConfig, family: Family) -> str:
-    """`pick_precision`, and on a processor with 16-bit arithmetic what is faster by a tenth."""
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    on_cpu = config.device == "cpu" or default_device() == "cpu"
-    alone = PartialState().num_processes == 1
-    asked = config.precision == "auto" and on_cpu and bf16 and alone
-    if not asked or os.environ.get("IN_TEST"):
-        return pick_precision(config)
-    file = project_root() / "runs" / "precision.json"
-    name = f"{platform.node()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    name += f": {family.name} {config.model}, {config.image_size} px"
-    with one_at_a_time(file):
-        known = read_json(file) if file.is_file() else {}
-        if name not in known:
-            known[name] = measured_precisions(config, family)
-            write_json(file, known)
-    times = known[name]
-    return "bf16" if times["no"] > 1.1 * times["bf16"] else "no"
 
 
 # %% ../nbs/03o_trainer.ipynb #trainer-2
@@ -339,11 +340,12 @@ def finish_snapshot(trainer: Trainer):
         writing.result()
 
 
-# %% ../nbs/03o_trainer.ipynb #snapshot-part2
+# %% ../nbs/03o_trainer.ipynb #on-host
 def _on_host(value):
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
+# %% ../nbs/03o_trainer.ipynb #snapshot-part2
 def snapshot(trainer: Trainer):
     """Save everything that resuming needs: copied now, written by `trainer.writer`."""
     finish_snapshot(trainer)
@@ -416,12 +418,6 @@ def _fits(trainer: Trainer, attempt, n: int) -> bool:
     return True
 
 
-# %% ../nbs/03o_trainer.ipynb #checkpoint
-def recompute_blocks(trainer: Trainer):
-    """Compute activations again in the backward pass, in place of keeping them."""
-    recompute(trainer.family.blocks(trainer.accelerator.unwrap_model(trainer.model)))
-
-
 # %% ../nbs/03o_trainer.ipynb #checkpoint-part2
 def _counted_part(trainer: Trainer, batch: int) -> int:
     "What the count allows on this card; the whole batch where nothing can be counted."
@@ -441,6 +437,12 @@ def _search(trainer: Trainer, attempt, batch: int) -> int:
     if trainer.accelerator.num_processes > 1:
         return largest_part(batch, first, lambda n: n <= first)
     return largest_part(batch, first, functools.partial(_fits, trainer, attempt))
+
+
+# %% ../nbs/03o_trainer.ipynb #checkpoint
+def recompute_blocks(trainer: Trainer):
+    """Compute activations again in the backward pass, in place of keeping them."""
+    recompute(trainer.family.blocks(trainer.accelerator.unwrap_model(trainer.model)))
 
 
 # %% ../nbs/03o_trainer.ipynb #fit-micro-batch-2
