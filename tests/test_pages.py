@@ -89,9 +89,9 @@ def test_exported_cells_are_small():
 
 
 def test_pages_can_be_read_in_one_sitting():
-    """Many cells are small ones: with one definition a cell, a page has up to 76."""
+    """Many cells are small ones: with one definition a cell, a page has up to 66."""
     counts = {p.stem: len(json.loads(p.read_text())["cells"]) for p in CHAPTERS}
-    long = {name: n for name, n in counts.items() if n > 76}
+    long = {name: n for name, n in counts.items() if n > 66}
     assert not long
 
 
