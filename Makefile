@@ -44,8 +44,9 @@ pages: env
 # Every page runs once, in tests/test_chapters.py, by the workflow and from another folder; nbdev_test
 # adds only its own way to start a page, so one page shows it. One thread per process.
 test: lint
-	cd nbs && OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path 00_core.ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	export OMP_NUM_THREADS=1; (cd nbs && $(BIN)/nbdev_test --path 00_core.ipynb) & page=$$!; \
+	  $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests; \
+	  tests=$$?; wait $$page && exit $$tests
 
 # Lines as ruff writes them: notebooks, package, tests (rules in ruff.toml).
 lint: env

@@ -42,7 +42,7 @@ def home(tmp_path_factory):
 def study(home):
     """The smoke study, made by the workflow."""
     options = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(home), "--keep-going"]
-    options += ["--configfile", str(ROOT / "studies/smoke.yaml"), "--cores", "1"]
+    options += ["--configfile", str(ROOT / "studies/smoke.yaml"), "--cores", "2"]
     done = called(home, home, "snakemake", *options)
     return home / "runs/smoke", done.stdout + done.stderr
 
